@@ -1,0 +1,54 @@
+"""The exceptions this package raises on purpose. No other module defines one.
+
+    NodePassError
+    ├── ConfigError         the operator's settings: one line, exit code 2
+    ├── ProtocolError       a peer sent what the wire protocol does not allow
+    ├── PolicyError         a peer is understood, and refused: TLS mode, certificate, name
+    └── TunnelError         a wait ended without what it waited for
+        ├── ConnectError        no connection to the named address
+        ├── SessionLost         the control channel ended
+        ├── PoolClosed          the session of this pool ended
+        └── NoDataConnection    none became ready in time
+
+Errors of a socket stay ``OSError``; a peer that closed early is a ``ConnectionError``.
+"""
+
+
+class NodePassError(Exception):
+    """Base of every error raised here on purpose; ``str()`` is one line for the log."""
+
+
+class ConfigError(NodePassError):
+    """A setting is wrong; the text names the setting, its source and what is allowed."""
+
+
+class ProtocolError(NodePassError):
+    """A peer broke the wire protocol."""
+
+
+class PolicyError(NodePassError):
+    """A peer asks for less security than this side accepts."""
+
+
+class TunnelError(NodePassError):
+    """Something the tunnel waited for did not come."""
+
+
+class ConnectError(TunnelError):
+    """No connection could be made; the text names the address and the reason."""
+
+
+class SessionLost(TunnelError):
+    """The control channel ended after ``lived_s`` seconds; the text says how."""
+
+    def __init__(self, text: str, lived_s: float) -> None:
+        super().__init__(text)
+        self.lived_s = lived_s
+
+
+class PoolClosed(TunnelError):
+    """The pool's session ended while somebody waited for a data connection."""
+
+
+class NoDataConnection(TunnelError):
+    """No data connection became ready in time."""
