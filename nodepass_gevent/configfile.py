@@ -1,0 +1,139 @@
+"""The config file: ``key = value`` lines in ``[nodepass]`` and ``[tunnel NAME]`` sections.
+
+Lines before the first section belong to ``[nodepass]``, whose settings hold for every tunnel. ``#`` and ``;`` start
+a comment line, a blank and ``#`` a comment behind a value. A value in double quotes is taken as it stands, ``""``
+being one quote. No interpolation, no lists. Knows no setting: which keys there are is not decided here.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple, TextIO
+
+import configargparse
+
+from .config import did_you_mean, printable, shown
+from .errors import ConfigError
+
+MAX_FILE = 1 << 20  # bytes; a thousand tunnels have about 300 KiB
+_BLANK = " \t\r"
+_SECTION = re.compile(r"\[[ \t]*(?:nodepass|tunnel[ \t]+([^\]]*?))[ \t]*\][ \t]*(?:[#;].*)?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"[ \t]*(?:#.*)?')
+_COMMENT = re.compile(r"(?:^|[ \t]+)#.*")
+
+
+class Entry(NamedTuple):
+    """One setting as somebody wrote it."""
+
+    key: str
+    text: str
+    source: str
+
+
+class Section(NamedTuple):
+    """The settings of one ``[tunnel NAME]``."""
+
+    name: str
+    source: str
+    entries: list[Entry]
+
+
+class Sections(NamedTuple):
+    """A whole file."""
+
+    defaults: list[Entry]
+    tunnels: list[Section]
+
+
+def read(path: str) -> Sections:
+    """Read and parse a config file; raise ConfigError."""
+    label = printable(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConfigError(f"config: cannot read the file: {reason} [from file {label}]") from exc
+    if len(data) > MAX_FILE:
+        raise ConfigError(f"config: the file is larger than {MAX_FILE} bytes [from file {label}]")
+    try:
+        return parse(data.decode("utf-8-sig"), f"file {label}")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise ConfigError(f"config: the file is not UTF-8 text [from file {label}:{line}]") from exc
+
+
+def parse(text: str, label: str) -> Sections:
+    """Parse the text of a config file; ``label`` and the line number name each entry's source."""
+    sections = Sections([], [])
+    entries, seen = sections.defaults, set()
+    for number, line in enumerate(text.split("\n"), start=1):
+        line, source = line.strip(_BLANK), f"{label}:{number}"
+        if not line or line[0] in "#;":
+            continue
+        if line[0] != "[":
+            entries.append(_entry(line, source))
+            continue
+        name = _section_name(line, source)
+        if name in seen:
+            raise ConfigError(f"section {shown(line)} is there twice [from {source}]")
+        seen.add(name)
+        entries = []
+        if name:
+            sections.tunnels.append(Section(name, source, entries))
+        else:
+            entries = sections.defaults
+    return sections
+
+
+def _section_name(line: str, source: str) -> str:
+    """Return the tunnel's name, or "" for ``[nodepass]``."""
+    match = _SECTION.fullmatch(line)
+    if not match:
+        hint = did_you_mean(line, ("[nodepass]", "[tunnel name]"))
+        raise ConfigError(f"unknown section {shown(line)}{hint}; allowed: [nodepass], [tunnel NAME] [from {source}]")
+    name = match[1]
+    if name is not None and not _NAME.fullmatch(name):
+        allowed = "1 to 64 ASCII letters, digits, '_', '.' or '-'"
+        raise ConfigError(f"section: {shown(name)} is not a tunnel's name; allowed: {allowed} [from {source}]")
+    return name or ""
+
+
+def _entry(line: str, source: str) -> Entry:
+    key, equals, rest = line.partition("=")
+    key, rest = key.rstrip(_BLANK), rest.strip(_BLANK)
+    if rest.startswith('"'):
+        match = _QUOTED.fullmatch(rest)
+        if not match:
+            raise ConfigError(f"{shown(key)}: the quoted value does not end, or is followed by more [from {source}]")
+        text = match[1].replace('""', '"')
+    else:
+        text = _COMMENT.sub("", rest)
+    if not key or not text:
+        raise ConfigError(f"{shown(key if equals else line)} is not followed by = and a value [from {source}]")
+    return Entry(key, text, source)
+
+
+def format_entries(entries: Iterable[Entry]) -> str:
+    """Format settings, with their sources, so that ``parse`` reads them back."""
+    return "".join(format_line(f"{entry.key} = {_quoted(entry.text)}", entry.source) for entry in entries)
+
+
+def format_line(line: str, comment: str) -> str:
+    """Format a line with a comment behind it."""
+    return f"{line:<40} # {comment}\n"
+
+
+def _quoted(text: str) -> str:
+    plain = text and text[0] not in '"#' and text == text.strip(_BLANK) and not _COMMENT.search(text)
+    return text if plain else '"' + text.replace('"', '""') + '"'
+
+
+class OneSection(configargparse.ConfigFileParser):
+    """The same syntax for ConfigArgParse, which is given one tunnel's settings at a time."""
+
+    def get_syntax_description(self) -> str:
+        return "key = value"
+
+    def parse(self, stream: TextIO) -> dict[str, str]:
+        return {entry.key: entry.text for entry in parse(stream.read(), "section").defaults}

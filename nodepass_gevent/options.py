@@ -1,0 +1,325 @@
+"""Every setting in one table, and how its value is found: flag > URL query > environment > file > default.
+
+The parser, the keys of query and file, the conversion and --show-config all follow from SETTINGS; defaults and
+allowed values are those of Config. ConfigArgParse merges the sources. Nothing here prints, exits or starts anything.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+import configargparse
+
+from . import configfile
+from .config import Config, did_you_mean, parse_duration, printable, setting_name, setting_text, shown
+from .configfile import Entry
+from .errors import ConfigError
+from .url import FORMS, TunnelURL, parse_url
+
+
+def parse_integer(text: str) -> int:
+    """Parse a number as operators write it; raise ConfigError."""
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise ConfigError(f"{shown(text)} is not a whole number")
+    return int(text)
+
+
+_FIELDS = {each.name: each for each in fields(Config)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    field: str  # of Config
+    env: str
+    read: Callable[[str], Any]  # text -> the field's value, or ConfigError
+    value: str  # what the help calls the value, where Config has no list of choices
+    group: str
+    help: str
+    unset: str = "none"  # what the default is called where it is no value
+
+    @property
+    def name(self) -> str:
+        """What the option, the query key and the file key are called."""
+        return setting_name(self.field)
+
+    @property
+    def metavar(self) -> str:
+        choices = _FIELDS[self.field].metadata.get("choices", ()) if self.field in _FIELDS else ()
+        return "|".join(str(choice) for choice in choices) or self.value
+
+    @property
+    def default(self) -> str:
+        default = _FIELDS[self.field].default if self.field in _FIELDS else None
+        return self.unset if default is None else setting_text(self.field, default)
+
+
+_ADDRESSES, _TLS, _POOL = "addresses and mode", "TLS", "pool and limits"
+_TIMING, _LOGS, _CONFIGURATION = "timing", "logs", "configuration"
+
+# fmt: off
+SETTINGS = (
+    Setting("url", "NODEPASS_URL", str, "URL", _ADDRESSES, "the tunnel, like the argument URL"),
+    Setting("network", "NODEPASS_NETWORK", str, "", _ADDRESSES, "what the tunnel carries"),
+    Setting("data_port", "NODEPASS_DATA_PORT", parse_integer, "PORT", _ADDRESSES,
+            "server: port of the data connections", unset="any free one"),
+    Setting("tls", "NODEPASS_TLS", parse_integer, "", _TLS,
+            "0 plain, 1 encrypted, 2 with a certificate that is verified; client: the least it accepts"),
+    Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "server: certificate chain, PEM"),
+    Setting("key", "NODEPASS_KEY", str, "FILE", _TLS, "server: private key, PEM"),
+    Setting("semaphore_limit", "SEMAPHORE_LIMIT", parse_integer, "N", _POOL, "users served at once"),
+    Setting("min_pool_capacity", "MIN_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, least"),
+    Setting("max_pool_capacity", "MAX_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, most"),
+    Setting("udp_data_buf_size", "UDP_DATA_BUF_SIZE", parse_integer, "BYTES", _POOL, "largest datagram"),
+    Setting("udp_read_timeout_s", "UDP_READ_TIMEOUT", parse_duration, "TIME", _TIMING, "wait for a datagram's reply"),
+    Setting("report_interval_s", "REPORT_INTERVAL", parse_duration, "TIME", _TIMING, "between two keep-alives"),
+    Setting("reload_interval_s", "RELOAD_INTERVAL", parse_duration, "TIME", _TIMING, "between looks at crt and key"),
+    Setting("service_cooldown_s", "SERVICE_COOLDOWN", parse_duration, "TIME", _TIMING, "longest pause before a retry"),
+    Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
+    Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
+)
+LATER_KEYS = frozenset(("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "sni", "notcp",
+                        "noudp", "type", "quic", "pool"))
+# fmt: on
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+ALIASES = {"cert": "crt"}  # the original's install script writes cert, the original reads crt
+LINE_ONLY = ("config", "show-config", "version", "help")
+
+EXAMPLES = """\
+Of several sources the first one counts: option, URL query, environment, [tunnel NAME] in the file, [nodepass] in it.
+URL query and file have the options' names without --. A TIME is written 5s, 1h30m or 100ms.
+
+examples:
+  nodepass 'server://:10101/127.0.0.1:8080?tls=1'
+  nodepass 'client://tunnel.example.com:10101/127.0.0.1:80?log=debug'
+  SEMAPHORE_LIMIT=4096 nodepass 'server://[::1]:10101/:8443?tls=2&crt=/etc/nodepass/cert.pem&key=/etc/nodepass/key.pem'
+  nodepass --config /etc/nodepass/nodepass.conf --show-config
+"""
+USAGE = """\
+nodepass [options] 'server://<tunnel_addr>/<target_addr>[?key=value&...]'
+       nodepass [options] 'client://<tunnel_addr>/<target_addr>[?key=value&...]'
+       nodepass [options] --config FILE"""
+
+
+class _Parser(configargparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(re.split(" ['\"]", message)[0])  # argparse quotes the value, which may be a secret
+
+
+def build_parser() -> configargparse.ArgumentParser:
+    """Build the command line's parser; it leaves every value as text, and what is not given as None."""
+    parser = _Parser(
+        prog="nodepass",
+        usage=USAGE,
+        description="A TCP and UDP tunnel with a pool of one-time data connections.",
+        epilog=EXAMPLES,
+        formatter_class=configargparse.RawDescriptionHelpFormatter,
+        config_file_parser_class=configfile.OneSection,
+        add_env_var_help=False,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    names = dict.fromkeys([setting.group for setting in SETTINGS] + [_CONFIGURATION])
+    groups = {name: parser.add_argument_group(name) for name in names}
+    groups[_ADDRESSES].add_argument("positional", nargs="?", metavar="URL", help=FORMS)
+    for setting in SETTINGS:
+        groups[setting.group].add_argument(
+            f"--{setting.name}",
+            dest=setting.name,
+            env_var=setting.env,
+            metavar=setting.metavar,
+            help=f"{setting.help} (environment: {setting.env}, default: {setting.default})",
+        )
+    group = groups[_CONFIGURATION]
+    group.add_argument("-c", "--config", metavar="FILE", help="read settings and tunnels from a file")
+    group.add_argument("--show-config", action="store_true", help="print every setting with its source, and exit")
+    group.add_argument("-V", "--version", action="store_true", help="print the version, and exit")
+    group.add_argument("-h", "--help", action="store_true", help="print this, and exit")
+    return parser
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the command line asks for: run, show-config, or, without configs, help, version or usage."""
+
+    action: str
+    configs: tuple[Config, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The command line alone."""
+
+    action: str
+    file: str | None
+    given: Mapping[str, Entry]
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
+    """Merge all sources into one Config per tunnel; raise ConfigError. A blank environment value is none."""
+    parser = build_parser()
+    line = _read_line(parser, argv)
+    if line.action in ("help", "version"):
+        return Parsed(line.action)
+    environ = {name: value for name, value in environ.items() if value.strip()}
+    warnings: list[str] = []
+    configs = []
+    for name, section in _read_sections(line, environ, warnings).items():
+        given = _merge(parser, line.given, environ, section)
+        if "url" not in given:
+            if line.file is None:
+                return Parsed("usage")
+            raise ConfigError(f"url: no tunnel is named; allowed: url = {FORMS} [from file {printable(line.file)}]")
+        url = _read_url(given["url"])
+        given = _merge(parser, {**_read_query(url, given["url"], warnings), **line.given}, environ, section)
+        configs.append(_make_config(name, url, given, warnings))
+    return Parsed(line.action, tuple(configs), tuple(warnings))
+
+
+def _read_line(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> _Line:
+    namespace, unknown = parser.parse_known_args(list(argv), env_vars={}, config_file_contents="")
+    values = vars(namespace)
+    action = next((name for name in ("help", "version", "show_config") if values[name]), "run").replace("_", "-")
+    if action in ("help", "version"):
+        return _Line(action, None, {})
+    if values["positional"] is not None:
+        _refuse_command(values["positional"])
+        if values["url"] is not None:
+            raise ConfigError("url: given twice, as an argument and as --url [from command line]")
+        values["url"] = values["positional"]
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        hint = did_you_mean(word, [f"--{name}" for name in (*BY_NAME, *LINE_ONLY)])
+        raise ConfigError(f"unknown option or argument {shown(word)}{hint} [from command line]")
+    texts = {name: values[name] for name in BY_NAME if values[name] is not None}
+    given = {name: Entry(name, text, "command line") for name, text in texts.items()}
+    return _Line(action, namespace.config, given)
+
+
+def _refuse_command(word: str) -> None:
+    """Keep words that are no URL free for commands to come."""
+    if "://" not in word:
+        address = ":" in word and not word.startswith(("server:", "client:"))
+        hint = "an address stands behind server:// or client://" if address else f"a tunnel is {FORMS}"
+        raise ConfigError(f"unknown command {shown(word)}; {hint} [from command line]")
+
+
+def _read_sections(line: _Line, environ: Mapping[str, str], warnings: list[str]) -> dict[str, dict[str, Entry]]:
+    """Return the file's settings for each tunnel by its name; "" is the only tunnel of a file without sections."""
+    if line.file is None:
+        return {"": {}}
+    file = configfile.read(line.file)
+    defaults = _collect(file.defaults, BY_NAME, warnings)
+    if not file.tunnels:
+        return {"": defaults}
+    for source, present in (
+        ("command line", "url" in line.given),
+        (f"environment variable {BY_NAME['url'].env}", BY_NAME["url"].env in environ),
+        (defaults["url"].source if "url" in defaults else "", "url" in defaults),
+    ):
+        if present:
+            raise ConfigError(f"url: not allowed beside the [tunnel NAME] sections of the file [from {source}]")
+    tunnels = {}
+    for section in file.tunnels:
+        tunnels[section.name] = {**defaults, **_collect(section.entries, BY_NAME, warnings)}
+        if "url" not in tunnels[section.name]:
+            raise ConfigError(f"url: missing in [tunnel {section.name}] [from {section.source}]")
+    return tunnels
+
+
+def _read_url(entry: Entry) -> TunnelURL:
+    try:
+        return parse_url(entry.text)
+    except ConfigError as exc:
+        raise ConfigError(f"url: {exc} [from {entry.source}]") from exc
+
+
+def _read_query(url: TunnelURL, entry: Entry, warnings: list[str]) -> dict[str, Entry]:
+    """Return the URL's query by setting name; a blank value is none."""
+    source = "URL query" if entry.source == "command line" else f"URL query, {entry.source}"
+    keys = [name for name in BY_NAME if name != "url"]
+    found = _collect([Entry(key, text, source) for key, text in url.query], keys, warnings)
+    return {name: each for name, each in found.items() if each.text.strip()}
+
+
+def _collect(entries: Iterable[Entry], known: Iterable[str], warnings: list[str]) -> dict[str, Entry]:
+    """Index entries by setting name; refuse unknown keys and those given twice."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        name = entry.key.replace("_", "-")
+        if name in ALIASES:
+            warnings.append(f"{entry.key} is read as {ALIASES[name]}, which is its name [from {entry.source}]")
+            name = ALIASES[name]
+        if name not in known:
+            raise ConfigError(f"unknown key {shown(entry.key)}{_hint(name, known)} [from {entry.source}]")
+        if name in found:
+            raise ConfigError(f"{name}: given twice; first in {found[name].source} [from {entry.source}]")
+        found[name] = entry._replace(key=name)
+    return found
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    if name in LINE_ONLY:
+        return ", an option of the command line only"
+    if name in LATER_KEYS:
+        return ", which belongs to a later NodePass release"
+    return did_you_mean(name, known) or f"; allowed: {', '.join(known)}"
+
+
+def _merge(
+    parser: configargparse.ArgumentParser,
+    given: Mapping[str, Entry],
+    environ: Mapping[str, str],
+    section: Mapping[str, Entry],
+) -> dict[str, Entry]:
+    """Let ConfigArgParse choose between what is given (flags and query), the environment and the file."""
+    namespace = parser.parse_args(
+        [f"--{name}={entry.text}" for name, entry in given.items()],
+        env_vars=environ,
+        config_file_contents=configfile.format_entries(section.values()),
+    )
+    sources = {name: entry.source for name, entry in given.items()}
+    for origin, settings in parser.get_source_to_settings_dict().items():
+        for key, (action, _) in settings.items():
+            if origin == "environment_variables":
+                sources[action.dest] = f"environment variable {key}"
+            elif origin.startswith("config_file"):
+                sources[action.dest] = section[key].source
+    return {name: Entry(name, vars(namespace)[name], source) for name, source in sources.items()}
+
+
+def _make_config(name: str, url: TunnelURL, given: Mapping[str, Entry], warnings: list[str]) -> Config:
+    values = {BY_NAME[each].field: _convert(BY_NAME[each], entry) for each, entry in given.items() if each != "url"}
+    sources = {each: entry.source for each, entry in given.items()}
+    config = Config(role=url.role, tunnel=url.tunnel, target=url.target, name=name, sources=sources, **values)
+    if config.crt and config.tls == 0:
+        warnings.append(f"crt and key are not used, as tls is 0 [from {config.source('tls')}]: nothing is encrypted")
+    return config
+
+
+def _convert(setting: Setting, entry: Entry) -> Any:
+    try:
+        if not entry.text.isprintable() or not entry.text:
+            raise ConfigError(f"{shown(entry.text)} is empty or holds control characters")
+        return setting.read(entry.text)
+    except ConfigError as exc:
+        raise ConfigError(f"{setting.name}: {exc} [from {entry.source}]") from exc
+
+
+def show(configs: Iterable[Config]) -> str:
+    """Format every setting of every tunnel with its source, as a config file."""
+    return "\n".join(_show_one(config) for config in configs)
+
+
+def _show_one(config: Config) -> str:
+    lines = [f"[tunnel {config.name}]\n"] if config.name else []
+    for setting in SETTINGS:
+        value, source = getattr(config, setting.field), config.source(setting.name)
+        if value is None:
+            lines.append(configfile.format_line(f"# {setting.name} =", f"{source}: {setting.unset}"))
+        else:
+            lines.append(configfile.format_entries([Entry(setting.name, setting_text(setting.field, value), source)]))
+    return "".join(lines)

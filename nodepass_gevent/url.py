@@ -1,0 +1,80 @@
+"""The URL that says what a tunnel is: ``server://<tunnel_addr>/<target_addr>?key=value&...``.
+
+Split by rules of our own: urlsplit drops tabs and newlines and keeps quiet about much else.
+Knows no setting: what the query's keys mean is not decided here.
+"""
+
+import re
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
+
+from .config import Address, did_you_mean, printable, shown
+from .errors import ConfigError
+
+ROLES = ("server", "client")
+FORMS = "server://<tunnel_addr>/<target_addr> or client://<tunnel_addr>/<target_addr>"
+MAX_URL = 8192  # characters; a long one with every setting has about 500
+_BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+
+
+@dataclass(frozen=True)
+class TunnelURL:
+    """The parts of a tunnel's URL; query values are decoded, keys are as written."""
+
+    role: str
+    tunnel: Address
+    target: Address
+    query: tuple[tuple[str, str], ...]
+
+
+def parse_url(text: str) -> TunnelURL:
+    """Parse a tunnel's URL; raise ConfigError, whose text holds neither userinfo nor the whole URL."""
+    if len(text) > MAX_URL:
+        raise ConfigError(f"longer than {MAX_URL} characters")
+    for position, char in enumerate(text, start=1):
+        if char == " " or not char.isprintable():
+            raise ConfigError(f"character {position} is '{printable(char)}'; blanks and control characters are refused")
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        raise ConfigError(f"{shown(text)} has no ://; allowed: {FORMS}")
+    role = scheme.lower()
+    if role not in ROLES:
+        raise ConfigError(f"unknown scheme {shown(scheme)}{did_you_mean(role, ROLES)}; allowed: {FORMS}")
+    if "#" in rest:
+        raise ConfigError("a fragment (#...) is not allowed; write # as %23")
+    addresses, _, query = rest.partition("?")
+    tunnel, target = _addresses(addresses)
+    return TunnelURL(role, tunnel, target, _query(query))
+
+
+def _addresses(text: str) -> tuple[Address, Address]:
+    if "@" in text:
+        raise ConfigError("a tunnel key in the URL is not supported by this version")
+    tunnel, _, target = text.partition("/")
+    if not target:
+        raise ConfigError(f"the target address is missing; allowed: {FORMS}")
+    if "/" in target:
+        raise ConfigError(f"the target address {shown(target)} must not be followed by a path")
+    return _address("tunnel", tunnel), _address("target", target)
+
+
+def _address(which: str, text: str) -> Address:
+    try:
+        return Address.parse(text)
+    except ConfigError as exc:
+        raise ConfigError(f"the {which} address {exc}") from exc
+
+
+def _query(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = (item.partition("=") for item in text.split("&") if item)
+    return tuple((key, _decoded(key, value)) for key, _, value in pairs)
+
+
+def _decoded(key: str, value: str) -> str:
+    """Decode %XX; a plus sign stays one, for file names have them."""
+    if _BAD_PERCENT.search(value):
+        raise ConfigError(f"the value of {shown(key)} has a % without two hexadecimal digits; write % as %25")
+    try:
+        return unquote_to_bytes(value).decode()
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"the value of {shown(key)} is not UTF-8 text") from exc

@@ -1,0 +1,508 @@
+import contextlib
+import dataclasses
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nodepass_gevent import options
+from nodepass_gevent.config import Address, Config
+from nodepass_gevent.errors import ConfigError
+
+fuzz = settings(max_examples=300, deadline=None, database=None)
+URL = "server://:10101/127.0.0.1:8080"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a config file; return its path and what errors call it."""
+
+    def write_file(text):
+        path = tmp_path / "t.ini"
+        path.write_text(text, encoding="utf-8")
+        return str(path), f"file {path}"
+
+    return write_file
+
+
+def parse_one(*argv, **environ):
+    (config,) = options.parse(argv, environ).configs
+    return config
+
+
+def error(*argv, **environ):
+    with pytest.raises(ConfigError) as caught:
+        options.parse(argv, environ)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+# The table
+
+TEXTS = {  # a value other than the default, as written and in Config
+    "network": ("udp", "udp"),
+    "data-port": ("10102", 10102),
+    "tls": ("1", 1),
+    "crt": ("/etc/a%b.pem", "/etc/a%b.pem"),
+    "key": ("/etc/a b.pem", "/etc/a b.pem"),
+    "semaphore-limit": ("5", 5),
+    "min-pool-capacity": ("6", 6),
+    "max-pool-capacity": ("70", 70),
+    "udp-data-buf-size": ("8", 8),
+    "udp-read-timeout": ("9ms", 0.009),
+    "report-interval": ("1m30s", 90),
+    "reload-interval": ("1.5h", 5400),
+    "service-cooldown": ("12s", 12),
+    "shutdown-timeout": ("0", 0),
+    "log": ("warn", "warn"),
+}
+PARTNER = {"crt": "key", "key": "crt"}  # refused one without the other
+# fmt: off
+ORIGINAL_NAMES = ("SEMAPHORE_LIMIT", "MIN_POOL_CAPACITY", "MAX_POOL_CAPACITY", "UDP_DATA_BUF_SIZE", "UDP_READ_TIMEOUT",
+                  "REPORT_INTERVAL", "RELOAD_INTERVAL", "SERVICE_COOLDOWN", "SHUTDOWN_TIMEOUT")
+LATER_KEYS = ("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "sni", "notcp", "noudp",
+              "type", "quic", "pool")
+# fmt: on
+
+
+def test_every_setting_of_config_is_in_the_table():
+    fields = {each.name for each in dataclasses.fields(Config)}
+    settable = fields - {"role", "tunnel", "target", "name", "limits", "sources"}
+    assert {setting.field for setting in options.SETTINGS} == settable | {"url"}
+    assert set(TEXTS) == set(options.BY_NAME) - {"url"}
+
+
+def test_environment_names_are_the_original_ones_or_have_the_prefix():
+    own = [s for s in options.SETTINGS if s.env.startswith("NODEPASS_")]
+    assert sorted(s.env for s in options.SETTINGS if s not in own) == sorted(ORIGINAL_NAMES)
+    assert {s.name: s.env for s in own} == {
+        "url": "NODEPASS_URL",
+        "network": "NODEPASS_NETWORK",
+        "data-port": "NODEPASS_DATA_PORT",
+        "tls": "NODEPASS_TLS",
+        "crt": "NODEPASS_CRT",
+        "key": "NODEPASS_KEY",
+        "log": "NODEPASS_LOG",
+    }
+
+
+def query(texts):
+    return URL + "?" + "&".join(f"{k}={v.replace('%', '%25').replace(' ', '%20')}" for k, v in texts.items())
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("source", ["flag", "query", "underscored query", "environment", "file", "underscored file"])
+def test_every_setting_comes_from_every_source(name, source, write):
+    text, value = TEXTS[name]
+    texts = {name: text}
+    if name in PARTNER:
+        texts[PARTNER[name]] = "/x"
+    if source.startswith("underscored"):
+        texts = {key.replace("-", "_"): each for key, each in texts.items()}
+    if source == "flag":
+        config, named = parse_one(URL, *(f"--{key}={each}" for key, each in texts.items())), "command line"
+    elif source.endswith("query"):
+        config, named = parse_one(query(texts)), "URL query"
+    elif source == "environment":
+        environ = {options.BY_NAME[key].env: each for key, each in texts.items()}
+        config, named = parse_one(URL, **environ), f"environment variable {options.BY_NAME[name].env}"
+    else:
+        path, label = write("".join(f"{key} = {each}\n" for key, each in texts.items()))
+        config, named = parse_one("-c", path, URL), f"{label}:1"
+    assert getattr(config, options.BY_NAME[name].field) == value
+    assert config.source(name) == named
+    assert config.source("url") == "command line"
+
+
+def test_without_any_source_the_defaults_hold():
+    config = parse_one(URL)
+    assert config == Config(role="server", tunnel=Address("", 10101), target=Address("127.0.0.1", 8080))
+    assert config.sources == {"url": "command line"}
+
+
+LAYERS = [
+    ("command line", "1"),
+    ("URL query", "2"),
+    ("environment variable SEMAPHORE_LIMIT", "3"),
+    ("file", "4"),
+    ("default", "1024"),
+]
+
+
+@pytest.mark.parametrize("first", range(len(LAYERS)))
+def test_the_strongest_source_wins(first, write):
+    present = [source for source, _ in LAYERS[first:]]
+    path, label = write("semaphore_limit = 4\n" if "file" in present else "")
+    argv = ["-c", path, URL + ("?semaphore_limit=2" if "URL query" in present else "")]
+    if "command line" in present:
+        argv += ["--semaphore-limit", "1"]
+    environ = {"SEMAPHORE_LIMIT": "3"} if "environment variable SEMAPHORE_LIMIT" in present else {}
+    config = parse_one(*argv, **environ)
+    source, text = LAYERS[first]
+    assert config.semaphore_limit == int(text)
+    assert config.source("semaphore-limit") == (f"{label}:1" if source == "file" else source)
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\t\n"])
+def test_a_blank_environment_value_is_unset(blank):
+    environ = {setting.env: blank for setting in options.SETTINGS}
+    assert parse_one(URL, **environ) == parse_one(URL)
+    assert options.parse([], environ).action == "usage"
+
+
+def test_a_blank_query_value_is_unset():
+    assert parse_one(URL + "?tls=&log&semaphore_limit=%20", SEMAPHORE_LIMIT="7") == parse_one(URL, SEMAPHORE_LIMIT="7")
+
+
+def test_an_empty_option_is_not_unset():
+    assert (
+        error(URL, "--log=", NODEPASS_LOG="warn") == "log: '' is empty or holds control characters [from command line]"
+    )
+
+
+def test_the_environment_of_the_process_is_not_read(monkeypatch):
+    monkeypatch.setenv("SEMAPHORE_LIMIT", "7")
+    monkeypatch.setenv("NODEPASS_URL", URL)
+    assert parse_one(URL).semaphore_limit == 1024
+    assert options.parse([], {}).action == "usage"
+
+
+def test_every_example_of_the_documentation_parses():
+    assert parse_one("server://:10101/127.0.0.1:5432?tls=1").tls == 1
+    assert parse_one("server://0.0.0.0:10101/[::]:8080").target == Address("::", 8080)
+    assert parse_one("client://localhost:10101/127.0.0.1:80").role == "client"
+
+
+def test_every_example_of_the_help_parses():
+    quoted = re.findall(r"nodepass '(\S+)'", options.EXAMPLES)
+    assert len(re.findall("^  .*nodepass ", options.EXAMPLES, re.MULTILINE)) == 4
+    assert [parse_one(url).role for url in quoted] == ["server", "client", "server"]
+
+
+# The URL's own sources
+
+
+def test_the_url_comes_from_the_strongest_source(write):
+    path, label = write("url = server://:3/:9?tls=1\n")
+    one = parse_one("-c", path)
+    assert (one.tunnel.port, one.source("url")) == (3, f"{label}:1")
+    assert one.source("tls") == f"URL query, {label}:1"
+    two = parse_one("-c", path, NODEPASS_URL="server://:2/:9?tls=2&crt=a&key=b")
+    assert (two.tunnel.port, two.tls, two.source("url")) == (2, 2, "environment variable NODEPASS_URL")
+    for argv in (["server://:1/:9"], ["--url", "server://:1/:9"], ["--", "server://:1/:9"]):
+        config = parse_one("-c", path, *argv, NODEPASS_URL="server://:2/:9?tls=1")
+        assert (config.tunnel.port, config.tls, config.source("url")) == (1, 0, "command line")
+
+
+def test_two_urls_on_the_command_line_are_refused():
+    assert error(URL, "--url", URL).startswith("url: given twice")
+    assert error(URL, "client://secret@x:1/:2") == "unknown option or argument '***@x:1/:2' [from command line]"
+
+
+def test_without_a_url_the_usage_is_asked_for():
+    assert options.parse([], {}) == options.Parsed("usage")
+    assert options.parse(["--log", "debug"], {"NODEPASS_TLS": "1"}) == options.Parsed("usage")
+
+
+def test_a_file_without_a_url_is_refused(write):
+    path, label = write("log = debug")
+    assert error("-c", path) == (
+        "url: no tunnel is named; allowed: url = server://<tunnel_addr>/<target_addr> "
+        f"or client://<tunnel_addr>/<target_addr> [from {label}]"
+    )
+
+
+# Errors: the line names setting, value, what is allowed, and the source
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "text"),
+    [
+        (
+            [URL],
+            {"UDP_READ_TIMEOUT": "5"},
+            "udp-read-timeout: '5' is not a duration such as 5s, 1h30m or 100ms [from environment variable UDP_READ_T",
+        ),
+        (
+            [URL, "--semaphore-limit", "0"],
+            {},
+            "semaphore-limit: '0' is not within 1 to 1048576 [from command line]",
+        ),
+        (
+            [URL, "--semaphore-limit=-5"],
+            {},
+            "semaphore-limit: '-5' is not within 1 to 1048576 [from command line]",
+        ),
+        ([URL + "?tls=3"], {}, "tls: '3' is not one of 0, 1, 2 [from URL query]"),
+        ([URL + "?tls=2"], {}, "tls: '2' needs crt and key; without them allowed: 0, 1 [from URL query]"),
+        ([URL], {"NODEPASS_TLS": "on"}, "tls: 'on' is not a whole number [from environment variable NODEPASS_TLS]"),
+        ([URL], {"SEMAPHORE_LIMIT": "7\n"}, r"semaphore-limit: '7\n' is empty or holds control characters [from envir"),
+        ([URL + "?semaphore_limit=%D9%A1"], {}, "semaphore-limit: '\u0661' is not a whole number [from URL query]"),
+        ([URL + "?semaphore_limit=" + "9" * 5000], {}, "..."),
+        (
+            [URL],
+            {"NODEPASS_URL": "x", "NODEPASS_LOG": "inf"},
+            "error, fatal (did you mean 'info'?) [from environment variable NODEPASS_LOG]",
+        ),
+        ([], {"NODEPASS_URL": "x"}, "url: 'x' has no ://; allowed: server://"),
+        ([], {"NODEPASS_URL": "x://"}, "[from environment variable NODEPASS_URL]"),
+        (["--url", "x"], {}, "url: 'x' has no ://"),
+        (["server://:1/x"], {}, "url: the target address 'x' has no port; allowed: host:port, :port, [ipv6]:port"),
+        ([URL + "?tsl=1"], {}, "unknown key 'tsl' (did you mean 'tls'?) [from URL query]"),
+        ([URL + "?TLS=1"], {}, "unknown key 'TLS' (did you mean 'tls'?) [from URL query]"),
+        ([URL + "?semaphor_limit=1"], {}, "unknown key 'semaphor_limit' (did you mean 'semaphore-limit'?)"),
+        ([URL + "?zz=1"], {}, "unknown key 'zz'; allowed: network, data-port, tls, crt, key, "),
+        ([URL + "?url=x"], {}, "unknown key 'url'"),
+        ([URL + "?config=x"], {}, "unknown key 'config', an option of the command line only [from URL query]"),
+        ([URL + "?tls=1&tls=1"], {}, "tls: given twice; first in URL query [from URL query]"),
+        ([URL + "?tls=&tls=1"], {}, "tls: given twice"),
+        ([URL + "?log-x=1&log=a"], {}, "unknown key 'log-x'"),
+        ([URL + "?udp_read_timeout=1s&udp-read-timeout=1s"], {}, "udp-read-timeout: given twice"),
+        ([URL + "?crt=a&cert=b"], {}, "crt: given twice"),
+        ([URL + "?crt=a"], {}, "crt: 'a' has no key that belongs to it; give both crt and key, or neither [from URL"),
+        (["client://a:1/b:2?crt=a&key=b"], {}, "crt: 'a' belongs to the server; a client has none [from URL query]"),
+        (["client://a:1/b:0"], {}, "url: 'client://a:1/b:0' dials 'b:0'; a client needs ports from 1 to 65535 [from c"),
+        ([URL, "--sem-limit", "5"], {}, "unknown option or argument '--sem-limit' (did you mean '--semaphore-limit'?)"),
+        (
+            [URL, "--semaphore_limit=5"],
+            {},
+            "unknown option or argument '--semaphore_limit' (did you mean '--semaphore-",
+        ),
+        ([URL, "--semaphore", "5"], {}, "unknown option or argument '--semaphore'"),
+        ([URL, "-x"], {}, "unknown option or argument '-x' [from command line]"),
+        ([URL, "extra"], {}, "unknown option or argument 'extra' [from command line]"),
+        ([URL, "--log"], {}, "argument --log: expected one argument"),
+        ([URL, "--show-config=s3cret"], {}, "argument --show-config: ignored explicit argument"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_with_its_source(argv, environ, text):
+    line = error(*argv, **environ)
+    assert text in line
+    assert "s3cret" not in line
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("key", LATER_KEYS)
+def test_a_key_of_a_later_release_is_named_as_such(key):
+    assert error(f"{URL}?{key}=1") == f"unknown key '{key}', which belongs to a later NodePass release [from URL query]"
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["status"], "unknown command 'status'; a tunnel is server://<tunnel_addr>/<target_addr> or client://"),
+        (["generate", "supervisor", "--json"], "unknown command 'generate'; "),
+        (["localhost:10101/127.0.0.1:80"], "an address stands behind server:// or client://"),
+        ([":10101/:80", "--log", "debug"], "an address stands behind server:// or client://"),
+        (["server:/:1/:2"], "unknown command 'server:/:1/:2'; a tunnel is server://"),
+        ([""], "unknown command ''"),
+        (["s3cret@host:1/:2"], "unknown command '***@host:1/:2'"),
+    ],
+)
+def test_a_word_that_is_no_url_is_an_unknown_command(argv, text):
+    assert text in error(*argv)
+
+
+# The file
+
+FILE = """\
+log = warn
+[nodepass]
+semaphore_limit = 7
+tls = 1
+[tunnel web]
+url = server://:1/:2?udp_read_timeout=1s
+tls = 2
+crt = a
+key = b
+[tunnel ssh]
+url = client://h:1/:2
+"""
+
+
+def test_a_tunnels_section_beats_the_defaults_of_the_file(write):
+    path, label = write(FILE)
+    web, ssh = options.parse(["-c", path], {"NODEPASS_NETWORK": "tcp"}).configs
+    assert (web.name, web.url, web.tls, web.log, web.semaphore_limit) == ("web", "server://:1/:2", 2, "warn", 7)
+    assert (ssh.name, ssh.url, ssh.tls, ssh.log, ssh.semaphore_limit) == ("ssh", "client://h:1/:2", 1, "warn", 7)
+    assert {web.network, ssh.network} == {"tcp"}
+    assert web.sources == {
+        "url": f"{label}:6",
+        "udp-read-timeout": f"URL query, {label}:6",
+        "tls": f"{label}:7",
+        "crt": f"{label}:8",
+        "key": f"{label}:9",
+        "log": f"{label}:1",
+        "semaphore-limit": f"{label}:3",
+        "network": "environment variable NODEPASS_NETWORK",
+    }
+    assert (ssh.udp_read_timeout_s, ssh.crt) == (5, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "why"),
+    [
+        ("semaphor_limit = 5", 1, "unknown key 'semaphor_limit' (did you mean 'semaphore-limit'?)"),
+        ("[nodepass]\nmax = 5", 2, "unknown key 'max', which belongs to a later NodePass release"),
+        ("semaphore_limit = 5\nsemaphore-limit = 5", 2, "semaphore-limit: given twice; first in"),
+        ("log = info\n[nodepass]\nlog = info", 3, "log: given twice; first in"),
+        ("config = /etc/x", 1, "unknown key 'config', an option of the command line only"),
+        ("help = true", 1, "unknown key 'help', an option of the command line only"),
+        ("version = true", 1, "unknown key 'version', an option of the command line only"),
+        ("show_config = true", 1, "unknown key 'show_config', an option of the command line only"),
+        ("positional = server://:1/:2", 1, "unknown key 'positional'"),
+        ("--log = info", 1, "unknown key '--log'"),
+        ("url = server://:1/:2\nlog = loud", 2, "log: 'loud' is not one of debug, info, warn, error, fatal"),
+        ("url = server://:1/:2\nreport_interval = 0", 2, "report-interval: '0s' is not within 10ms to 1h0m0s"),
+        ("url = server://:1/:2\ncrt = [a, b]\nkey = c\nlog = [info]", 4, "log: '[info]' is not one of"),
+        ("\nurl = sever://:1/:2", 2, "url: unknown scheme 'sever' (did you mean 'server'?)"),
+        ("[tunnel a]\nlog = info", 1, "url: missing in [tunnel a]"),
+        ("[tunnel a]\nurl = server://:1/:2\n[tunnel b]", 3, "url: missing in [tunnel b]"),
+        ("url = server://:1/:2\n[tunnel a]\nurl = server://:1/:2", 1, "url: not allowed beside the [tunnel NAME] sec"),
+        ("log", 1, "'log' is not followed by = and a value"),
+        ("[tunel a]", 1, "unknown section"),
+    ],
+)
+def test_a_wrong_line_of_the_file_is_refused_with_its_number(write, text, line, why):
+    path, label = write(text)
+    message = error("--config", path)
+    assert message.startswith(why)
+    assert message.endswith(f" [from {label}:{line}]")
+
+
+def test_a_url_from_elsewhere_is_refused_beside_tunnel_sections(write):
+    path, _ = write(FILE)
+    why = "url: not allowed beside the [tunnel NAME] sections of the file"
+    assert error("-c", path, URL) == f"{why} [from command line]"
+    assert error("-c", path, "--url", URL) == f"{why} [from command line]"
+    assert error("-c", path, NODEPASS_URL=URL) == f"{why} [from environment variable NODEPASS_URL]"
+
+
+def test_an_unreadable_file_is_refused():
+    assert error("-c", "/nonexistent\n/x") == (
+        r"config: cannot read the file: No such file or directory [from file /nonexistent\n/x]"
+    )
+
+
+# Warnings
+
+
+def test_cert_is_read_as_crt_with_a_warning(write):
+    parsed = options.parse([URL + "?cert=a&key=b&tls=1"], {})
+    assert parsed.configs[0].crt == "a"
+    assert parsed.warnings == ("cert is read as crt, which is its name [from URL query]",)
+    path, label = write("cert = a\nkey = b\ntls = 2")
+    parsed = options.parse(["-c", path, URL], {})
+    assert parsed.configs[0].crt == "a"
+    assert parsed.warnings == (f"cert is read as crt, which is its name [from {label}:1]",)
+
+
+def test_a_certificate_without_tls_is_warned_about():
+    assert options.parse([URL + "?crt=a&key=b"], {}).warnings == (
+        "crt and key are not used, as tls is 0 [from default]: nothing is encrypted",
+    )
+    assert options.parse([URL + "?crt=a&key=b&tls=1"], {}).warnings == ()
+
+
+# What is only shown
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["--help"], ["--bogus", "-h"], ["-c", "/nonexistent", "-h"], ["word", "-Vh"]])
+def test_help_is_asked_for_even_beside_mistakes(argv):
+    assert options.parse(argv, {"NODEPASS_LOG": "loud"}) == options.Parsed("help")
+
+
+def test_version_is_asked_for():
+    assert options.parse(["-V"], {}) == options.parse(["--version", "x"], {}) == options.Parsed("version")
+
+
+def test_the_help_shows_every_option_with_environment_default_and_choices():
+    text = " ".join(options.build_parser().format_help().split())
+    for setting in options.SETTINGS:
+        assert f"--{setting.name} {setting.metavar} " in text
+        assert f"(environment: {setting.env}, default: {setting.default})" in text
+    for group in ("addresses and mode:", "TLS:", "pool and limits:", "timing:", "logs:", "configuration:"):
+        assert group in text
+    for part in ("--log debug|info|warn|error|fatal", "--tls 0|1|2", "default: 1h0m0s)", "default: any free one)"):
+        assert part in text
+    assert "goo.gl" not in text
+    assert "[env var" not in text
+
+
+def test_every_setting_is_shown_with_its_value_and_source(write):
+    path, label = write("report-interval = 1m")
+    parsed = options.parse(["-c", path, "--show-config", URL + "?tls=1", "--log", "warn"], {"SEMAPHORE_LIMIT": "9"})
+    assert parsed.action == "show-config"
+    assert options.show(parsed.configs).splitlines() == [
+        "url = server://:10101/127.0.0.1:8080     # command line",
+        "network = both                           # default",
+        "# data-port =                            # default: any free one",
+        "tls = 1                                  # URL query",
+        "# crt =                                  # default: none",
+        "# key =                                  # default: none",
+        "semaphore-limit = 9                      # environment variable SEMAPHORE_LIMIT",
+        "min-pool-capacity = 16                   # default",
+        "max-pool-capacity = 1024                 # default",
+        "udp-data-buf-size = 8192                 # default",
+        "udp-read-timeout = 5s                    # default",
+        f"report-interval = 1m0s                   # {label}:1",
+        "reload-interval = 1h0m0s                 # default",
+        "service-cooldown = 5s                    # default",
+        "shutdown-timeout = 5s                    # default",
+        "log = warn                               # command line",
+    ]
+
+
+@pytest.mark.parametrize("text", [FILE, 'url = server://[::1]:1/h:2\ntls = 1\nkey = \'\ncrt = "/a # b"\ndata_port = 9'])
+def test_what_is_shown_reads_back_as_a_file(write, text):
+    path, _ = write(text)
+    configs = options.parse(["-c", path], {}).configs
+    path, _ = write(options.show(configs))
+    assert options.parse(["-c", path], {}).configs == configs
+
+
+def test_building_the_parser_needs_neither_gevent_nor_openssl():
+    code = (
+        "import sys; from nodepass_gevent import options; options.build_parser().format_help();"
+        "print({'gevent', 'OpenSSL', 'cryptography', 'socket'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"set()\n"
+
+
+# Whatever comes
+
+names = st.sampled_from([*options.BY_NAME, "cert", "config", "x"])
+values = st.text(max_size=8) | st.sampled_from(["1", "5s", "info", "udp", URL, "client://h:1/:2", ""])
+urls = st.lists(st.tuples(names, values), max_size=3).map(lambda q: URL + "?" + "&".join(f"{k}={v}" for k, v in q))
+words = (
+    st.text(max_size=8)
+    | st.sampled_from(["-h", "-V", "--", "-c", "--show-config", "--url", URL])
+    | st.builds("--{}={}".format, names, values)
+    | names.map("--{}".format)
+    | urls
+)
+lines = st.builds("{} = {}".format, names, values) | st.sampled_from(["[nodepass]", "[tunnel a]", f"url = {URL}"])
+files = st.binary(max_size=50) | st.lists(lines, max_size=4).map(lambda all_: "\n".join(all_).encode(errors="replace"))
+environs = st.dictionaries(st.sampled_from([setting.env for setting in options.SETTINGS]), values, max_size=3)
+
+
+@fuzz
+@given(argv=st.lists(words, max_size=4), environ=environs, file=st.none() | files)
+def test_any_input_is_parsed_or_a_config_error_of_one_line(tmp_path_factory, argv, environ, file):
+    if file is not None:
+        path = tmp_path_factory.getbasetemp() / "fuzz.ini"
+        path.write_bytes(file)
+        argv = ["-c", str(path), *argv]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            parsed = options.parse(argv, environ)
+        except ConfigError as exc:
+            assert str(exc).isprintable()
+        else:
+            assert options.show(parsed.configs).count("url = ") == len(parsed.configs)
+    assert not printed.getvalue()
