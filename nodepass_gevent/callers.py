@@ -1,0 +1,59 @@
+"""Who has connected and is not known yet: a bounded table, and a verdict for each.
+
+A caller of the tunnel port holds nothing and displaces nobody until it is known. This table decides who
+is a candidate and who must go when it is full; it reads and writes no socket.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from gevent.event import AsyncResult
+
+
+@dataclass(eq=False)
+class Caller:
+    """One connection that waits for its verdict. ``key`` is its address as ``net.peer_key`` gives it."""
+
+    key: str
+    connection: Any
+    verdict: AsyncResult = field(default_factory=AsyncResult)
+
+    def decide(self, verdict: Any) -> bool:
+        """Settle what becomes of this caller; False when that is settled already."""
+        if self.verdict.ready():
+            return False
+        self.verdict.set(verdict)
+        return True
+
+
+class Callers:
+    """At most ``limit`` callers, in the order of their arrival."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._waiting: dict[Caller, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, caller: Caller) -> Caller | None:
+        """Note a newcomer. When that is one too many, give the one to close: the longest-waiting of
+        the address that has the most, so that no crowd from one address keeps an honest caller out."""
+        self._waiting[caller] = None
+        if len(self._waiting) <= self._limit:
+            return None
+        crowd = Counter(waiting.key for waiting in self._waiting).most_common(1)[0][0]
+        evicted = next(waiting for waiting in self._waiting if waiting.key == crowd)
+        del self._waiting[evicted]
+        return evicted
+
+    def remove(self, caller: Caller) -> None:
+        self._waiting.pop(caller, None)
+
+    def youngest(self, key: str) -> Caller | None:
+        """Give the last caller of an address that still waits, or None."""
+        for caller in reversed(self._waiting):
+            if caller.key == key and not caller.verdict.ready():
+                return caller
+        return None

@@ -1,0 +1,27 @@
+"""Counters of one tunnel: plain integers, written in the data path, read by whoever shows them."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start. Bytes are user data; up is user to target."""
+
+    tcp_exchanges: int = 0
+    udp_exchanges: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    exchanges_failed: int = 0  # ended by a reset, a timeout or a missing data connection
+    launches_lost: int = 0  # a launch whose data connection never came
+    signals_malformed: int = 0
+    signals_unknown: int = 0
+    datagrams_dropped_busy: int = 0  # over the limit of exchanges
+    datagrams_dropped_size: int = 0  # empty, or longer than UDP_DATA_BUF_SIZE
+    datagrams_unanswered: int = 0
+    callers_refused: int = 0
+    data_connections_refused: int = 0
+    accept_pauses: int = 0  # out of descriptors or memory
+
+    def __str__(self) -> str:
+        counted = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return ", ".join(f"{name} {value}" for name, value in counted if value) or "nothing yet"

@@ -1,0 +1,263 @@
+"""One-time data connections kept ready: AcceptingPool where they arrive, DialingPool where they are dialled.
+
+A pool is about readiness alone. It gives a connection away once and never takes it back; one whose end
+arrives while it is idle is dropped and never given to anybody. State changes first, then comes I/O.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import gevent
+from gevent.event import AsyncResult, Event
+from gevent.pool import Pool
+
+from .errors import NoDataConnection, NodePassError, PoolClosed, ProtocolError
+from .net import ArrivalWatch, Transport, reason
+
+log = logging.getLogger(__name__)
+
+ROUND_S = 1.0  # after each round the capacity follows the demand
+SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
+DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
+RETRY_MIN_S, RETRY_MAX_S = 0.05, 5.0  # pause after a failed dial, doubled for each further one
+
+
+class _Idle:
+    """The idle connections by id, oldest first, each watched for what arrives on it."""
+
+    def __init__(self, on_arrival: Callable[[bytes, Transport], None]) -> None:
+        self._on_arrival = on_arrival
+        self._by_id: dict[bytes, tuple[Transport, ArrivalWatch]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, id: bytes) -> bool:
+        return id in self._by_id
+
+    def add(self, id: bytes, transport: Transport) -> None:
+        self._by_id[id] = transport, ArrivalWatch(transport, self._on_arrival, id, transport)
+
+    def ignore(self, id: bytes) -> None:
+        """Stop watching a connection that stays: what arrived on it is for whoever takes it."""
+        self._by_id[id][1].close()
+
+    def pop(self, id: bytes) -> Transport:
+        transport, watch = self._by_id.pop(id)
+        watch.close()
+        return transport
+
+    def pop_oldest(self) -> tuple[bytes, Transport]:
+        id = next(iter(self._by_id))
+        return id, self.pop(id)
+
+    def reset_all(self) -> None:
+        while self._by_id:
+            self.pop_oldest()[1].reset()
+
+
+class AcceptingPool:
+    """Data connections that a peer dialled. Nothing may arrive on one before it is launched."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._idle = _Idle(self._drop)
+        self._takers: deque[AsyncResult] = deque()
+        self._closed = Event()
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def __contains__(self, id: bytes) -> bool:
+        return id in self._idle
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
+    @property
+    def room(self) -> int:
+        """How many more connections are welcome."""
+        return self.capacity + len(self._takers) - len(self._idle)
+
+    def add(self, id: bytes, transport: Transport) -> None:
+        """Keep a connection, or hand it to whoever has waited longest; PoolClosed when it came too late."""
+        if self._closed.is_set():
+            raise PoolClosed("the session has ended")
+        while self._takers:
+            taker = self._takers.popleft()
+            if not taker.ready():
+                taker.set((id, transport))
+                return
+        self._idle.add(id, transport)
+
+    def take(self, timeout_s: float) -> tuple[bytes, Transport]:
+        """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed."""
+        while self._idle:
+            id, transport = self._idle.pop_oldest()
+            if transport.peek() is None:
+                return id, transport
+            transport.reset()
+        if self._closed.is_set():
+            raise PoolClosed("the session has ended")
+        taker = AsyncResult()
+        self._takers.append(taker)
+        try:
+            with gevent.Timeout(timeout_s, NoDataConnection(f"no data connection within {timeout_s:g} s")):
+                return taker.get()
+        except BaseException:
+            self._give_up(taker)
+            raise
+
+    def _give_up(self, taker: AsyncResult) -> None:
+        if taker in self._takers:
+            self._takers.remove(taker)
+        elif taker.successful():  # handed over in the very moment of giving up
+            taker.get()[1].reset()
+
+    def _drop(self, id: bytes, transport: Transport) -> None:
+        if transport.peek() is None:
+            return
+        self._idle.pop(id).reset()
+        log.debug("idle data connection %s dropped: its peer closed it or spoke out of turn", id.decode())
+
+    def run(self) -> str:
+        """Live until closed; nothing to do meanwhile."""
+        self._closed.wait()
+        return "the pool was closed"
+
+    def close(self) -> None:
+        """Reset what is idle; whoever waits is told PoolClosed."""
+        self._closed.set()
+        self._idle.reset_all()
+        while self._takers:
+            self._takers.popleft().set_exception(PoolClosed("the session has ended"))
+
+
+class DialingPool:
+    """Data connections that this side dials, refilled the moment one is used.
+
+    ``dial()`` blocks and gives (id, transport), or raises OSError or NodePassError. ``capacity`` starts at
+    ``minimum``; after each ROUND_S it goes down by one when less than a fifth of it was dialled in that round,
+    up by one when more than four fifths were, to ``maximum`` at most (protocol v1).
+    """
+
+    def __init__(self, dial: Callable[[], tuple[bytes, Transport]], minimum: int, maximum: int) -> None:
+        self.capacity = self._minimum = minimum
+        self._maximum = maximum
+        self._dial = dial
+        self._dials = Pool(maximum)
+        self._dialling = 0
+        self._dialled = 0  # in this round
+        self._failing = False
+        self._idle = _Idle(self._look)
+        self._ended: dict[bytes, Transport] = {}  # end of stream has come, in this round
+        self._ended_before: dict[bytes, Transport] = {}  # and in the round before
+        self._takers: dict[bytes, AsyncResult] = {}
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._idle)
+
+    def run(self) -> str:
+        """Fill the pool and let its capacity follow the demand, until the greenlet is killed."""
+        while True:
+            self._fill()
+            gevent.sleep(ROUND_S)
+            self._adapt()
+            self._forget_ended()
+
+    def take(self, id: bytes, timeout_s: float) -> Transport:
+        """Give connection ``id``, waiting for it when its launch has overtaken it; NoDataConnection, PoolClosed."""
+        if self._closed:
+            raise PoolClosed("the session has ended")
+        if id in self._idle:
+            transport = self._idle.pop(id)
+            self._fill()
+            return transport
+        if transport := self._ended.pop(id, None) or self._ended_before.pop(id, None):
+            return transport
+        if id in self._takers:
+            raise ProtocolError(f"data connection {id.decode()} launched twice")
+        taker = self._takers[id] = AsyncResult()
+        self._fill()  # the connection is used the moment it is here
+        try:
+            with gevent.Timeout(timeout_s, NoDataConnection(f"no data connection {id.decode()} within {timeout_s:g} s")):
+                return taker.get()
+        finally:
+            self._takers.pop(id, None)
+
+    def close(self) -> None:
+        """Reset what is idle, end the dials; whoever waits is told PoolClosed."""
+        self._closed = True
+        self._dials.kill(block=False)
+        self._idle.reset_all()
+        self._forget_ended()
+        self._forget_ended()
+        for taker in self._takers.values():
+            taker.set_exception(PoolClosed("the session has ended"))
+
+    def _missing(self) -> int:
+        return self.capacity + len(self._takers) - len(self._idle) - self._dialling
+
+    def _fill(self) -> None:
+        for _ in range(min(self._missing(), DIALS_AT_ONCE - self._dialling, self._dials.free_count())):
+            self._dialling += 1
+            self._dials.spawn(self._add_one)
+
+    def _add_one(self) -> None:
+        try:
+            dialled = self._dial_until_it_works()
+        finally:
+            self._dialling -= 1
+        if dialled:
+            self._dialled += 1
+            self._settle(*dialled)
+            self._fill()
+
+    def _dial_until_it_works(self) -> tuple[bytes, Transport] | None:
+        """Dial, with a longer pause after each failure; None when no more connections are wanted."""
+        pause_s = RETRY_MIN_S
+        while self._missing() >= 0:
+            try:
+                dialled = self._dial()
+                self._failing = False
+                return dialled
+            except (OSError, NodePassError) as exc:
+                (log.debug if self._failing else log.warning)("no data connection: %s", reason(exc))
+                self._failing = True
+            gevent.sleep(pause_s)
+            pause_s = min(pause_s * 2, RETRY_MAX_S)
+        return None
+
+    def _settle(self, id: bytes, transport: Transport) -> None:
+        if self._closed or id in self._idle:
+            transport.reset()
+        elif id in self._takers:
+            self._takers.pop(id).set(transport)
+        else:
+            self._idle.add(id, transport)
+
+    def _adapt(self) -> None:
+        if self._dialled < self.capacity * SHRINK_BELOW:
+            self.capacity = max(self.capacity - 1, self._minimum)
+        elif self._dialled > self.capacity * GROW_ABOVE:
+            self.capacity = min(self.capacity + 1, self._maximum)
+        self._dialled = 0
+
+    def _look(self, id: bytes, transport: Transport) -> None:
+        """Something arrived on an idle connection. If it is the user's, it has overtaken the launch, which is
+        on its way; an end is either a user who said nothing, or the server's, and then no launch will come."""
+        arrived = transport.peek()
+        if arrived:
+            self._idle.ignore(id)
+        elif arrived is False:
+            self._ended[id] = self._idle.pop(id)
+            self._fill()
+
+    def _forget_ended(self) -> None:
+        """Drop what ended more than a round ago and was never launched."""
+        for transport in self._ended_before.values():
+            transport.reset()
+        self._ended, self._ended_before = {}, self._ended

@@ -1,0 +1,249 @@
+"""The two-way copy of one exchange, with half-close, back-pressure and exact counts.
+
+``exchange(a, b)`` blocks its greenlet until both directions have ended. Underneath, a Flow per direction
+runs in callbacks of watchers that are started once: an idle exchange costs no buffer and no second
+greenlet. All flows share one buffer, for a callback never yields: what the receiver does not take at
+once is kept by its flow, and the flow stops reading until it is gone. A flow between two plain sockets that proves
+bulky goes on by ``splice`` through a pipe of its own, so that its bytes never visit this process.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import gevent
+from gevent.hub import Waiter
+
+from .net import READ, WRITE, Stream, Transport
+
+BUFFER = 65536  # bytes; one read
+BULKY = 3  # full reads in a row that make a flow bulky
+PIPE = 262144  # bytes; what one splice moves
+SMALL, SMALL_IN_A_ROW = 16384, 16  # bytes and moves after which a bulky flow gives its pipe back
+MAX_PIPES = 64  # kept ready: 128 descriptors and, while they hold bytes, 16 MiB
+
+_buffer = memoryview(bytearray(BUFFER))
+_SPLICE_FLAGS = getattr(os, "SPLICE_F_MOVE", 0) | getattr(os, "SPLICE_F_NONBLOCK", 0)
+
+
+class Outcome(NamedTuple):
+    """How an exchange went: bytes taken by each receiver, and the error that ended it, if one did."""
+
+    a_to_b: int
+    b_to_a: int
+    error: Exception | None
+
+
+class Pipes:
+    """Empty pipes, kept for the next bulky flow. One that may hold bytes is closed, never kept."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._free: list[tuple[int, int]] = []
+
+    def take(self) -> tuple[int, int]:
+        if self._free:
+            return self._free.pop()
+        pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE)
+        except OSError:  # over the user's share of pipe memory: the default size does, too
+            pass
+        return pipe
+
+    def give_back(self, pipe: tuple[int, int], held: int) -> None:
+        if held or len(self._free) >= self._limit:
+            for descriptor in pipe:
+                os.close(descriptor)
+        else:
+            self._free.append(pipe)
+
+
+pipes = Pipes(MAX_PIPES)
+
+
+class _Flow:
+    """One direction: what ``source`` says, ``sink`` gets."""
+
+    __slots__ = ("_calm", "_done", "_full", "_held", "_move", "_pipe", "_reader", "_rest", "_writer", "ended", "moved", "sink", "source")
+
+    def __init__(self, source: Transport, sink: Transport, done: Callable[[Exception | None], None]) -> None:
+        self.source, self.sink, self._done = source, sink, done
+        self.moved = 0  # bytes that the sink has taken
+        self.ended = False  # end of stream is passed on
+        self._rest: bytes | memoryview = b""  # read, and not taken yet
+        self._full = 0  # full reads in a row
+        self._calm = 0  # small splices in a row
+        self._held = 0  # bytes in the pipe
+        self._pipe: tuple[int, int] | None = None
+        self._move = self._copy
+        loop = gevent.get_hub().loop
+        self._reader = loop.io(source.fileno(), READ)
+        self._writer = loop.io(sink.fileno(), WRITE)
+
+    def start(self) -> None:
+        self._reader.start(self._on_readable)
+        if self.source.buffered:
+            self._on_readable()
+
+    def stop(self) -> None:
+        for watcher in (self._reader, self._writer):
+            watcher.stop()
+            watcher.close()
+        self._drop_pipe()
+
+    def _on_readable(self) -> None:
+        try:
+            while self._move() and self.source.buffered:
+                pass
+        except BlockingIOError:
+            pass
+        except Exception as exc:  # ours or the peer's: it ends this exchange and no other
+            self._done(exc)
+
+    def _on_writable(self) -> None:
+        try:
+            if self._held:
+                self._held -= self._splice_out()
+            elif self._rest:
+                self._take(self._rest)
+            if self._held or self._rest or not self.sink.flush():
+                return
+            self._writer.stop()
+            if self.ended:
+                self._done(None)
+            else:
+                self._reader.start(self._on_readable)
+        except BlockingIOError:
+            return
+        except Exception as exc:  # as above
+            self._done(exc)
+            return
+        if self.source.buffered and not self.ended:
+            self._on_readable()
+
+    def _copy(self) -> bool:
+        """Move one bufferful; True when more may be moved at once."""
+        count = self.source.pull(_buffer)
+        if not count:
+            return self._end()
+        taken = self.sink.push(_buffer[:count])
+        self.moved += taken
+        if taken < count:
+            self._rest = bytes(_buffer[taken:count])
+            return self._wait_for_sink()
+        if not self.sink.flush():
+            return self._wait_for_sink()
+        if count < BUFFER:
+            self._full = 0
+        else:
+            self._full += 1
+            if self._full >= BULKY:
+                self._start_splicing()
+        return True
+
+    def _take(self, data: bytes | memoryview) -> None:
+        taken = self.sink.push(data)
+        self.moved += taken
+        self._rest = memoryview(data)[taken:] if taken < len(data) else b""
+
+    def _wait_for_sink(self) -> bool:
+        self._reader.stop()
+        self._writer.start(self._on_writable)
+        return False
+
+    def _end(self) -> bool:
+        """Pass the end of stream on, after all bytes before it."""
+        self._reader.stop()
+        self.ended = True
+        self._drop_pipe()
+        self.sink.finish()
+        if not self.sink.flush():
+            return self._wait_for_sink()
+        self._done(None)
+        return False
+
+    def _start_splicing(self) -> None:
+        self._full = self._calm = 0
+        if type(self.source) is Stream and type(self.sink) is Stream and hasattr(os, "splice"):
+            try:
+                self._pipe = pipes.take()
+            except OSError:  # out of descriptors: copying needs none
+                return
+            self._move = self._splice
+
+    def _splice(self) -> bool:
+        """Move one pipeful, as ``_copy`` does with the buffer."""
+        try:
+            count = os.splice(self.source.fileno(), self._pipe[1], PIPE, flags=_SPLICE_FLAGS)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            self._drop_pipe()  # these descriptors cannot be spliced
+            return self._copy()
+        if not count:
+            return self._end()
+        self._held = count
+        try:
+            self._held -= self._splice_out()
+        except BlockingIOError:
+            return self._wait_for_sink()
+        if self._held:
+            return self._wait_for_sink()
+        self._calm = self._calm + 1 if count < SMALL else 0
+        if self._calm >= SMALL_IN_A_ROW:
+            self._drop_pipe()
+        return True
+
+    def _splice_out(self) -> int:
+        sent = os.splice(self._pipe[0], self.sink.fileno(), self._held, flags=_SPLICE_FLAGS)
+        self.moved += sent
+        return sent
+
+    def _drop_pipe(self) -> None:
+        if self._pipe:
+            pipes.give_back(self._pipe, self._held)
+            self._pipe = None
+            self._held = 0
+        self._move = self._copy
+
+
+def exchange(a: Transport, b: Transport, half_closed_timeout_s: float) -> Outcome:
+    """Copy both ways until both sides have ended, or one fails; the caller closes both.
+
+    Half-closed, an exchange in which nothing moves for ``half_closed_timeout_s`` ends with TimeoutError.
+    """
+    waiter = Waiter()
+    timer = None
+
+    def watch_half_closed() -> None:
+        nonlocal moved_before
+        moved = there.moved + back.moved
+        if moved == moved_before:
+            done(TimeoutError(f"half-closed and idle for {half_closed_timeout_s:g} s"))
+        moved_before = moved
+
+    def done(error: Exception | None) -> None:
+        nonlocal timer
+        if error is not None or (there.ended and back.ended):
+            if not waiter.ready():
+                waiter.switch(error)
+        elif timer is None:
+            timer = gevent.get_hub().loop.timer(half_closed_timeout_s, half_closed_timeout_s)
+            timer.start(watch_half_closed)
+
+    moved_before = 0
+    there, back = _Flow(a, b, done), _Flow(b, a, done)
+    try:
+        there.start()
+        back.start()
+        error = waiter.get()
+    finally:
+        there.stop()
+        back.stop()
+        if timer is not None:
+            timer.stop()
+            timer.close()
+    return Outcome(there.moved, back.moved, error)

@@ -1,0 +1,94 @@
+"""One control channel and its pool: whichever ends first ends both.
+
+After the handshake the two sides of a tunnel are alike here: a reader that hands on what comes, a writer
+that sends signals and keep-alives, and a pool that keeps itself ready. What the bytes mean is for ``receive``,
+which the role above supplies.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import gevent
+from gevent.event import Event
+
+from . import wire
+from .errors import ProtocolError, SessionLost
+from .net import Transport, reason
+
+CHUNK = 4096  # bytes per read: many lines at once, little memory
+
+
+class ReadyPool(Protocol):
+    """What a session needs of its pool."""
+
+    def run(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+class Session:
+    """A live control channel.
+
+    ``receive(data)`` takes what the peer sends and raises ProtocolError when it may not; ``silence_s()`` is how
+    long the peer may stay silent (None: for ever); ``ping_interval_s`` None sends no keep-alives.
+    """
+
+    def __init__(
+        self,
+        control: Transport,
+        pool: ReadyPool,
+        receive: Callable[[bytes], None],
+        *,
+        ping_interval_s: float | None = None,
+        silence_s: Callable[[], float | None] = lambda: None,
+    ) -> None:
+        self.control = control
+        self.pool = pool
+        self._receive = receive
+        self._ping_interval_s = ping_interval_s
+        self._silence_s = silence_s
+        self._due: list[bytes] = []
+        self._wake = Event()
+
+    def send(self, line: bytes) -> None:
+        """Queue a line; all lines of one turn of the event loop go out in one segment. Never blocks."""
+        self._due.append(line)
+        self._wake.set()
+
+    def run(self) -> None:
+        """Live until the channel or the pool ends, end the other too, and raise SessionLost."""
+        started = time.monotonic()
+        greenlets = [gevent.spawn(part) for part in (self._read, self._write, self.pool.run)]
+        try:
+            first = gevent.wait(greenlets, count=1)[0]
+            how = first.value if first.successful() else repr(first.exception)
+            raise SessionLost(f"control channel lost: {how}", time.monotonic() - started)
+        finally:
+            self.pool.close()
+            gevent.killall(greenlets)
+
+    def _read(self) -> str:
+        while True:
+            limit_s = self._silence_s()
+            try:
+                with gevent.Timeout(limit_s, TimeoutError(f"silent for {limit_s} s")):
+                    data = self.control.recv(CHUNK)
+                if not data:
+                    return "closed by the peer"
+                self._receive(data)
+            except (OSError, ProtocolError) as exc:
+                return reason(exc)
+
+    def _write(self) -> str:
+        self._due.insert(0, wire.PING if self._ping_interval_s else b"")
+        while True:
+            lines, self._due = b"".join(self._due), []
+            self._wake.clear()
+            try:
+                if lines:
+                    self.control.sendall(lines)
+            except OSError as exc:
+                return reason(exc)
+            if not self._due and not self._wake.wait(self._ping_interval_s):
+                self._due.append(wire.PING)

@@ -1,0 +1,358 @@
+"""TLS for data connections: certificates and their reload, contexts per mode, TLSStream over pyOpenSSL.
+
+OpenSSL works on memory here and never sees a descriptor: all I/O goes through the Stream beneath, which is
+safe against descriptors that are closed and reused. This module alone calls ``OpenSSL.SSL``.
+"""
+
+import datetime
+import ipaddress
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from OpenSSL import SSL
+from service_identity import VerificationError
+from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
+
+from .errors import ConfigError, PolicyError
+from .net import Stream, Transport, reason
+
+log = logging.getLogger(__name__)
+
+OFF, SELF_SIGNED, VERIFIED = 0, 1, 2  # the modes, as they stand in the first line
+RECORD = 16384  # bytes of plain text in the largest TLS record
+BATCH = 4 * RECORD  # bytes encrypted before one write
+OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
+SELF_SIGNED_DAYS = 365
+MAX_FILE = 1 << 20  # bytes of a certificate or key file
+
+_raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text between socket and OpenSSL; nobody switches while it is in use
+_VERIFY_ERRORS = {
+    code: name.removeprefix("ERR_").replace("_", " ").lower()
+    for name, code in vars(SSL.X509VerificationCodes).items()
+    if name.isupper()
+}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate with its chain, and the private key that fits it."""
+
+    chain: tuple[x509.Certificate, ...]
+    key: object
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the certificate in DER, as ``openssl x509 -fingerprint -sha256`` prints it."""
+        return self.chain[0].fingerprint(hashes.SHA256()).hex(":").upper()
+
+    @property
+    def expires(self) -> datetime.datetime:
+        return self.chain[0].not_valid_after_utc
+
+
+def load_certificate(crt: str, key: str) -> Certificate:
+    """Read PEM files: the certificate, then its chain; and its key, without a passphrase.
+
+    Raises ConfigError when a file cannot be read or parsed, or when the two do not fit.
+    """
+    try:
+        chain = tuple(x509.load_pem_x509_certificates(_read(crt)))
+    except ValueError as exc:
+        raise ConfigError(f"crt: {crt!r} is not a certificate in PEM form") from exc
+    try:
+        private = serialization.load_pem_private_key(_read(key), password=None)
+    except TypeError as exc:
+        raise ConfigError(f"key: {key!r} is protected by a passphrase; a key without one is needed") from exc
+    except ValueError as exc:
+        raise ConfigError(f"key: {key!r} is not a private key in PEM form") from exc
+    if private.public_key() != chain[0].public_key():
+        raise ConfigError(f"key: {key!r} does not fit the certificate {crt!r}")
+    return Certificate(chain, private)
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(MAX_FILE)
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path!r}: {reason(exc)}") from exc
+
+
+def make_certificate() -> Certificate:
+    """Make a self-signed P-256 certificate, as the original does."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "nodepass-gevent")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))  # a peer's clock may be behind
+        .not_valid_after(now + datetime.timedelta(days=SELF_SIGNED_DAYS))
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return Certificate((certificate,), key)
+
+
+class ServerCertificate:
+    """What a server presents: made in memory, or two files that may change while it runs."""
+
+    def __init__(self, crt: str | None, key: str | None) -> None:
+        self._files = (crt, key) if crt and key else None
+        self._seen = self._stamp()
+        self._use(load_certificate(*self._files) if self._files else make_certificate())
+
+    def reload(self) -> None:
+        """Read the files again if they changed; keep the old certificate, and say so, if they are bad."""
+        stamp = self._stamp()
+        if not self._files or stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            self._use(load_certificate(*self._files))
+        except ConfigError as exc:
+            log.error("certificate not reloaded, the old one stays in use: %s", exc)
+
+    def _use(self, certificate: Certificate) -> None:
+        self.certificate = certificate
+        self.context = _server_context(certificate)  # a used context cannot change: always a new one
+        log.info("certificate %s, valid until %s", certificate.fingerprint, certificate.expires.date())
+
+    def _stamp(self) -> tuple:
+        def one(path: str) -> tuple:
+            try:
+                status = os.stat(path)
+            except OSError:
+                return ()
+            return status.st_ino, status.st_mtime_ns, status.st_size
+
+        return tuple(map(one, self._files or ()))
+
+
+def _server_context(certificate: Certificate) -> SSL.Context:
+    context = _context(SSL.TLS_SERVER_METHOD)
+    context.use_certificate(certificate.chain[0])
+    for issuer in certificate.chain[1:]:
+        context.add_extra_chain_cert(issuer)
+    context.use_privatekey(certificate.key)
+    return context
+
+
+def client_context(mode: int) -> SSL.Context:
+    """Make what a client dials with: mode 1 takes any certificate, mode 2 the system's authorities'.
+
+    The authorities are those of SSL_CERT_FILE and SSL_CERT_DIR, where these are set.
+    """
+    context = _context(SSL.TLS_CLIENT_METHOD)
+    if mode == VERIFIED:
+        context.set_default_verify_paths()
+        context.set_verify(SSL.VERIFY_PEER, _note_verification)
+    return context
+
+
+def _context(method: int) -> SSL.Context:
+    context = SSL.Context(method)
+    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # 32 instead of 47 KiB for an idle connection
+    return context
+
+
+def _note_verification(connection: SSL.Connection, _certificate, code: int, _depth: int, ok: int) -> bool:
+    if not ok:
+        connection.set_app_data(_VERIFY_ERRORS.get(code, f"verification error {code}"))
+    return bool(ok)
+
+
+def accept(stream: Stream, context: SSL.Context) -> "TLSStream":
+    """Make the server's handshake; the caller sets its deadline. Raises OSError."""
+    connection = SSL.Connection(context, None)
+    connection.set_accept_state()
+    return _handshake(TLSStream(stream, connection))
+
+
+def dial(stream: Stream, context: SSL.Context, mode: int, host: str) -> "TLSStream":
+    """Make the client's handshake; in mode 2 the certificate must be for ``host``. Raises OSError, PolicyError."""
+    connection = SSL.Connection(context, None)
+    connection.set_connect_state()
+    if mode == VERIFIED and not _is_literal(host):
+        connection.set_tlsext_host_name(host.encode("idna"))
+    try:
+        transport = _handshake(TLSStream(stream, connection))
+    except OSError as exc:
+        if problem := connection.get_app_data():
+            raise PolicyError(f"certificate of {host} refused: {problem}") from exc
+        raise
+    if mode == VERIFIED:
+        _verify_name(connection.get_peer_certificate(as_cryptography=True), host)
+    return transport
+
+
+def _verify_name(certificate: x509.Certificate, host: str) -> None:
+    verify = verify_certificate_ip_address if _is_literal(host) else verify_certificate_hostname
+    try:
+        verify(certificate, host)
+    except (VerificationError, ValueError) as exc:
+        raise PolicyError(f"certificate of {host} refused: it is for another name") from exc
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _handshake(transport: "TLSStream") -> "TLSStream":
+    while not transport.step():
+        pass
+    return transport
+
+
+def _translate(exc: SSL.Error) -> ConnectionError:
+    """Give OpenSSL's errors the face that every transport shows: a broken connection."""
+    reasons = exc.args[0] if exc.args and isinstance(exc.args[0], list) else []
+    return ConnectionAbortedError("TLS: " + (", ".join(entry[-1] for entry in reasons) or "connection broken"))
+
+
+class TLSStream(Transport):
+    """A TLS connection over a Stream. A FIN without close_notify is a cut, not an end."""
+
+    __slots__ = ("_backlog", "_connection", "_ended", "_finished", "buffered", "stream")
+
+    def __init__(self, stream: Stream, connection: SSL.Connection) -> None:
+        self.stream = stream
+        self._connection = connection
+        self._backlog = b""  # cipher text that the kernel did not take yet
+        self._ended = False  # close_notify has come
+        self._finished = False  # ours is written
+        self.buffered = True  # bytes may have come right behind the handshake
+
+    def step(self) -> bool:
+        """Go one round trip on in the handshake; True when it is done."""
+        done = True
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            done = False
+        except SSL.Error as exc:
+            self._send_output()  # the alert that tells the peer why
+            raise _translate(exc) from exc
+        self._send_output()
+        if not done:
+            count = self.stream.recv_into(_raw)
+            if not count:
+                raise ConnectionAbortedError("the peer closed during the TLS handshake")
+            self._connection.bio_write(_raw[:count])
+        return done
+
+    def _send_output(self) -> None:
+        self.stream.sendall(self._output(OVERHEAD + RECORD))
+
+    def _output(self, size: int) -> bytes:
+        try:
+            return self._connection.bio_read(size)
+        except SSL.WantReadError:
+            return b""
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def peer(self) -> tuple:
+        return self.stream.peer
+
+    def pull(self, buffer: memoryview) -> int:
+        while True:
+            if not self.buffered:
+                count = self.stream.pull(_raw)
+                if not count:
+                    raise ConnectionAbortedError("the TLS stream was cut off")
+                self._connection.bio_write(_raw[:count])
+            filled = self._decrypt(buffer)
+            if filled or self._ended:
+                return filled
+
+    def _decrypt(self, buffer: memoryview) -> int:
+        """Empty OpenSSL into ``buffer``, several records at once."""
+        filled = 0
+        self.buffered = True
+        try:
+            while filled < len(buffer) and not self._ended:
+                filled += self._connection.recv_into(buffer[filled:], RECORD)
+        except SSL.WantReadError:
+            self.buffered = False
+            if not filled:
+                self._backlog += self._output(OVERHEAD)  # an answer to a key update goes out with the next write
+        except SSL.ZeroReturnError:
+            self._ended = True
+        except SSL.Error as exc:
+            raise _translate(exc) from exc
+        return filled
+
+    def push(self, data: memoryview | bytes) -> int:
+        if not self.flush():
+            return 0
+        data = memoryview(data)[:BATCH]
+        taken = 0
+        try:
+            while taken < len(data):
+                taken += self._connection.send(data[taken : taken + RECORD])
+        except SSL.Error as exc:
+            raise _translate(exc) from exc
+        self._backlog = self._output(taken + OVERHEAD) if taken else b""
+        self.flush()
+        return taken
+
+    def flush(self) -> bool:
+        while self._backlog:
+            sent = self.stream.push(self._backlog)
+            if not sent:
+                return False
+            self._backlog = self._backlog[sent:]
+        if self._finished:
+            self.stream.finish()
+        return True
+
+    def finish(self) -> None:
+        if self._finished:
+            return
+        self._finished = True
+        try:
+            self._connection.shutdown()
+        except SSL.Error as exc:
+            raise _translate(exc) from exc
+        self._backlog += self._output(OVERHEAD)
+        self.flush()
+
+    def peek(self) -> bool | None:
+        try:
+            if not self.buffered:
+                count = self.stream.pull(_raw)
+                if not count:
+                    return False
+                self._connection.bio_write(_raw[:count])
+            self.buffered = True
+            return bool(self._connection.recv(1, socket.MSG_PEEK))
+        except (BlockingIOError, SSL.WantReadError):
+            self.buffered = False
+            return None
+        except (OSError, SSL.Error):
+            return False
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def reset(self) -> None:
+        self.stream.reset()

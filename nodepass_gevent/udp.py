@@ -1,0 +1,112 @@
+"""Datagrams: the public socket, which answers from the address it was asked at, and a socket to the target."""
+
+import socket
+import struct
+from collections.abc import Callable
+
+import gevent
+from gevent.socket import wait_read, wait_write
+
+from . import net
+from .config import Address
+from .net import Endpoint, RawSocket
+
+MAX_DATAGRAM = 65507  # bytes of payload in IPv4
+BATCH = 64  # datagrams per wake-up, then everybody else has a turn
+RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
+IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
+_ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
+
+_buffer = memoryview(bytearray(65536))  # nobody switches while it is in use
+
+
+class PublicSocket:
+    """The bound UDP socket; on a wildcard address it remembers where each datagram was sent to."""
+
+    def __init__(self, address: Address) -> None:
+        self._socket = net.bind(address, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        self._ancillary = 0
+        if self._socket.getsockname()[0] in ("0.0.0.0", "::"):
+            self._ancillary = _ANCILLARY
+            if self._socket.family == socket.AF_INET6:
+                self._socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            else:
+                self._socket.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+
+    @property
+    def port(self) -> int:
+        return self._socket.getsockname()[1]
+
+    def serve(self, handle: Callable[[bytes, Callable[[bytes], None]], None]) -> None:
+        """Receive for ever: ``handle(datagram, reply)`` must not block; ``reply(bytes)`` answers the sender."""
+        while True:
+            wait_read(self._socket.fileno())
+            try:
+                for _ in range(BATCH):
+                    size, ancillary, _, sender = self._socket.recvmsg_into([_buffer], self._ancillary)
+                    handle(bytes(_buffer[:size]), _Reply(self._socket, sender, ancillary))
+            except BlockingIOError:
+                pass
+            except OSError:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
+                gevent.sleep(0)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _Reply:
+    """How to answer one datagram."""
+
+    __slots__ = ("_ancillary", "_sender", "_socket")
+
+    def __init__(self, sock: RawSocket, sender: tuple, ancillary: list) -> None:
+        self._socket, self._sender, self._ancillary = sock, sender, ancillary
+
+    def __call__(self, datagram: bytes) -> None:
+        """Send; OSError when the network does not take it, and then it is lost, as datagrams may be."""
+        self._socket.sendmsg([datagram], [_as_source(*entry) for entry in self._ancillary], 0, self._sender)
+
+    def __str__(self) -> str:
+        return str(Address(*self._sender[:2]))
+
+
+def _as_source(level: int, kind: int, data: bytes) -> tuple[int, int, bytes]:
+    """Turn the packet info of what was received into that of its answer: the same local address."""
+    if level == socket.IPPROTO_IP:  # struct in_pktinfo: interface, local address, destination
+        return level, kind, struct.pack("=i4s4s", 0, data[4:8], b"\0" * 4)
+    return level, kind, data
+
+
+class TargetSocket:
+    """A fresh UDP socket, connected to the target: its answers only, and its ICMP refusals as OSError."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._socket = RawSocket(endpoint.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            self._socket.connect(endpoint.sockaddr)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def send(self, datagram: bytes) -> None:
+        while True:
+            try:
+                self._socket.send(datagram)
+                return
+            except BlockingIOError:
+                wait_write(self._socket.fileno())
+
+    def recv(self) -> bytes:
+        """Wait for one datagram; the caller sets the deadline."""
+        while True:
+            try:
+                return bytes(_buffer[: self._socket.recv_into(_buffer)])
+            except BlockingIOError:
+                wait_read(self._socket.fileno())
+
+    def __enter__(self) -> "TargetSocket":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
