@@ -1,0 +1,71 @@
+"""The command ``nodepass``: what is printed where, and the exit codes. What settings mean is decided in options.
+
+0 after a stop by signal and for what is only printed, 2 for a wrong setting or no tunnel at all, 130 for Ctrl-C
+before anything runs; else what the service returns.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from . import __version__, options, service, tls
+from . import log as logs
+from .client import Client
+from .config import LOG_LEVELS, Config
+from .errors import ConfigError
+from .server import Server
+
+log = logging.getLogger(__name__)
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT
+ROLES: Mapping[str, Callable[[Config], service.Role]] = {"server": Server, "client": Client}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the given arguments (the process's own when None); return the exit code."""
+    try:
+        parsed = options.parse(sys.argv[1:] if argv is None else argv, os.environ)
+        if parsed.action != "run":
+            return _print(parsed)
+        for config in parsed.configs:
+            _check_certificate(config)
+    except ConfigError as exc:
+        print(f"nodepass: error: {exc}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    logs.setup(_most_detailed(parsed.configs))
+    for warning in parsed.warnings:
+        log.warning("%s", warning)
+    return service.run([ROLES[config.role](config) for config in parsed.configs])
+
+
+def _print(parsed: options.Parsed) -> int:
+    if parsed.action == "usage":
+        print(f"usage: {options.USAGE}\nnodepass --help shows all options", file=sys.stderr)
+        return USAGE_ERROR
+    if parsed.action == "help":
+        print(options.build_parser().format_help(), end="")
+    elif parsed.action == "version":
+        print(f"nodepass-gevent {__version__}")
+    else:
+        print(options.show(parsed.configs), end="")
+    return 0
+
+
+def _check_certificate(config: Config) -> None:
+    """Refuse a certificate that cannot be used before anything runs."""
+    if config.crt is None or config.key is None:
+        return
+    try:
+        tls.load_certificate(config.crt, config.key)
+    except ConfigError as exc:
+        sources = ", ".join(dict.fromkeys((config.source("crt"), config.source("key"))))
+        raise ConfigError(f"{exc} [from {sources}]") from exc
+
+
+def _most_detailed(configs: Iterable[Config]) -> str:
+    """Return the level that serves every tunnel of the process."""
+    return min((config.log for config in configs), key=LOG_LEVELS.index)

@@ -1,0 +1,154 @@
+"""Running roles: start, pause, start again, drain, and the signals of the process. Knows no role by name."""
+
+import logging
+import os
+import resource
+import signal
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import gevent
+from gevent import monkey
+from gevent.event import Event
+from gevent.pool import Group, Pool
+
+from . import log as log_lines
+from .config import Config
+from .errors import NodePassError, PolicyError, SessionLost
+from .metrics import Counters
+from .net import reason
+
+log = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
+HEALTHY_PER_PAUSE = 12  # a session that lived this many pauses ends the row: a minute at a pause of 5 s
+
+
+class Role(Protocol):
+    """What is kept running: a server or a client."""
+
+    config: Config
+    counters: Counters
+    exchanges: Pool
+
+    def run(self) -> None:
+        """Work until something fails, and raise it."""
+
+    def reload(self) -> None:
+        """Read again what stands in files."""
+
+
+class Backoff:
+    """Pauses between tries: none at first, then FIRST_PAUSE_S, doubled each time up to ``longest_s``."""
+
+    def __init__(self, longest_s: float) -> None:
+        self._longest_s = longest_s
+        self._next_s = 0.0
+
+    def pause_s(self, lived_s: float) -> float:
+        """Give the pause after a try that worked for ``lived_s`` seconds."""
+        if lived_s and lived_s >= HEALTHY_PER_PAUSE * self._next_s:
+            self._next_s = 0.0
+        pause_s = self._next_s
+        self._next_s = min(max(pause_s * 2, FIRST_PAUSE_S), self._longest_s)
+        return pause_s
+
+
+class Service:
+    """One role, kept running."""
+
+    def __init__(self, role: Role) -> None:
+        self.role = role
+        self._backoff = Backoff(role.config.service_cooldown_s)
+        self._retry_now = Event()
+
+    def run(self) -> None:
+        """Run the role for ever; whatever ends it is logged and followed by the next try."""
+        while True:
+            pause_s = self._try()
+            log.info("%s: trying again %s", self.role, f"in {pause_s:g} s" if pause_s else "now")
+            self._retry_now.wait(pause_s)
+            self._retry_now.clear()
+
+    def reload(self) -> None:
+        """Read files again, and cut a pause short."""
+        self.role.reload()
+        self._retry_now.set()
+
+    def _try(self) -> float:
+        """Run the role once; give the pause before the next time."""
+        lived_s = 0.0
+        try:
+            self.role.run()
+        except PolicyError as exc:  # trying sooner changes nothing
+            log.error("%s: %s", self.role, exc)
+            return self.role.config.service_cooldown_s
+        except SessionLost as exc:
+            lived_s = exc.lived_s
+            log.warning("%s: %s", self.role, exc)
+        except (OSError, NodePassError) as exc:
+            log.warning("%s: %s", self.role, reason(exc))
+        except Exception:  # a fault of ours: say so, and go on serving
+            log.exception("%s: unexpected error", self.role)
+        return self._backoff.pause_s(lived_s)
+
+
+def run(roles: Sequence[Role]) -> int:
+    """Keep ``roles`` running until SIGTERM or SIGINT, drain them, and give the exit code."""
+    if not monkey.is_module_patched("socket"):
+        raise RuntimeError("gevent.monkey.patch_all() must run before a service starts")
+    _raise_descriptor_limit()
+    gevent.get_hub().print_exception = _log_exception
+    services = [Service(role) for role in roles]
+    stop = Event()
+    _handle_signals(stop, services)
+    running = Group()
+    for service in services:
+        running.spawn(service.run)
+    stop.wait()
+    _drain(roles, running)
+    return 0
+
+
+def _drain(roles: Sequence[Role], running: Group) -> None:
+    """Stop accepting; let exchanges end within SHUTDOWN_TIMEOUT; then end them."""
+    timeout_s = max(role.config.shutdown_timeout_s for role in roles)
+    log.info("stopping: %d exchanges have %g s to end", sum(len(role.exchanges) for role in roles), timeout_s)
+    running.kill()
+    end = time.monotonic() + timeout_s
+    for role in roles:
+        role.exchanges.join(max(end - time.monotonic(), 0))
+    cut = sum(len(role.exchanges) for role in roles)
+    for role in roles:
+        role.exchanges.kill()
+        log.info("%s: %s", role, role.counters)
+    log.info("stopped, %d exchanges cut", cut)
+
+
+def _handle_signals(stop: Event, services: Sequence[Service]) -> None:
+    def end(number: int) -> None:
+        if stop.is_set():
+            log_lines.flush()
+            os._exit(128 + number)
+        stop.set()
+
+    def hang_up() -> None:
+        log.info("SIGHUP: reading files again")
+        for service in services:
+            service.reload()
+
+    gevent.signal_handler(signal.SIGTERM, end, signal.SIGTERM)
+    gevent.signal_handler(signal.SIGINT, end, signal.SIGINT)
+    gevent.signal_handler(signal.SIGHUP, hang_up)
+
+
+def _raise_descriptor_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _log_exception(_context: object, kind: type, value: BaseException, trace: object) -> None:
+    log.error("unexpected error in a greenlet", exc_info=(kind, value, trace))

@@ -1,0 +1,155 @@
+import logging
+import os
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+
+from nodepass_gevent import __version__, cli, options
+from nodepass_gevent.config import Config
+from nodepass_gevent.errors import ConfigError
+
+URL = "server://:10101/127.0.0.1:8080"
+
+
+class FakeRole(NamedTuple):
+    name: str
+    config: Config
+
+
+class Recorder:
+    """Stands for what main calls: logging, certificates and the service."""
+
+    def __init__(self):
+        self.level = None
+        self.loaded = []
+        self.ran = None
+        self.order = []
+
+    def setup(self, level):
+        self.order.append("log")
+        self.level = level
+
+    def load_certificate(self, crt, key):
+        self.order.append("certificate")
+        self.loaded.append((crt, key))
+        if crt == "bad":
+            raise ConfigError("key: 'k' does not fit the certificate 'bad'")
+
+    def run(self, roles):
+        self.order.append("service")
+        self.ran = roles
+        return 7
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """Leave main the environment of nobody, and neighbours that only record."""
+    recorder = Recorder()
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(cli.logs, "setup", recorder.setup)
+    monkeypatch.setattr(cli.tls, "load_certificate", recorder.load_certificate)
+    monkeypatch.setattr(cli, "ROLES", {name: partial(FakeRole, name) for name in cli.ROLES})
+    monkeypatch.setattr(cli.service, "run", recorder.run)
+    return recorder
+
+
+def test_a_url_runs_the_service_and_its_exit_code_is_returned(world):
+    assert cli.main([URL + "?log=debug"]) == 7
+    assert [(role.name, role.config.url) for role in world.ran] == [("server", URL)]
+    assert world.level == "debug"
+    assert world.loaded == []
+
+
+def test_the_arguments_and_environment_of_the_process_are_the_default(world, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["nodepass", URL])
+    os.environ["NODEPASS_LOG"] = "error"
+    assert cli.main() == 7
+    assert world.level == "error"
+
+
+def test_the_log_is_as_detailed_as_any_tunnel_asks_for(world, tmp_path):
+    path = tmp_path / "t.ini"
+    path.write_text("log = warn\n[tunnel a]\nurl = server://:1/:2?log=debug\n[tunnel b]\nurl = client://h:1/:2\n")
+    assert cli.main(["-c", str(path)]) == 7
+    assert world.level == "debug"
+    assert [(role.name, role.config.name) for role in world.ran] == [("server", "a"), ("client", "b")]
+
+
+def test_warnings_are_logged_once_the_log_is_set_up(world, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert cli.main([URL + "?cert=a&key=b&tls=1"]) == 7
+    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("nodepass_gevent.cli", "WARNING", "cert is read as crt, which is its name [from URL query]")
+    ]
+    assert world.order == ["certificate", "log", "service"]
+    assert world.loaded == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([URL + "?tls=3"], "nodepass: error: tls: '3' is not one of 0, 1, 2 [from URL query]"),
+        (
+            [URL + "?zz=3&tls=\n"],
+            "nodepass: error: url: character 41 is '\\n'; blanks and control characters are refused",
+        ),
+        (["status"], "nodepass: error: unknown command 'status'; a tunnel is server://"),
+        ([URL, "--show-config", "--log", "x"], "nodepass: error: log: 'x' is not one of"),
+        (
+            [URL + "?crt=bad&tls=2", "--key", "k"],
+            "nodepass: error: key: 'k' does not fit the certificate 'bad' [from URL query, command line]",
+        ),
+        (
+            [URL + "?crt=bad&tls=2&key=k"],
+            "nodepass: error: key: 'k' does not fit the certificate 'bad' [from URL query]",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_one_line_on_stderr_and_exit_code_2(world, capsys, argv, line):
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+    assert world.ran is None
+    assert world.level is None
+
+
+def test_without_arguments_a_short_usage_goes_to_stderr(world, capsys):
+    assert cli.main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: nodepass [options] 'server://")
+    assert err.endswith("nodepass --help shows all options\n")
+    assert err.count("\n") == 4
+    assert world.ran is None
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_the_version_goes_to_stdout(world, capsys, option):
+    assert cli.main([option]) == 0
+    assert capsys.readouterr() == (f"nodepass-gevent {__version__}\n", "")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_the_help_goes_to_stdout(world, capsys, option):
+    assert cli.main([option]) == 0
+    assert capsys.readouterr() == (options.build_parser().format_help(), "")
+
+
+def test_the_configuration_goes_to_stdout_and_nothing_runs(world, capsys):
+    assert cli.main(["--show-config", URL + "?tls=1&crt=bad&key=k"]) == 0
+    out, err = capsys.readouterr()
+    assert "tls = 1                                  # URL query\n" in out
+    assert err == ""
+    assert world.order == []
+
+
+def test_an_interrupt_while_the_settings_are_read_is_exit_code_130(world, monkeypatch, capsys):
+    def interrupted(argv, environ):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.options, "parse", interrupted)
+    assert cli.main([URL]) == 130
+    assert capsys.readouterr() == ("", "")
