@@ -40,7 +40,7 @@ class Client:
         """Call the server and serve its launches; raises OSError or NodePassError when that ends."""
         config, limits = self.config, self.config.limits
         with net.connect(net.resolve(config.tunnel), limits.connect_timeout_s, limits) as control:
-            with deadline(limits.first_line_timeout_s, "first line"):
+            with deadline(limits.first_line_timeout_s, "first line (a server of NodePass 1.4 or later sends none)"):
                 first = wire.parse_first_line(control.read_line(wire.MAX_FIRST_LINE))
             self._check(first)
             control.fail_when_unacknowledged(limits.user_timeout_s)

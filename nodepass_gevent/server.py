@@ -170,7 +170,7 @@ class Server:
         stream, timeout_s = caller.connection, self.config.limits.caller_timeout_s
 
         def arrived() -> None:
-            caller.decide("it closed" if stream.peek() is False else "it sent bytes, and a v1 client sends none")
+            caller.decide(_why_it_spoke(stream))
 
         self._note(caller, table)
         watch = ArrivalWatch(stream, arrived)
@@ -292,6 +292,15 @@ class Server:
             self._client_came.clear()
             if not self._client_came.wait(max(end - time.monotonic(), 0)):
                 raise NoDataConnection("no client is connected")
+
+
+def _why_it_spoke(stream: Stream) -> str:
+    opening = memoryview(bytearray(wire.MAX_LINE))
+    try:
+        size = stream.pull(opening)
+    except OSError as exc:
+        return reason(exc)
+    return f"it speaks {wire.recognise(bytes(opening[:size]))}" if size else "it closed"
 
 
 def _refuse_speech(_data: bytes) -> None:

@@ -136,6 +136,25 @@ def parse_id(data: bytes) -> bytes:
     return data
 
 
+def recognise(opening: bytes) -> str:
+    """Name the protocol of a caller that speaks first, which no v1 client does, from its first bytes."""
+    for start, name in _OPENINGS:
+        if opening.startswith(start):
+            return name
+    if _BASE64_LINE.fullmatch(opening):
+        return "perhaps a client of NodePass 1.4 to 1.12"
+    return "an unknown protocol"
+
+
+_OPENINGS = (
+    (b"GET ", "HTTP, perhaps a client of NodePass 1.13 or later"),
+    (b"\x16\x03", "TLS"),
+    (b"SSH-", "SSH"),
+    (b"//", "a later profile of this protocol"),
+)
+_BASE64_LINE = re.compile(rb"[A-Za-z0-9+/]+=*\n")
+
+
 class Lines:
     """Cut a byte stream into lines without their newline; holds back at most ``limit`` bytes."""
 
