@@ -4,7 +4,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
-import sys  # noqa: E402  (nothing of ours before the patch)
+import sys  # noqa: E402  nothing may stand before the patch
 
 from .cli import main  # noqa: E402
 

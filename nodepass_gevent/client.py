@@ -54,7 +54,9 @@ class Client:
 
     def _check(self, first: FirstLine) -> None:
         if first.tls < self.config.tls:
-            raise PolicyError(f"the server offers tls {first.tls}, and this client accepts no less than {self.config.tls}")
+            raise PolicyError(
+                f"the server offers tls {first.tls}, and this client accepts no less than {self.config.tls}"
+            )
         if first.port is None:
             raise PolicyError("the server takes no client from here now; perhaps another one is connected")
 

@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import gevent
 from gevent.pool import Pool
@@ -17,8 +18,6 @@ from .config import Config
 from .errors import ConnectError, NodePassError, TunnelError
 from .metrics import Counters
 from .net import Endpoint, Stream, Transport, connect, deadline, reason, resolve
-from .pool import DialingPool
-from .session import Session
 from .udp import MAX_DATAGRAM, TargetSocket
 from .wire import Kind, Launch
 
@@ -28,13 +27,36 @@ ONE_SEGMENT = 512  # bytes; what is shorter fits IPv4's least TCP segment and wa
 END_OF_DATAGRAM_S = 0.02  # silence that ends a longer one, where the sender does not half-close
 
 
-class Ingress:
-    """Users of the public port. ``session(timeout_s)`` waits for a client's session, or raises NoDataConnection."""
+class OldestFirst(Protocol):
+    """The pool that Ingress takes from."""
 
-    def __init__(
-        self, session: Callable[[float], Session], exchanges: Pool, config: Config, counters: Counters
-    ) -> None:
-        self._session = session
+    def take(self, timeout_s: float) -> tuple[bytes, Transport]:
+        """Give a data connection and its id, or raise a TunnelError."""
+
+
+class ById(Protocol):
+    """The pool that Egress takes from."""
+
+    def take(self, id: bytes, timeout_s: float) -> Transport:
+        """Give the data connection of that id, or raise a NodePassError."""
+
+
+class Link(Protocol):
+    """The way to a peer: a control channel to launch on, and its pool."""
+
+    @property
+    def pool(self) -> OldestFirst:
+        """Its data connections."""
+
+    def send(self, line: bytes) -> None:
+        """Queue a line for it."""
+
+
+class Ingress:
+    """Users of the public port. ``link(timeout_s)`` waits for a peer, or raises NoDataConnection."""
+
+    def __init__(self, link: Callable[[float], Link], exchanges: Pool, config: Config, counters: Counters) -> None:
+        self._link = link
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
@@ -102,24 +124,24 @@ class Ingress:
         return answer
 
     def _launch(self, kind: Kind, timeout_s: float) -> tuple[bytes, Transport]:
-        """Take a data connection from whichever session has one first, and say what it is for."""
+        """Take a data connection from whichever peer has one first, and say what it is for."""
         end = time.monotonic() + timeout_s
         while True:
-            session = self._session(end - time.monotonic())
+            link = self._link(end - time.monotonic())
             try:
-                id, data = session.pool.take(max(end - time.monotonic(), 0))
+                id, data = link.pool.take(max(end - time.monotonic(), 0))
             except TunnelError:
-                if time.monotonic() < end:  # this session is gone; perhaps the next comes in time
+                if time.monotonic() < end:  # this peer is gone; perhaps the next comes in time
                     continue
                 raise
-            session.send(wire.format_launch(Launch(id, kind)))
+            link.send(wire.format_launch(Launch(id, kind)))
             return id, data
 
 
 class Egress:
     """Launches of one session, each brought to the target; beyond the limit they wait, and none is lost."""
 
-    def __init__(self, pool: DialingPool, exchanges: Pool, config: Config, counters: Counters) -> None:
+    def __init__(self, pool: ById, exchanges: Pool, config: Config, counters: Counters) -> None:
         self._pool = pool
         self._exchanges = exchanges
         self._config = config

@@ -41,7 +41,7 @@ class Writer(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             line = self.format(record)
-        except Exception:  # a wrong log call must not end the greenlet that made it
+        except (TypeError, ValueError, KeyError):  # a wrong log call must not end the greenlet that made it
             self.handleError(record)
             return
         if self._queued - self._written >= MAX_QUEUED:
@@ -77,14 +77,14 @@ class Writer(logging.Handler):
 def formatter(colored: bool) -> logging.Formatter:
     """Give the original's form; colour the level when ``colored``."""
     color, plain = ("%(log_color)s", "%(reset)s") if colored else ("", "")
-    line = colorlog.ColoredFormatter(
+    return colorlog.ColoredFormatter(
         f"%(asctime)s.%(msecs)03d  {color}%(levelname)s{plain}  %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
         log_colors=_COLORS,
+        reset=False,  # it stands in the form already, and where FORCE_COLOR is set a pipe would get it too
         no_color=not colored,
         force_color=colored,
     )
-    return line
 
 
 def setup(level: str) -> None:
@@ -92,7 +92,6 @@ def setup(level: str) -> None:
     for name, number in (("WARN", logging.WARNING), ("FATAL", logging.CRITICAL)):
         logging.addLevelName(number, name)
     logger = logging.getLogger(__package__)
-    logger.setLevel(LEVELS[level])
     logger.propagate = False
     if not any(isinstance(handler, Writer) for handler in logger.handlers):
         writer = Writer(sys.stdout.fileno())

@@ -17,7 +17,7 @@ import termios
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import gevent
 from gevent import monkey
@@ -36,9 +36,12 @@ DISCARD = 65536  # bytes per read when what comes is thrown away
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 _NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
-# The plain C socket, not gevent's: that one costs two watchers and some fcntl calls per connection, and would
-# block where the engine must not.
-RawSocket = monkey.get_original("socket", "SocketType")
+if TYPE_CHECKING:
+    from _socket import socket as RawSocket
+else:
+    # The plain C socket, not gevent's: that one costs two watchers and some fcntl calls per connection, and
+    # would block where the engine must not.
+    RawSocket = monkey.get_original("socket", "SocketType")
 
 
 class Endpoint(NamedTuple):
@@ -105,7 +108,8 @@ class Transport(ABC):
     buffered = False
 
     @abstractmethod
-    def fileno(self) -> int: ...
+    def fileno(self) -> int:
+        """Give the descriptor, for watchers."""
 
     @abstractmethod
     def pull(self, buffer: memoryview) -> int:
@@ -128,7 +132,8 @@ class Transport(ABC):
         """None while nothing has arrived, True when bytes have, False when the peer has ended."""
 
     @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close with FIN; more than once does no harm."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -314,7 +319,7 @@ def bind(address: Address, kind: int) -> RawSocket:
         sock.bind(endpoint.sockaddr)
     except OSError as exc:
         sock.close()
-        raise OSError(exc.errno, f"{os.strerror(exc.errno)}: {address}") from exc
+        raise OSError(exc.errno, f"{reason(exc)}: {address}") from exc
     return sock
 
 
@@ -327,7 +332,10 @@ def listen(address: Address, limits: Limits) -> RawSocket:
 
 
 def serve(
-    listener: RawSocket, handle: Callable[[Stream], None], on_pause: Callable[[OSError], None], room=lambda: ACCEPT_BATCH
+    listener: RawSocket,
+    handle: Callable[[Stream], object],
+    on_pause: Callable[[OSError], None],
+    room: Callable[[], int] = lambda: ACCEPT_BATCH,
 ) -> None:
     """Accept for ever and do nothing else: ``handle`` must not block, ``room`` may, and says for how many.
 
@@ -352,7 +360,7 @@ def serve(
 
 
 def _accept(listener: RawSocket) -> Stream:
-    descriptor, peer = listener._accept()  # what socket.accept() itself calls, without its wrapper
+    descriptor, peer = listener._accept()  # type: ignore[attr-defined]  # what socket.accept() itself calls, without its wrapper
     sock = RawSocket(listener.family, _NONBLOCKING, 0, descriptor)
     sock.setblocking(False)
     return Stream(sock, peer)

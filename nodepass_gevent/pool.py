@@ -176,14 +176,16 @@ class DialingPool:
             transport = self._idle.pop(id)
             self._fill()
             return transport
-        if transport := self._ended.pop(id, None) or self._ended_before.pop(id, None):
-            return transport
+        for ended in (self._ended, self._ended_before):
+            if id in ended:
+                return ended.pop(id)
         if id in self._takers:
             raise ProtocolError(f"data connection {id.decode()} launched twice")
         taker = self._takers[id] = AsyncResult()
         self._fill()  # the connection is used the moment it is here
+        too_late = NoDataConnection(f"no data connection {id.decode()} within {timeout_s:g} s")
         try:
-            with gevent.Timeout(timeout_s, NoDataConnection(f"no data connection {id.decode()} within {timeout_s:g} s")):
+            with gevent.Timeout(timeout_s, too_late):
                 return taker.get()
         finally:
             self._takers.pop(id, None)

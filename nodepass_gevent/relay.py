@@ -11,7 +11,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gevent
 from gevent.hub import Waiter
@@ -67,7 +67,10 @@ pipes = Pipes(MAX_PIPES)
 class _Flow:
     """One direction: what ``source`` says, ``sink`` gets."""
 
-    __slots__ = ("_calm", "_done", "_full", "_held", "_move", "_pipe", "_reader", "_rest", "_writer", "ended", "moved", "sink", "source")
+    __slots__ = (
+        "_calm", "_done", "_full", "_held", "_move", "_pipe", "_reader", "_rest", "_writer",
+        "ended", "moved", "sink", "source",
+    )  # fmt: skip
 
     def __init__(self, source: Transport, sink: Transport, done: Callable[[Exception | None], None]) -> None:
         self.source, self.sink, self._done = source, sink, done
@@ -84,9 +87,9 @@ class _Flow:
         self._writer = loop.io(sink.fileno(), WRITE)
 
     def start(self) -> None:
-        self._reader.start(self._on_readable)
+        self._reader.start(self._guard, self._on_readable)
         if self.source.buffered:
-            self._on_readable()
+            self._guard(self._on_readable)
 
     def stop(self) -> None:
         for watcher in (self._reader, self._writer):
@@ -94,34 +97,32 @@ class _Flow:
             watcher.close()
         self._drop_pipe()
 
-    def _on_readable(self) -> None:
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Run one step in the event loop, which must not see an exception."""
         try:
-            while self._move() and self.source.buffered:
-                pass
+            step()
         except BlockingIOError:
             pass
-        except Exception as exc:  # ours or the peer's: it ends this exchange and no other
+        except Exception as exc:  # ours or a peer's: it ends this exchange and no other
             self._done(exc)
 
+    def _on_readable(self) -> None:
+        while self._move() and self.source.buffered:
+            pass
+
     def _on_writable(self) -> None:
-        try:
-            if self._held:
-                self._held -= self._splice_out()
-            elif self._rest:
-                self._take(self._rest)
-            if self._held or self._rest or not self.sink.flush():
-                return
-            self._writer.stop()
-            if self.ended:
-                self._done(None)
-            else:
-                self._reader.start(self._on_readable)
-        except BlockingIOError:
+        if self._held:
+            self._held -= self._splice_out()
+        elif self._rest:
+            self._take(self._rest)
+        if self._held or self._rest or not self.sink.flush():
             return
-        except Exception as exc:  # as above
-            self._done(exc)
+        self._writer.stop()
+        if self.ended:
+            self._done(None)
             return
-        if self.source.buffered and not self.ended:
+        self._reader.start(self._guard, self._on_readable)
+        if self.source.buffered:
             self._on_readable()
 
     def _copy(self) -> bool:
@@ -151,7 +152,7 @@ class _Flow:
 
     def _wait_for_sink(self) -> bool:
         self._reader.stop()
-        self._writer.start(self._on_writable)
+        self._writer.start(self._guard, self._on_writable)
         return False
 
     def _end(self) -> bool:
@@ -176,6 +177,7 @@ class _Flow:
 
     def _splice(self) -> bool:
         """Move one pipeful, as ``_copy`` does with the buffer."""
+        assert self._pipe
         try:
             count = os.splice(self.source.fileno(), self._pipe[1], PIPE, flags=_SPLICE_FLAGS)
         except OSError as exc:
@@ -198,6 +200,7 @@ class _Flow:
         return True
 
     def _splice_out(self) -> int:
+        assert self._pipe
         sent = os.splice(self._pipe[0], self.sink.fileno(), self._held, flags=_SPLICE_FLAGS)
         self.moved += sent
         return sent
@@ -210,40 +213,49 @@ class _Flow:
         self._move = self._copy
 
 
+class _Exchange:
+    """Both flows, and the greenlet that waits for their end."""
+
+    def __init__(self, a: Transport, b: Transport, half_closed_timeout_s: float) -> None:
+        self._flows = _Flow(a, b, self._done), _Flow(b, a, self._done)
+        self._ended = Waiter()
+        self._half_closed_timeout_s = half_closed_timeout_s
+        self._timer: Any = None  # runs while one direction has ended and the other has not
+        self._moved_before = 0
+
+    def run(self) -> Outcome:
+        there, back = self._flows
+        try:
+            there.start()
+            back.start()
+            error = self._ended.get()
+        finally:
+            there.stop()
+            back.stop()
+            if self._timer is not None:
+                self._timer.stop()
+                self._timer.close()
+        return Outcome(there.moved, back.moved, error)
+
+    def _done(self, error: Exception | None) -> None:
+        if error is not None or all(flow.ended for flow in self._flows):
+            if not self._ended.ready():
+                self._ended.switch(error)
+        elif self._timer is None:
+            every_s = self._half_closed_timeout_s
+            self._timer = gevent.get_hub().loop.timer(every_s, every_s)
+            self._timer.start(self._check_half_closed)
+
+    def _check_half_closed(self) -> None:
+        moved = sum(flow.moved for flow in self._flows)
+        if moved == self._moved_before:
+            self._done(TimeoutError(f"half-closed and idle for {self._half_closed_timeout_s:g} s"))
+        self._moved_before = moved
+
+
 def exchange(a: Transport, b: Transport, half_closed_timeout_s: float) -> Outcome:
     """Copy both ways until both sides have ended, or one fails; the caller closes both.
 
     Half-closed, an exchange in which nothing moves for ``half_closed_timeout_s`` ends with TimeoutError.
     """
-    waiter = Waiter()
-    timer = None
-
-    def watch_half_closed() -> None:
-        nonlocal moved_before
-        moved = there.moved + back.moved
-        if moved == moved_before:
-            done(TimeoutError(f"half-closed and idle for {half_closed_timeout_s:g} s"))
-        moved_before = moved
-
-    def done(error: Exception | None) -> None:
-        nonlocal timer
-        if error is not None or (there.ended and back.ended):
-            if not waiter.ready():
-                waiter.switch(error)
-        elif timer is None:
-            timer = gevent.get_hub().loop.timer(half_closed_timeout_s, half_closed_timeout_s)
-            timer.start(watch_half_closed)
-
-    moved_before = 0
-    there, back = _Flow(a, b, done), _Flow(b, a, done)
-    try:
-        there.start()
-        back.start()
-        error = waiter.get()
-    finally:
-        there.stop()
-        back.stop()
-        if timer is not None:
-            timer.stop()
-            timer.close()
-    return Outcome(there.moved, back.moved, error)
+    return _Exchange(a, b, half_closed_timeout_s).run()

@@ -49,6 +49,10 @@ class Client:
     session: Session
     pool: AcceptingPool
 
+    def send(self, line: bytes) -> None:
+        """Queue a line on the control channel."""
+        self.session.send(line)
+
 
 class Server:
     """The role behind ``server://``. ``run`` serves until it fails or is killed; exchanges outlive it."""
@@ -59,7 +63,7 @@ class Server:
         self.exchanges = Pool(config.semaphore_limit)
         self._certificate = tls.ServerCertificate(config.crt, config.key) if config.tls else None
         self._first_line = FirstLine(config.data_port, config.tls)
-        self._ingress = Ingress(self._session, self.exchanges, config, self.counters)
+        self._ingress = Ingress(self._client, self.exchanges, config, self.counters)
         self._callers = Callers(config.limits.callers)
         self._held = Callers(config.limits.callers)
         self._clients: dict[bytes, Client] = {}  # by session id
@@ -96,7 +100,7 @@ class Server:
         tunnel, tunnel_port = listen(config.tunnel)
         data, data_port = self._listen_data(listen)
         self._first_line = FirstLine(data_port, config.tls)
-        loops = [
+        loops: list[Callable[[], None]] = [
             partial(net.serve, tunnel, partial(self._greenlets.spawn, self._greet), self._paused),
             partial(net.serve, data, partial(self._greenlets.spawn, self._join), self._paused),
             self._reload_for_ever,
@@ -274,7 +278,7 @@ class Server:
                 poll_s *= 2
         gevent.sleep(RIPEN_S)
 
-    # The session
+    # The client
 
     def _client_at(self, key: str) -> Client | None:
         for client in self._clients.values():
@@ -282,13 +286,13 @@ class Server:
                 return client
         return None
 
-    def _session(self, timeout_s: float) -> Session:
-        """Wait for a client's session."""
+    def _client(self, timeout_s: float) -> Client:
+        """Wait for a client whose session lives."""
         end = time.monotonic() + timeout_s
         while True:
             for client in self._clients.values():
                 if not client.pool.closed:
-                    return client.session
+                    return client
             self._client_came.clear()
             if not self._client_came.wait(max(end - time.monotonic(), 0)):
                 raise NoDataConnection("no client is connected")

@@ -4,7 +4,6 @@ import logging
 import os
 import resource
 import signal
-
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -150,5 +149,5 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _log_exception(_context: object, kind: type, value: BaseException, trace: object) -> None:
-    log.error("unexpected error in a greenlet", exc_info=(kind, value, trace))
+def _log_exception(_context: object, _kind: type, value: BaseException, _trace: object) -> None:
+    log.error("unexpected error in a greenlet", exc_info=value)

@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -31,7 +32,7 @@ OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
 SELF_SIGNED_DAYS = 365
 MAX_FILE = 1 << 20  # bytes of a certificate or key file
 
-_raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text between socket and OpenSSL; nobody switches while it is in use
+_raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text on its way to OpenSSL; nobody switches meanwhile
 _VERIFY_ERRORS = {
     code: name.removeprefix("ERR_").replace("_", " ").lower()
     for name, code in vars(SSL.X509VerificationCodes).items()
@@ -44,7 +45,7 @@ class Certificate:
     """A certificate with its chain, and the private key that fits it."""
 
     chain: tuple[x509.Certificate, ...]
-    key: object
+    key: Any
 
     @property
     def fingerprint(self) -> str:
@@ -194,7 +195,9 @@ def dial(stream: Stream, context: SSL.Context, mode: int, host: str) -> "TLSStre
             raise PolicyError(f"certificate of {host} refused: {problem}") from exc
         raise
     if mode == VERIFIED:
-        _verify_name(connection.get_peer_certificate(as_cryptography=True), host)
+        certificate = connection.get_peer_certificate(as_cryptography=True)
+        assert certificate, "OpenSSL has verified it"
+        _verify_name(certificate, host)
     return transport
 
 
