@@ -6,7 +6,6 @@ that is the limit of them all; it outlives the session that launched it.
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -146,24 +145,19 @@ class Egress:
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
-        self._waiting: deque[Launch] = deque()
+        self._waiting = Pool(config.max_pool_capacity)  # launches that wait for a slot, each in its greenlet
         self._endpoints: list[Endpoint] = []
 
     def launch(self, launch: Launch) -> None:
         """Start the exchange of one launch. Never blocks."""
-        if not self._exchanges.full():
+        if not self._waiting and not self._exchanges.full():
             self._exchanges.spawn(self._run, launch)
-        elif len(self._waiting) < self._config.max_pool_capacity:
-            self._waiting.append(launch)
+        elif not self._waiting.full():
+            self._waiting.spawn(self._exchanges.spawn, self._run, launch)
         else:  # more launches than there are data connections: the peer does not keep the protocol
             self._counters.launches_lost += 1
 
     def _run(self, launch: Launch) -> None:
-        self._one(launch)
-        while self._waiting:
-            self._one(self._waiting.popleft())
-
-    def _one(self, launch: Launch) -> None:
         try:
             data = self._pool.take(launch.id, self._config.limits.pool_wait_s)
         except NodePassError as exc:

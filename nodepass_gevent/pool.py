@@ -143,10 +143,17 @@ class DialingPool:
     up by one when more than four fifths were, to ``maximum`` at most (protocol v1).
     """
 
-    def __init__(self, dial: Callable[[], tuple[bytes, Transport]], minimum: int, maximum: int) -> None:
+    def __init__(
+        self,
+        dial: Callable[[], tuple[bytes, Transport]],
+        minimum: int,
+        maximum: int,
+        sleep: Callable[[float], object] = gevent.sleep,
+    ) -> None:
         self.capacity = self._minimum = minimum
         self._maximum = maximum
         self._dial = dial
+        self._sleep = sleep
         self._dials = Pool(maximum)
         self._dialling = 0
         self._dialled = 0  # in this round
@@ -164,7 +171,7 @@ class DialingPool:
         """Fill the pool and let its capacity follow the demand, until the greenlet is killed."""
         while True:
             self._fill()
-            gevent.sleep(ROUND_S)
+            self._sleep(ROUND_S)
             self._adapt()
             self._forget_ended()
 
@@ -187,6 +194,10 @@ class DialingPool:
         try:
             with gevent.Timeout(timeout_s, too_late):
                 return taker.get()
+        except BaseException:
+            if taker.successful():  # it came in the very moment of giving up
+                taker.get().reset()
+            raise
         finally:
             self._takers.pop(id, None)
 
@@ -229,12 +240,12 @@ class DialingPool:
             except (OSError, NodePassError) as exc:
                 (log.debug if self._failing else log.warning)("no data connection: %s", reason(exc))
                 self._failing = True
-            gevent.sleep(pause_s)
+            self._sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MAX_S)
         return None
 
     def _settle(self, id: bytes, transport: Transport) -> None:
-        if self._closed or id in self._idle:
+        if self._closed or id in self._idle or id in self._ended or id in self._ended_before:
             transport.reset()
         elif id in self._takers:
             self._takers.pop(id).set(transport)

@@ -68,14 +68,15 @@ class _Flow:
     """One direction: what ``source`` says, ``sink`` gets."""
 
     __slots__ = (
-        "_calm", "_done", "_full", "_held", "_move", "_pipe", "_reader", "_rest", "_writer",
+        "_calm", "_done", "_ending", "_full", "_held", "_move", "_pipe", "_reader", "_rest", "_writer",
         "ended", "moved", "sink", "source",
     )  # fmt: skip
 
     def __init__(self, source: Transport, sink: Transport, done: Callable[[Exception | None], None]) -> None:
         self.source, self.sink, self._done = source, sink, done
         self.moved = 0  # bytes that the sink has taken
-        self.ended = False  # end of stream is passed on
+        self.ended = False  # end of stream is passed on, and all bytes before it
+        self._ending = False  # it is read
         self._rest: bytes | memoryview = b""  # read, and not taken yet
         self._full = 0  # full reads in a row
         self._calm = 0  # small splices in a row
@@ -118,8 +119,8 @@ class _Flow:
         if self._held or self._rest or not self.sink.flush():
             return
         self._writer.stop()
-        if self.ended:
-            self._done(None)
+        if self._ending:
+            self._end_now()
             return
         self._reader.start(self._guard, self._on_readable)
         if self.source.buffered:
@@ -158,13 +159,17 @@ class _Flow:
     def _end(self) -> bool:
         """Pass the end of stream on, after all bytes before it."""
         self._reader.stop()
-        self.ended = True
+        self._ending = True
         self._drop_pipe()
         self.sink.finish()
         if not self.sink.flush():
             return self._wait_for_sink()
-        self._done(None)
+        self._end_now()
         return False
+
+    def _end_now(self) -> None:
+        self.ended = True
+        self._done(None)
 
     def _start_splicing(self) -> None:
         self._full = self._calm = 0

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 DATA_PORTS = range(1024, 8192)  # where the original draws its data port
 PORT_DRAWS = 100  # tries to find a free one
 RIPEN_S = 0.005  # the original's client drops a launch that comes right behind its id (protocol v1)
-ACK_POLL_S = 0.001  # the kernel does not tell when an acknowledgement is in; doubled each time
+ACK_POLL_S, ACK_POLL_MAX_S = 0.001, 0.05  # the kernel does not tell when an acknowledgement is in
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,10 @@ class Server:
         poll_s = ACK_POLL_S
         with deadline(self.config.limits.id_timeout_s, "acknowledgement of the id"):
             while stream.unacknowledged():
+                if stream.peek() is False:  # a reset connection never acknowledges
+                    raise ConnectionAbortedError("it closed before its id was acknowledged")
                 gevent.sleep(poll_s)
-                poll_s *= 2
+                poll_s = min(poll_s * 2, ACK_POLL_MAX_S)
         gevent.sleep(RIPEN_S)
 
     # The client

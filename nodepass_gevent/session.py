@@ -81,8 +81,11 @@ class Session:
                 return reason(exc)
 
     def _write(self) -> str:
-        self._due.insert(0, wire.PING if self._ping_interval_s else b"")
+        ping_due = time.monotonic()
         while True:
+            if self._ping_interval_s and time.monotonic() >= ping_due:
+                self._due.insert(0, wire.PING)
+                ping_due = time.monotonic() + self._ping_interval_s
             lines, self._due = b"".join(self._due), []
             self._wake.clear()
             try:
@@ -90,5 +93,4 @@ class Session:
                     self.control.sendall(lines)
             except OSError as exc:
                 return reason(exc)
-            if not self._due and not self._wake.wait(self._ping_interval_s):
-                self._due.append(wire.PING)
+            self._wake.wait(self._ping_interval_s and max(ping_due - time.monotonic(), 0))

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from OpenSSL import SSL
-from service_identity import VerificationError
+from service_identity import CertificateError, VerificationError
 from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
 
 from .errors import ConfigError, PolicyError
@@ -184,6 +184,7 @@ def accept(stream: Stream, context: SSL.Context) -> "TLSStream":
 
 def dial(stream: Stream, context: SSL.Context, mode: int, host: str) -> "TLSStream":
     """Make the client's handshake; in mode 2 the certificate must be for ``host``. Raises OSError, PolicyError."""
+    host = host.removesuffix(".")  # of a fully qualified name; stands in no certificate and in no SNI (RFC 6066)
     connection = SSL.Connection(context, None)
     connection.set_connect_state()
     if mode == VERIFIED and not _is_literal(host):
@@ -205,7 +206,7 @@ def _verify_name(certificate: x509.Certificate, host: str) -> None:
     verify = verify_certificate_ip_address if _is_literal(host) else verify_certificate_hostname
     try:
         verify(certificate, host)
-    except (VerificationError, ValueError) as exc:
+    except (CertificateError, VerificationError, ValueError) as exc:
         raise PolicyError(f"certificate of {host} refused: it is for another name") from exc
 
 
@@ -277,15 +278,15 @@ class TLSStream(Transport):
         return self.stream.peer
 
     def pull(self, buffer: memoryview) -> int:
-        while True:
-            if not self.buffered:
-                count = self.stream.pull(_raw)
-                if not count:
-                    raise ConnectionAbortedError("the TLS stream was cut off")
-                self._connection.bio_write(_raw[:count])
-            filled = self._decrypt(buffer)
-            if filled or self._ended:
-                return filled
+        if not self.buffered:
+            count = self.stream.pull(_raw)
+            if not count:
+                raise ConnectionAbortedError("the TLS stream was cut off")
+            self._connection.bio_write(_raw[:count])
+        filled = self._decrypt(buffer)
+        if filled or self._ended:
+            return filled
+        raise BlockingIOError  # a part of a record; more may wait in the socket, but first others have their turn
 
     def _decrypt(self, buffer: memoryview) -> int:
         """Empty OpenSSL into ``buffer``, several records at once."""
