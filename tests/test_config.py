@@ -235,7 +235,7 @@ def test_a_duration_is_read_as_go_reads_it(text, ns):
 
 
 NO_DURATIONS = """
-3 - s . -. .s +.s 1d 1w 1S 1Ms 5 1:30 1,5s 5s5 0.5.5s 1h-5m --1s 1e3s inf nan 0x5s 1_0s 00 \u0661s 
+3 - s . -. .s +.s 1d 1w 1S 1Ms 5 1:30 1,5s 5s5 0.5.5s 1h-5m --1s 1e3s inf nan 0x5s 1_0s 00 \u0661s
 3000000h 9223372036854775808ns 9223372036854775.808us -9223372036854775809ns
 """
 
