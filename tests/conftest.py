@@ -3,3 +3,6 @@
 from gevent import monkey
 
 monkey.patch_all()
+
+from support import no_leaks, pair, spawn  # noqa: E402, F401  fixtures for every test module
+from tunnel import connect, said, serve  # noqa: E402, F401

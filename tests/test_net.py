@@ -1,0 +1,293 @@
+import errno
+import os
+import resource
+import socket
+from contextlib import ExitStack, closing, contextmanager
+
+import gevent
+import pytest
+from gevent.event import Event
+from support import LIMITS, LOOPBACK, endpoint_of, wait_until
+
+from nodepass_gevent import net
+from nodepass_gevent.config import Address
+from nodepass_gevent.errors import ConnectError
+
+needs_ipv6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
+KEEPALIVE = {
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): LIMITS.keepalive_idle_s,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): LIMITS.keepalive_interval_s,
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): LIMITS.keepalive_count,
+}
+
+
+def dial(listener):
+    return socket.create_connection(endpoint_of(listener).sockaddr[:2], 5)
+
+
+@pytest.fixture
+def listener(no_leaks):
+    with closing(net.listen(LOOPBACK, LIMITS)) as sock:
+        yield sock
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "sockaddr"),
+    [
+        ("192.0.2.1", socket.AF_INET, ("192.0.2.1", 80)),
+        ("0.0.0.0", socket.AF_INET, ("0.0.0.0", 80)),
+        ("::1", socket.AF_INET6, ("::1", 80, 0, 0)),
+        ("2001:DB8::1", socket.AF_INET6, ("2001:db8::1", 80, 0, 0)),
+        ("fe80::1%lo", socket.AF_INET6, ("fe80::1", 80, 0, socket.if_nametoindex("lo"))),
+    ],
+)
+def test_a_literal_never_visits_the_resolver(host, family, sockaddr, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", None)
+    assert net.resolve(Address(host, 80)) == [net.Endpoint(family, sockaddr)]
+
+
+def test_a_name_gives_its_endpoints_in_the_order_of_the_resolver(monkeypatch):
+    found = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 80, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 80)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    assert [str(endpoint) for endpoint in net.resolve(Address("name", 80))] == ["[2001:db8::1]:80", "192.0.2.1:80"]
+
+
+def test_an_empty_host_is_loopback_to_dial_and_every_interface_to_listen():
+    assert {endpoint.sockaddr[0] for endpoint in net.resolve(Address("", 80))} <= {"127.0.0.1", "::1"}
+    assert {endpoint.sockaddr[0] for endpoint in net.resolve(Address("", 80), passive=True)} <= {"0.0.0.0", "::"}
+
+
+@pytest.mark.parametrize("failure", [socket.gaierror(socket.EAI_NONAME, "No such name"), UnicodeError("no such name")])
+def test_a_name_that_does_not_resolve_is_a_connect_error(failure, monkeypatch):
+    def fail(*args, **options):
+        raise failure
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(ConnectError, match="resolve no-such-name: no such name"):
+        net.resolve(Address("no-such-name", 80))
+
+
+@pytest.mark.parametrize(
+    ("host", "key"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::", "2001:db8:1:2::/64"),
+        ("fe80::1%lo", "fe80::/64"),
+        ("::1", "::/64"),
+    ],
+)
+def test_one_address_is_an_ipv4_address_or_an_ipv6_network(host, key):
+    assert net.peer_key(host) == key
+
+
+def test_a_deadline_says_what_took_too_long():
+    with pytest.raises(TimeoutError, match=r"^dial: timed out after 0.01 s$"), net.deadline(0.01, "dial"):
+        Event().wait()
+
+
+# bind
+
+
+@needs_ipv6
+@pytest.mark.parametrize("host", ["", "::"])
+def test_every_interface_means_both_families(host, no_leaks):
+    with closing(net.listen(Address(host, 0), LIMITS)) as listener:
+        port = listener.getsockname()[1]
+        for loopback in ("127.0.0.1", "::1"):
+            socket.create_connection((loopback, port), 5).close()
+
+
+@needs_ipv6
+@pytest.mark.parametrize(("host", "other"), [("0.0.0.0", "::1"), ("127.0.0.1", "::1"), ("::1", "127.0.0.1")])
+def test_any_other_address_means_its_own_family_alone(host, other, no_leaks):
+    with closing(net.listen(Address(host, 0), LIMITS)) as listener:
+        dial(listener).close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((other, listener.getsockname()[1]), 5)
+
+
+def test_a_name_is_bound_at_its_ipv4_address(monkeypatch, no_leaks):
+    found = [
+        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", 0, 0, 0)),
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    with closing(net.bind(Address("name", 0), socket.SOCK_DGRAM)) as sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
+
+
+def test_an_address_in_use_is_named_in_the_error(listener):
+    taken = Address("127.0.0.1", listener.getsockname()[1])
+    with pytest.raises(OSError, match=f"already in use: {taken}") as caught:
+        net.listen(taken, LIMITS)
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+# serve
+
+
+@contextmanager
+def out_of_descriptors():
+    """Lower the limit to what is open now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture
+def accepted(spawn):
+    """What ``handle`` was given; closed at the end."""
+    streams = []
+    yield streams
+    for stream in streams:
+        stream.close()
+
+
+def refuse_to_pause(exc):
+    raise AssertionError(f"the accept loop paused: {exc}")
+
+
+def test_whoever_connects_is_handed_on_with_its_address(listener, accepted, spawn):
+    spawn(net.serve, listener, accepted.append, refuse_to_pause)
+    with dial(listener) as user:
+        wait_until(lambda: accepted)
+        assert accepted[0].peer == user.getsockname()
+        assert str(accepted[0]) == "{}:{}".format(*user.getsockname())
+        user.sendall(b"hello")
+        assert accepted[0].recv_exactly(5) == b"hello"
+
+
+def test_more_callers_than_one_batch_are_all_accepted(listener, accepted, spawn):
+    with ExitStack() as users:
+        for _ in range(2 * net.ACCEPT_BATCH + 1):
+            users.enter_context(dial(listener))
+        spawn(net.serve, listener, accepted.append, refuse_to_pause)
+        wait_until(lambda: len(accepted) == 2 * net.ACCEPT_BATCH + 1)
+
+
+def test_accepting_stops_where_there_is_no_room_and_goes_on_when_there_is(listener, accepted, spawn):
+    room, asked = Event(), []
+
+    def room_for_two_then_wait():
+        asked.append(len(accepted))
+        if accepted:
+            room.wait()
+        return 2
+
+    with ExitStack() as users:
+        for _ in range(5):
+            users.enter_context(dial(listener))
+        spawn(net.serve, listener, accepted.append, refuse_to_pause, room_for_two_then_wait)
+        wait_until(lambda: len(asked) == 2)
+        assert len(accepted) == 2
+        room.set()
+        wait_until(lambda: len(accepted) == 5)
+
+
+def test_the_accept_loop_outlives_a_lack_of_descriptors(listener, accepted, spawn):
+    pauses = []
+    with dial(listener), dial(listener):
+        with out_of_descriptors():
+            loop = spawn(net.serve, listener, accepted.append, pauses.append)
+            wait_until(lambda: len(pauses) == 2)
+            assert not accepted
+        wait_until(lambda: len(accepted) == 2)
+    assert {exc.errno for exc in pauses} == {errno.EMFILE}
+    assert not loop.ready()
+
+
+def test_out_of_descriptors_the_accept_loop_pauses_and_does_not_spin(listener, accepted, spawn):
+    pauses = []
+    with dial(listener), out_of_descriptors():
+        spawn(net.serve, listener, accepted.append, pauses.append)
+        wait_until(lambda: pauses)
+        for _ in range(100):
+            gevent.idle()
+        assert len(pauses) == 1
+
+
+# connect
+
+
+def free_endpoint():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return endpoint_of(sock)
+
+
+@contextmanager
+def silent_endpoint():
+    """An address that answers no SYN: its backlog is full."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield endpoint_of(listener)
+
+
+def test_accepted_and_connected_sockets_notice_a_dead_peer(listener, accepted, spawn):
+    spawn(net.serve, listener, accepted.append, refuse_to_pause)
+    with net.connect([endpoint_of(listener)], 5, LIMITS) as stream:
+        assert stream.peer == listener.getsockname()
+        wait_until(lambda: accepted)
+        for sock in (stream.socket, accepted[0].socket):
+            assert {option: sock.getsockopt(*option) for option in KEEPALIVE} == KEEPALIVE
+
+
+def test_a_refused_connect_names_the_address_and_the_reason(no_leaks):
+    endpoint = free_endpoint()
+    with pytest.raises(ConnectError, match=rf"^connect {endpoint}: connection refused$"):
+        net.connect([endpoint], 5, LIMITS)
+
+
+def test_a_connect_without_an_answer_times_out(no_leaks):
+    with silent_endpoint() as endpoint:
+        with pytest.raises(ConnectError, match=rf"^connect {endpoint}: connect: timed out after 0.05 s$"):
+            net.connect([endpoint], 0.05, LIMITS)
+
+
+def test_after_an_address_that_refuses_or_is_silent_the_next_one_is_tried(listener):
+    with silent_endpoint() as silent:
+        with net.connect([free_endpoint(), silent, endpoint_of(listener)], 0.3, LIMITS) as stream:
+            assert stream.peer == listener.getsockname()
+
+
+def test_all_addresses_share_the_time(no_leaks):
+    with silent_endpoint() as endpoint:
+        with pytest.raises(ConnectError, match=r"timed out after 0\.02 s"):
+            net.connect([endpoint] * 5, 0.1, LIMITS)
+
+
+def test_when_no_address_answers_the_last_one_is_named(no_leaks):
+    first, last = free_endpoint(), free_endpoint()
+    with pytest.raises(ConnectError, match=f"connect {last}"):
+        net.connect([first, last], 5, LIMITS)
+    with pytest.raises(ConnectError, match="no address"):
+        net.connect([], 5, LIMITS)
+
+
+def test_a_connect_that_is_given_up_leaves_no_socket(spawn):
+    with silent_endpoint() as endpoint:
+        dialling = spawn(net.connect, [endpoint], 60, LIMITS)
+        gevent.sleep(0)
+        dialling.kill()
+        assert isinstance(dialling.value, gevent.GreenletExit)

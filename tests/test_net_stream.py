@@ -1,0 +1,176 @@
+import os
+import socket
+
+import gevent
+import pytest
+from gevent.socket import wait_read
+from support import bounded, is_reset, read_all, read_exactly, reset, wait_until
+
+from nodepass_gevent import net
+from nodepass_gevent.errors import ProtocolError
+
+
+def test_read_line_takes_the_line_and_not_a_byte_behind_it(pair):
+    stream, peer = pair()
+    peer.sendall(b"//4321#1\n\nnot a line")
+    with bounded():
+        assert stream.read_line(1024) == b"//4321#1"
+        assert stream.read_line(1024) == b""
+        assert stream.recv_exactly(10) == b"not a line"
+
+
+def test_read_line_puts_a_line_together_from_single_bytes(pair, spawn):
+    stream, peer = pair()
+    reading = spawn(stream.read_line, 1024)
+    for byte in b"//4321#1\n":
+        peer.sendall(bytes([byte]))
+        gevent.sleep(0)
+    assert reading.get(timeout=5) == b"//4321#1"
+
+
+@pytest.mark.parametrize("too_long", [b"b" * 16, b"b" * 16 + b"\n", b"b" * 1000 + b"\n"])
+def test_read_line_keeps_its_limit(too_long, pair):
+    stream, peer = pair()
+    peer.sendall(b"a" * 15 + b"\n" + too_long)
+    with bounded():
+        assert stream.read_line(16) == b"a" * 15
+        with pytest.raises(ProtocolError, match="more than 16 bytes"):
+            stream.read_line(16)
+
+
+def test_read_line_needs_the_newline_before_the_end(pair):
+    stream, peer = pair()
+    peer.sendall(b"//4321#1")
+    peer.close()
+    with bounded(), pytest.raises(ConnectionAbortedError):
+        stream.read_line(1024)
+
+
+def test_recv_exactly_waits_for_the_last_byte(pair, spawn):
+    stream, peer = pair()
+    reading = spawn(stream.recv_exactly, 8)
+    for piece in (b"0a1b", b"2c3", b"dxyz"):
+        peer.sendall(piece)
+        gevent.sleep(0)
+    assert reading.get(timeout=5) == b"0a1b2c3d"
+    assert stream.recv(100) == b"xyz"
+
+
+def test_recv_exactly_says_how_much_came_before_the_end(pair):
+    stream, peer = pair()
+    peer.sendall(b"0a1")
+    peer.close()
+    with bounded(), pytest.raises(ConnectionAbortedError, match="after 3 of 8 bytes"):
+        stream.recv_exactly(8)
+
+
+def test_sendall_goes_as_fast_as_the_peer_reads(pair, spawn):
+    stream, peer = pair()
+    data = os.urandom(1 << 20) * 16  # more than the kernel keeps
+    sending = spawn(stream.sendall, data)
+    assert read_exactly(peer, 1 << 20) == data[: 1 << 20]
+    assert not sending.ready()
+    assert read_exactly(peer, len(data) - (1 << 20)) == data[1 << 20 :]
+    sending.get(timeout=5)
+
+
+def test_unacknowledged_counts_what_the_peer_has_no_room_for(pair, spawn):
+    stream, peer = pair()
+    assert stream.unacknowledged() == 0
+    data = bytes(16 << 20)
+    spawn(stream.sendall, data)
+    wait_until(lambda: stream.unacknowledged() > 0)
+    assert read_exactly(peer, len(data)) == data
+    wait_until(lambda: stream.unacknowledged() == 0)
+
+
+def test_a_dead_path_ends_a_connection_after_the_time_that_was_set(pair):
+    stream, _ = pair()
+    stream.fail_when_unacknowledged(20)
+    assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+
+
+def test_after_shutdown_write_the_other_direction_goes_on(pair):
+    stream, peer = pair()
+    stream.sendall(b"question")
+    stream.shutdown_write()
+    assert read_all(peer) == b"question"
+    peer.sendall(b"answer")
+    peer.close()
+    with bounded():
+        assert stream.recv_exactly(6) == b"answer"
+        assert stream.recv(1) == b""
+    stream.shutdown_write()  # twice is once, even when all is over
+
+
+def test_linger_loses_nothing_although_unread_bytes_are_waiting(pair, spawn):
+    stream, peer = pair()
+    peer.sendall(b"unread" * 1000)
+    wait_until(stream.peek)
+    answer, chunk = b"", os.urandom(100_000)
+    while taken := stream.push(chunk):  # until the kernel holds what it can on both sides
+        answer += chunk[:taken]
+
+    def end():
+        with stream:
+            stream.linger(5)
+
+    ending = spawn(end)
+    gevent.idle()
+    assert read_all(peer) == answer
+    peer.close()
+    ending.get(timeout=5)
+
+
+def test_linger_does_not_wait_for_ever(pair):
+    stream, _ = pair()
+    with bounded():
+        stream.linger(0.01)
+
+
+def test_the_end_of_a_block_is_an_end_and_an_exception_is_a_reset(pair):
+    stream, peer = pair()
+    with stream:
+        stream.sendall(b"all")
+    assert read_all(peer) == b"all"
+    stream, peer = pair()
+    with pytest.raises(ValueError), stream:
+        stream.sendall(b"half")
+        raise ValueError
+    assert is_reset(peer)
+    stream.reset()  # of a closed one: nothing happens
+
+
+def test_a_reset_of_the_peer_is_seen_as_a_reset(pair):
+    stream, peer = pair()
+    reset(peer)
+    with bounded(), pytest.raises(ConnectionResetError):
+        stream.recv(1)
+
+
+def test_peek_tells_nothing_yet_from_bytes_and_from_an_end(pair):
+    stream, peer = pair()
+    assert stream.peek() is None
+    peer.sendall(b"x")
+    wait_until(lambda: stream.peek() is True)
+    peer.close()
+    assert stream.recv(1) == b"x"  # peeking took nothing
+    wait_until(lambda: stream.peek() is False)
+    stream, peer = pair()
+    reset(peer)
+    wait_read(stream.fileno(), timeout=5)
+    assert stream.peek() is False
+
+
+def test_an_arrival_is_told_until_the_watch_is_closed(pair):
+    stream, peer = pair()
+    told = []
+    watch = net.ArrivalWatch(stream, told.append, "bytes")
+    gevent.sleep(0)
+    assert not told
+    peer.sendall(b"x")
+    wait_until(lambda: told)
+    watch.close()
+    told.clear()
+    gevent.sleep(0.001)
+    assert not told

@@ -1,0 +1,123 @@
+import gevent
+import pytest
+from support import is_reset, read_all, reset, wait_until
+
+from nodepass_gevent.errors import NoDataConnection, PoolClosed
+from nodepass_gevent.pool import AcceptingPool
+
+ENDINGS = {  # how an idle connection becomes useless
+    "its peer has ended": lambda peer: peer.shutdown(1),
+    "its peer has reset it": reset,
+    "its peer has spoken": lambda peer: peer.sendall(b"out of turn"),
+}
+
+
+@pytest.fixture
+def accepting(no_leaks):
+    pool = AcceptingPool(capacity=4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def added(accepting, pair):
+    """Add a connection under an id, and give its peer."""
+
+    def add(id):
+        stream, peer = pair()
+        accepting.add(id, stream)
+        return peer
+
+    return add
+
+
+def test_the_oldest_connection_is_handed_out_first(accepting, added):
+    for id in (b"0000000c", b"0000000a", b"0000000b"):
+        added(id)
+    assert [accepting.take(0)[0] for _ in range(3)] == [b"0000000c", b"0000000a", b"0000000b"]
+    assert len(accepting) == 0
+
+
+def test_what_is_handed_out_leads_to_the_peer_of_that_id(accepting, added):
+    peers = {id: added(id) for id in (b"0000000a", b"0000000b")}
+    assert all(id in accepting for id in peers)
+    for _ in peers:
+        id, transport = accepting.take(0)
+        assert id not in accepting
+        with transport:
+            transport.sendall(id)
+        assert read_all(peers[id]) == id
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_an_idle_connection_is_dropped_as_soon_as(how, accepting, added):
+    peer = added(b"0000000a")
+    ENDINGS[how](peer)
+    wait_until(lambda: len(accepting) == 0)
+    assert peer.fileno() < 0 or is_reset(peer)
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_a_connection_is_not_handed_out_when_a_moment_ago(how, accepting, added):
+    dead, _ = added(b"0000000a"), added(b"0000000b")
+    ENDINGS[how](dead)  # the event loop has had no turn to tell
+    assert len(accepting) == 2
+    assert accepting.take(0)[0] == b"0000000b"
+    assert dead.fileno() < 0 or is_reset(dead)
+
+
+def test_who_has_waited_longest_gets_the_first_connection(accepting, added, spawn):
+    waiting = [spawn(accepting.take, 5) for _ in range(3)]
+    gevent.idle()
+    for id in (b"0000000a", b"0000000b", b"0000000c"):
+        added(id)
+    assert [taker.get(timeout=5)[0] for taker in waiting] == [b"0000000a", b"0000000b", b"0000000c"]
+    assert len(accepting) == 0
+
+
+def test_who_waits_too_long_is_told_and_costs_nobody_a_connection(accepting, added):
+    with pytest.raises(NoDataConnection, match=r"no data connection within 0.01 s"):
+        accepting.take(0.01)
+    added(b"0000000a")
+    assert accepting.take(0)[0] == b"0000000a"
+
+
+def test_a_connection_handed_to_somebody_who_just_gave_up_is_reset(accepting, pair, spawn):
+    waiting = spawn(accepting.take, 5)
+    gevent.idle()
+    stream, peer = pair()
+    waiting.kill(block=False)
+    accepting.add(b"0000000a", stream)  # handed over in the same turn of the event loop
+    assert is_reset(peer)
+    assert isinstance(waiting.get(timeout=5), gevent.GreenletExit)
+
+
+def test_there_is_room_up_to_the_capacity_and_for_those_who_wait(accepting, added, spawn):
+    added(b"0000000a")
+    assert accepting.room == 3
+    accepting.take(0)
+    for _ in range(2):
+        spawn(accepting.take, 5)
+    gevent.idle()
+    assert accepting.room == 6
+
+
+def test_closing_resets_what_is_idle_and_wakes_who_waits(accepting, added, spawn):
+    running = spawn(accepting.run)
+    waiting = spawn(accepting.take, 5)
+    gevent.idle()
+    accepting.close()
+    with pytest.raises(PoolClosed):
+        waiting.get(timeout=5)
+    assert accepting.closed
+    assert running.get(timeout=5) == "the pool was closed"
+
+
+def test_a_closed_pool_neither_takes_nor_gives(accepting, added):
+    peer = added(b"0000000a")
+    accepting.close()
+    assert is_reset(peer)
+    with pytest.raises(PoolClosed):
+        accepting.take(5)
+    with pytest.raises(PoolClosed):
+        added(b"0000000b")

@@ -1,0 +1,387 @@
+import logging
+
+import gevent
+import pytest
+from gevent.event import Event
+from support import bounded, is_reset, read_all, wait_until
+
+from nodepass_gevent.errors import NoDataConnection, PoolClosed, ProtocolError
+from nodepass_gevent.pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
+
+
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self):
+        self.now_s = 0.0
+        self.slept_s = []  # every pause that was asked for
+        self._sleepers = []
+
+    def sleep(self, seconds):
+        woken = Event()
+        self.slept_s.append(seconds)
+        self._sleepers.append((self.now_s + seconds, woken))
+        woken.wait()
+
+    @property
+    def sleeping(self):
+        return len(self._sleepers)
+
+    def advance(self, seconds):
+        """Let time pass, and whoever it wakes do what it can without waiting."""
+        wait_until(lambda: self._sleepers)
+        self.now_s += seconds
+        for sleeper in [sleeper for sleeper in self._sleepers if sleeper[0] <= self.now_s]:
+            self._sleepers.remove(sleeper)
+            sleeper[1].set()
+        gevent.idle()
+
+
+class Dialler:
+    """Makes data connections with the ids 00000000, 00000001, …, or with ``next_ids`` first; keeps their peers."""
+
+    def __init__(self, pair):
+        self._pair = pair
+        self.ids = []
+        self.peers = []  # in the same order
+        self.next_ids = []
+        self.in_flight = 0
+        self.open = Event()  # while clear, dials hang
+        self.open.set()
+        self.failure = None
+        self.on_dialled = lambda: None
+
+    def __call__(self):
+        self.in_flight += 1
+        try:
+            self.open.wait()
+            if self.failure:
+                raise self.failure
+            stream, peer = self._pair()
+        finally:
+            self.in_flight -= 1
+        id = self.next_ids.pop(0) if self.next_ids else b"%08x" % len(self.ids)
+        self.ids.append(id)
+        self.peers.append(peer)
+        self.on_dialled()
+        return id, stream
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def dialler(pair):
+    return Dialler(pair)
+
+
+@pytest.fixture
+def dialing(dialler, clock, spawn):
+    """Make a pool and run it; it is closed at the end, as its session would."""
+    pools = []
+
+    def start(minimum, maximum=1024):
+        pool = DialingPool(dialler, minimum, maximum, clock.sleep)
+        pools.append(pool)
+        spawn(pool.run)
+        return pool
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+def take(pool, id, timeout_s=0):
+    with bounded():
+        return pool.take(id, timeout_s)
+
+
+def leads_to(transport, peer):
+    """Say whether a connection that was handed out is whole both ways, and is the one of that peer."""
+    with transport:
+        transport.sendall(b"launched")
+        peer.sendall(b"here")
+        return transport.recv_exactly(4) == b"here" and peer.recv(100) == b"launched"
+
+
+@pytest.mark.parametrize("minimum", [1, 4, 16, 128])
+def test_the_pool_is_filled_and_refilled_the_moment_connections_are_used(minimum, dialler, dialing):
+    pool = dialing(minimum)
+    wait_until(lambda: len(pool) == minimum)
+    dialler.open.clear()
+    for id in list(dialler.ids):
+        take(pool, id).close()
+    wait_until(lambda: dialler.in_flight == minimum)  # all at once, none waits for another
+    dialler.open.set()
+    wait_until(lambda: len(pool) == minimum)
+    assert len(dialler.ids) == 2 * minimum
+
+
+def test_a_full_pool_dials_no_more(dialler, dialing, clock):
+    pool = dialing(4, maximum=4)
+    wait_until(lambda: len(pool) == 4)
+    for _ in range(5):
+        clock.advance(ROUND_S)
+    assert len(dialler.ids) == 4
+
+
+def test_dials_in_flight_have_a_limit(dialler, dialing):
+    dialler.open.clear()
+    pool = dialing(2 * DIALS_AT_ONCE)
+    wait_until(lambda: dialler.in_flight == DIALS_AT_ONCE)
+    gevent.idle()
+    assert dialler.in_flight == DIALS_AT_ONCE
+    dialler.open.set()
+    wait_until(lambda: len(pool) == 2 * DIALS_AT_ONCE)
+
+
+def test_a_connection_is_found_by_its_id_and_given_once(dialler, dialing):
+    pool = dialing(3)
+    wait_until(lambda: len(pool) == 3)
+    assert leads_to(take(pool, dialler.ids[1]), dialler.peers[1])
+    with pytest.raises(NoDataConnection):
+        take(pool, dialler.ids[1])
+
+
+def test_a_launch_that_overtakes_its_id_waits_and_refills_meanwhile(dialler, dialing, spawn):
+    dialler.open.clear()
+    pool = dialing(2)
+    waiting = spawn(pool.take, b"00000000", 5)
+    wait_until(lambda: dialler.in_flight == 3)  # one more: the awaited one is used the moment it is here
+    dialler.open.set()
+    assert leads_to(waiting.get(timeout=5), dialler.peers[0])
+    wait_until(lambda: len(pool) == 2)
+
+
+def test_a_launch_whose_id_never_comes_ends_and_leaves_the_pool_full(dialler, dialing):
+    pool = dialing(2)
+    with pytest.raises(NoDataConnection, match=r"no data connection ffffffff within 0.01 s"):
+        take(pool, b"ffffffff", 0.01)
+    wait_until(lambda: len(pool) == 3)  # one was dialled for it, and is kept
+    for id in dialler.ids[:2]:
+        take(pool, id).close()
+    wait_until(lambda: len(pool) == 2)
+
+
+def test_a_second_launch_of_an_awaited_id_breaks_the_protocol(dialler, dialing, spawn):
+    dialler.open.clear()
+    pool = dialing(1)
+    first = spawn(pool.take, b"00000000", 5)
+    wait_until(lambda: dialler.in_flight == 2)
+    with pytest.raises(ProtocolError, match="launched twice"):
+        take(pool, b"00000000")
+    dialler.open.set()
+    assert leads_to(first.get(timeout=5), dialler.peers[0])
+
+
+def test_a_connection_that_comes_for_a_launch_that_just_gave_up_is_reset(dialler, dialing, spawn):
+    dialler.open.clear()
+    pool = dialing(1)
+    waiting = spawn(pool.take, b"00000000", 5)
+    wait_until(lambda: dialler.in_flight == 2)
+    dialler.on_dialled = lambda: waiting.kill(block=False)  # in the turn in which it is handed over
+    dialler.open.set()
+    assert isinstance(waiting.get(timeout=5), gevent.GreenletExit)
+    assert is_reset(dialler.peers[0])
+
+
+def test_bytes_that_overtake_the_launch_wait_for_it(dialler, dialing):
+    pool = dialing(1)
+    wait_until(lambda: len(pool) == 1)
+    dialler.peers[0].sendall(b"the user was fast")
+    gevent.idle()
+    with take(pool, dialler.ids[0]) as transport:
+        assert transport.recv_exactly(17) == b"the user was fast"
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_user_who_ends_before_the_launch_is_handed_out_for_a_round(rounds, dialler, dialing, clock):
+    pool = dialing(1)
+    wait_until(lambda: len(pool) == 1)
+    dialler.peers[0].shutdown(1)
+    wait_until(lambda: len(dialler.ids) == 2)  # the pool counts on it no more
+    for _ in range(rounds):
+        clock.advance(ROUND_S)
+    with take(pool, dialler.ids[0]) as transport:
+        assert transport.recv(1) == b""
+        transport.sendall(b"answer")
+    assert read_all(dialler.peers[0]) == b"answer"
+
+
+def test_a_connection_that_ended_and_is_never_launched_is_dropped(dialler, dialing, clock):
+    pool = dialing(1)
+    wait_until(lambda: len(pool) == 1)
+    dialler.peers[0].shutdown(1)
+    wait_until(lambda: len(dialler.ids) == 2)
+    clock.advance(ROUND_S)
+    clock.advance(ROUND_S)
+    assert is_reset(dialler.peers[0])
+    with pytest.raises(NoDataConnection):
+        take(pool, dialler.ids[0])
+
+
+def test_of_two_connections_with_one_id_the_first_is_kept(dialler, dialing):
+    dialler.next_ids = [b"0000000a", b"0000000a"]
+    pool = dialing(2)
+    wait_until(lambda: len(pool) == 2)
+    assert is_reset(dialler.peers[1])
+    assert leads_to(take(pool, b"0000000a"), dialler.peers[0])
+
+
+def test_the_first_of_two_with_one_id_is_kept_although_its_user_has_ended(dialler, dialing):
+    dialler.next_ids = [b"0000000a", b"0000000a"]
+    pool = dialing(1)
+    wait_until(lambda: len(pool) == 1)
+    dialler.peers[0].shutdown(1)
+    wait_until(lambda: len(dialler.ids) == 3)
+    assert is_reset(dialler.peers[1])
+    with take(pool, b"0000000a") as transport:
+        transport.sendall(b"answer")
+    assert read_all(dialler.peers[0]) == b"answer"
+
+
+# Failing dials
+
+
+def test_failed_dials_pause_twice_as_long_each_time_up_to_a_limit_and_recover(dialler, dialing, clock):
+    dialler.failure = ConnectionRefusedError(111, "Connection refused")
+    pool = dialing(1)
+
+    def pauses_s():
+        return [pause_s for pause_s in clock.slept_s if pause_s != ROUND_S]
+
+    while len(pauses_s()) < 9:
+        clock.advance(RETRY_MAX_S)
+    assert pauses_s() == [0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, RETRY_MAX_S, RETRY_MAX_S]
+    dialler.failure = None
+    clock.advance(RETRY_MAX_S)
+    wait_until(lambda: len(pool) == 1)
+
+
+def test_a_dial_waits_out_its_pause(dialler, dialing, clock):
+    dialler.failure = ConnectionRefusedError(111, "Connection refused")
+    dialing(1)
+    wait_until(lambda: RETRY_MIN_S in clock.slept_s)
+    clock.advance(RETRY_MIN_S / 2)
+    assert len(clock.slept_s) == 2  # the round, and the first pause
+    clock.advance(RETRY_MIN_S / 2)
+    assert len(clock.slept_s) == 3
+
+
+def test_a_launch_is_served_by_a_dial_of_its_own_while_others_pause(dialler, dialing, clock, spawn):
+    dialler.failure = ConnectionRefusedError(111, "Connection refused")
+    pool = dialing(1)
+    wait_until(lambda: RETRY_MIN_S in clock.slept_s)
+    dialler.failure = None
+    waiting = spawn(pool.take, b"00000000", 5)
+    assert leads_to(waiting.get(timeout=5), dialler.peers[0])
+
+
+def test_a_dial_that_is_wanted_no_more_is_not_tried_again(dialler, dialing, clock):
+    dialler.failure = ConnectionRefusedError(111, "Connection refused")
+    pool = dialing(1)
+    with pytest.raises(NoDataConnection):
+        take(pool, b"00000000", 0.01)
+    assert clock.sleeping == 3  # the round, the dial that fills the pool, and the one for the launch
+    clock.advance(RETRY_MIN_S)
+    assert clock.sleeping == 2
+
+
+@pytest.fixture
+def warnings():
+    """The lines that the pool logs as warnings."""
+    lines = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("nodepass_gevent.pool").addHandler(handler)
+    yield lines
+    logging.getLogger("nodepass_gevent.pool").removeHandler(handler)
+
+
+def test_a_failure_is_a_warning_once_until_a_dial_works(dialler, dialing, clock, warnings):
+    dialler.failure = ConnectionRefusedError(111, "Connection refused")
+    pool = dialing(3)
+    for _ in range(5):
+        clock.advance(RETRY_MAX_S)
+    assert warnings == ["no data connection: connection refused"]
+    dialler.failure = None
+    clock.advance(RETRY_MAX_S)
+    wait_until(lambda: len(pool) == 3)
+    dialler.failure = ConnectionRefusedError(111, "Connection refused")
+    take(pool, dialler.ids[0]).close()
+    wait_until(lambda: len(warnings) == 2)
+
+
+# Capacity
+
+
+def use(pool, dialler, count):
+    """Use the ``count`` oldest connections, and wait until each is replaced."""
+    for _ in range(count):
+        take(pool, dialler.ids.pop(0)).close()
+        wait_until(lambda: len(pool) >= pool.capacity)
+
+
+def grow(pool, dialler, clock, capacity):
+    """Use connections, round after round, until the pool keeps ``capacity`` of them, one of which is new."""
+    dialler.next_ids = [b"%08x" % number for number in range(2000)]
+    wait_until(lambda: len(pool) == pool.capacity)
+    while pool.capacity < capacity:
+        use(pool, dialler, pool.capacity)
+        clock.advance(ROUND_S)
+        wait_until(lambda: len(pool) == pool.capacity)
+
+
+@pytest.mark.parametrize(("used", "next_capacity"), [(0, 9), (1, 10), (7, 10), (8, 11)])
+def test_a_round_of_little_use_costs_one_connection_and_one_of_much_use_gives_one(
+    used, next_capacity, dialler, dialing, clock
+):
+    pool = dialing(5)
+    grow(pool, dialler, clock, 10)
+    use(pool, dialler, used)  # with the new one: 1, 2, 8 and 9 dialled of 10
+    clock.advance(ROUND_S)
+    assert pool.capacity == next_capacity
+
+
+def test_the_capacity_stays_between_minimum_and_maximum(dialler, dialing, clock):
+    pool = dialing(4, maximum=6)
+    grow(pool, dialler, clock, 6)
+    for _ in range(3):
+        use(pool, dialler, 6)
+        clock.advance(ROUND_S)
+        assert pool.capacity == 6
+    for capacity in (5, 4, 4, 4):
+        clock.advance(ROUND_S)
+        assert pool.capacity == capacity
+
+
+# The end
+
+
+def test_closing_a_dialing_pool_resets_what_is_idle_ends_the_dials_and_wakes_who_waits(dialler, dialing, spawn):
+    pool = dialing(2)
+    wait_until(lambda: len(pool) == 2)
+    dialler.peers[1].shutdown(1)
+    wait_until(lambda: len(dialler.ids) == 3)
+    dialler.open.clear()
+    waiting = spawn(pool.take, b"ffffffff", 5)
+    wait_until(lambda: dialler.in_flight == 1)
+    pool.close()
+    with pytest.raises(PoolClosed):
+        waiting.get(timeout=5)
+    wait_until(lambda: dialler.in_flight == 0)
+    assert all(is_reset(peer) for peer in dialler.peers)
+    with pytest.raises(PoolClosed):
+        pool.take(dialler.ids[0], 5)
+
+
+def test_a_connection_that_comes_after_the_close_is_reset(dialler, dialing):
+    dialler.open.clear()
+    pool = dialing(1)
+    wait_until(lambda: dialler.in_flight == 1)
+    dialler.on_dialled = pool.close
+    dialler.open.set()
+    wait_until(lambda: dialler.peers)
+    assert is_reset(dialler.peers[0])

@@ -1,0 +1,326 @@
+"""The two-way copy over every pair of transports: ends, counts, back-pressure, failures."""
+
+import contextlib
+import hashlib
+import os
+import random
+import socket
+
+import gevent
+import pytest
+from secure import handshake, stream_pair, transports
+from support import BOUND_S, bounded, wait_until
+
+from nodepass_gevent import relay
+from nodepass_gevent.net import Stream
+
+KINDS = [("plain", "plain"), ("plain", "1.2"), ("1.3", "plain"), ("1.2", "1.3")]
+NEVER_S = 3600
+LATE = bytes(range(256)) * 1200  # about 300 KiB
+MIB = 1 << 20
+
+
+class Exchange:
+    """A running exchange between a user and a target; ``a`` and ``b`` are the relay's own ends."""
+
+    def __init__(self, kinds, half_closed_timeout_s):
+        self.a, self.user = transports(kinds[0])
+        self.b, self.target = transports(kinds[1])
+        self.greenlet = gevent.spawn(relay.exchange, self.a, self.b, half_closed_timeout_s)
+
+    def directions(self):
+        return (self.user, self.target), (self.target, self.user)
+
+    def outcome(self):
+        return self.greenlet.get(timeout=BOUND_S)
+
+    def close(self):
+        self.greenlet.kill()
+        for transport in (self.user, self.a, self.b, self.target):
+            transport.close()
+
+
+@pytest.fixture
+def start(no_leaks):
+    with contextlib.ExitStack() as stack, bounded(20):
+
+        def make(kinds=("plain", "plain"), half_closed_timeout_s=NEVER_S):
+            exchange = Exchange(kinds, half_closed_timeout_s)
+            stack.callback(exchange.close)
+            return exchange
+
+        yield make
+
+
+@pytest.fixture(params=KINDS, ids="-".join)
+def exchange(request, start):
+    return start(request.param)
+
+
+def read_to_end(transport):
+    read = bytearray()
+    while piece := transport.recv(65536):
+        read += piece
+    return bytes(read)
+
+
+def send_and_end(transport, data):
+    transport.sendall(data)
+    transport.shutdown_write()
+
+
+def finish(exchange):
+    """End both directions and give the outcome."""
+    exchange.user.shutdown_write()
+    exchange.target.shutdown_write()
+    return exchange.outcome()
+
+
+def shrink_buffers(*ends):
+    """Let the kernel hold little, so that back-pressure comes soon."""
+    for transport in ends:
+        sock = getattr(transport, "stream", transport).socket
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+
+
+def push_until_blocked(transport, data):
+    """Send as much of ``data`` as the other side takes while nobody reads there; give how much that is."""
+    sent = refused = 0
+    while refused < 20 and sent < len(data):
+        taken = transport.push(memoryview(data)[sent : sent + MIB])
+        sent += taken
+        refused = 0 if taken else refused + 1
+        gevent.sleep(0.001)
+    return sent
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+def test_late_bytes_arrive_after_half_close(exchange, spawn, direction):
+    early, late = exchange.directions()[direction]
+    early.sendall(b"question")
+    early.shutdown_write()
+    assert read_to_end(late) == b"question"
+    spawn(send_and_end, late, LATE)
+    assert read_to_end(early) == LATE
+    counts = (8, len(LATE)) if direction == 0 else (len(LATE), 8)
+    assert exchange.outcome() == (*counts, None)
+
+
+def test_an_exchange_without_a_byte_ends_with_its_two_ends(exchange):
+    assert finish(exchange) == (0, 0, None)
+    assert (exchange.user.recv(1), exchange.target.recv(1)) == (b"", b"")
+
+
+def test_what_stands_before_the_start_is_carried_too(start):
+    for kinds in KINDS:
+        exchange = start(kinds)
+        exchange.user.sendall(b"first")
+        exchange.user.shutdown_write()
+        assert read_to_end(exchange.target) == b"first"
+
+
+def chunks(name):
+    rng = random.Random(name)
+    if name == "one byte":
+        return [b"%d" % (number % 10) for number in range(2000)]
+    if name == "one mebibyte":
+        return [rng.randbytes(MIB)] * 6
+    return [rng.randbytes(rng.choice((1, 100, 1460, 16384, 65536, 70_000, 300_000))) for _ in range(60)]
+
+
+@pytest.mark.parametrize("sizes", ["one byte", "one mebibyte", "random"])
+def test_chunks_of_any_size_arrive_whole_both_ways_at_once(exchange, spawn, sizes):
+    data = chunks(sizes)
+
+    def send(sender):
+        for chunk in data:
+            sender.sendall(chunk)
+        sender.shutdown_write()
+
+    reading = []
+    for sender, receiver in exchange.directions():
+        spawn(send, sender)
+        reading.append(spawn(lambda receiver=receiver: hashlib.sha256(read_to_end(receiver)).digest()))
+    total = b"".join(data)
+    assert [greenlet.get() for greenlet in reading] == [hashlib.sha256(total).digest()] * 2
+    assert exchange.outcome() == (len(total), len(total), None)
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+def test_a_stalled_reader_bounds_what_is_held_of_a_fast_sender(start, spawn, kinds):
+    exchange = start(kinds)
+    shrink_buffers(exchange.user, exchange.a, exchange.b, exchange.target)
+    data = random.Random(1).randbytes(MIB) * 64
+    before = resident()
+    sent = push_until_blocked(exchange.user, data)
+    assert sent < 4 * MIB
+    assert resident() - before < 8 * MIB
+    rest = spawn(send_and_end, exchange.user, memoryview(data)[sent : 8 * MIB])
+    assert read_to_end(exchange.target) == data[: 8 * MIB]
+    rest.get()
+
+
+def test_a_stalled_direction_does_not_hold_up_the_other(exchange):
+    shrink_buffers(exchange.user, exchange.a, exchange.b, exchange.target)
+    push_until_blocked(exchange.user, bytes(16 * MIB))
+    exchange.target.sendall(b"still flows")
+    assert exchange.user.recv(100) == b"still flows"
+
+
+class Gated(Stream):
+    """A socket whose kernel takes nothing while ``full``."""
+
+    __slots__ = ("full", "refused")
+
+    def __init__(self, stream):
+        super().__init__(stream.socket, stream.peer)
+        self.full = False
+        self.refused = 0  # calls
+
+    def push(self, data):
+        self.refused += self.full
+        return 0 if self.full else super().push(data)
+
+
+def test_nothing_is_lost_when_the_users_end_comes_before_the_last_bytes_to_it_are_sent(no_leaks, spawn):
+    """The target has ended, but close_notify is not with the kernel yet, when the user ends as well."""
+    near, far = stream_pair()
+    gate = Gated(near)
+    a, user = handshake(gate, far)
+    b, target = stream_pair()
+    with bounded(), a, user, b, target:
+        exchange = spawn(relay.exchange, a, b, NEVER_S)
+        target.sendall(b"answer")
+        assert user.recv(6) == b"answer"
+        gate.full = True
+        target.shutdown_write()
+        wait_until(lambda: gate.refused)
+        user.shutdown_write()
+        assert target.recv(10) == b""  # the end of the user is passed on
+        assert not exchange.ready()
+        gate.full = False
+        assert user.recv(10) == b""  # and so is that of the target
+        assert exchange.get() == (0, 6, None)
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+def test_a_reset_is_told_as_an_error_and_the_counts_are_exact(exchange, direction):
+    breaking, other = exchange.directions()[direction]
+    breaking.sendall(b"12345")
+    assert other.recv(10) == b"12345"
+    other.sendall(b"123")
+    assert breaking.recv(10) == b"123"
+    breaking.reset()
+    *counts, error = exchange.outcome()
+    assert sorted(counts) == [3, 5] and counts[direction] == 5
+    assert isinstance(error, ConnectionResetError)
+
+
+def test_a_reset_after_half_close_is_an_error(exchange):
+    exchange.user.shutdown_write()
+    assert exchange.target.recv(1) == b""
+    exchange.target.reset()
+    assert isinstance(exchange.outcome().error, ConnectionResetError)
+
+
+def test_a_reader_that_resets_while_bytes_wait_for_it_is_an_error(exchange):
+    shrink_buffers(exchange.user, exchange.a, exchange.b, exchange.target)
+    sent = push_until_blocked(exchange.user, bytes(16 * MIB))
+    exchange.target.reset()
+    up, down, error = exchange.outcome()
+    assert isinstance(error, ConnectionError)
+    assert 0 < up <= sent and down == 0
+
+
+@pytest.mark.parametrize("kinds", [("1.2", "plain"), ("1.3", "plain")], ids="-".join)
+def test_a_tls_stream_that_is_cut_off_is_an_error(start, kinds):
+    exchange = start(kinds)
+    exchange.user.sendall(b"12345")
+    assert exchange.target.recv(10) == b"12345"
+    exchange.user.stream.finish()
+    up, down, error = exchange.outcome()
+    assert (up, down) == (5, 0)
+    assert isinstance(error, ConnectionAbortedError) and "cut off" in str(error)
+
+
+def test_half_closed_and_silent_an_exchange_ends(start):
+    for kinds in KINDS:
+        exchange = start(kinds, half_closed_timeout_s=0.02)
+        exchange.target.shutdown_write()
+        *counts, error = exchange.outcome()
+        assert counts == [0, 0]
+        assert isinstance(error, TimeoutError) and str(error) == "half-closed and idle for 0.02 s"
+
+
+def test_half_closed_and_moving_an_exchange_goes_on(start):
+    exchange = start(half_closed_timeout_s=0.1)
+    silent = start(half_closed_timeout_s=0.1)
+    for each in (exchange, silent):
+        each.user.shutdown_write()
+    received = 0
+    while received < 5 or not silent.greenlet.ready():
+        exchange.target.sendall(b"x")
+        received += len(exchange.user.recv(1))
+        gevent.sleep(0.01)
+    exchange.target.shutdown_write()
+    assert exchange.outcome() == (0, received, None)
+
+
+def test_an_open_exchange_may_be_silent(start):
+    idle = start(half_closed_timeout_s=0.001)
+    timed_out = start(half_closed_timeout_s=0.05)
+    timed_out.user.shutdown_write()
+    assert isinstance(timed_out.outcome().error, TimeoutError)
+    assert not idle.greenlet.ready()
+
+
+@pytest.mark.parametrize("moment", ["idle", "half-closed", "stalled"])
+def test_a_killed_exchange_leaves_nothing_behind(exchange, moment):
+    """The fixture counts watchers and descriptors."""
+    shrink_buffers(exchange.user, exchange.a, exchange.b, exchange.target)
+    if moment == "half-closed":
+        exchange.user.shutdown_write()
+        assert exchange.target.recv(1) == b""
+    elif moment == "stalled":
+        push_until_blocked(exchange.user, bytes(16 * MIB))
+    else:
+        gevent.sleep(0)
+    loop = gevent.get_hub().loop
+    watching = loop.activecnt
+    exchange.greenlet.kill()
+    assert loop.activecnt < watching
+
+
+def test_a_hundred_exchanges_share_one_buffer_without_mixing_bytes(start, spawn):
+    exchanges = [start(KINDS[number % 2]) for number in range(100)]
+    for number, exchange in enumerate(exchanges):
+        spawn(send_and_end, exchange.user, b"%03d" % number * 30_000)
+    reading = [spawn(read_to_end, exchange.target) for exchange in exchanges]
+    for number, greenlet in enumerate(reading):
+        assert greenlet.get() == b"%03d" % number * 30_000
+
+
+def test_what_a_stalled_reader_waits_for_is_not_overwritten_by_other_exchanges(start, spawn):
+    stalled = start(("1.3", "plain"))  # not by splice: its bytes are in this process
+    shrink_buffers(stalled.user, stalled.a, stalled.b, stalled.target)
+    data = random.Random(2).randbytes(16 * MIB)
+    sent = push_until_blocked(stalled.user, data)
+    other = start(("plain", "1.3"))
+    spawn(send_and_end, other.user, b"other" * MIB)
+    assert read_to_end(other.target) == b"other" * MIB
+    spawn(stalled.user.shutdown_write)
+    assert read_to_end(stalled.target) == data[:sent]
+
+
+def test_an_exchange_with_a_closed_end_is_an_error_and_no_crash(start):
+    exchange = start()
+    exchange.b.socket.shutdown(socket.SHUT_RDWR)
+    exchange.user.sendall(b"x")
+    assert isinstance(exchange.outcome().error, OSError)
+    wait_until(lambda: exchange.greenlet.ready())

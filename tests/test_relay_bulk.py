@@ -1,0 +1,350 @@
+"""Bulky flows: by splice, through pipes that are never mixed up, and without starving others."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import os
+import random
+import socket
+
+import gevent
+import pytest
+from secure import stream_pair, transports
+from support import bounded, wait_until
+
+from nodepass_gevent import relay
+from nodepass_gevent.net import Stream
+
+NEVER_S = 3600
+MIB = 1 << 20
+BULK = random.Random(7).randbytes(4 * MIB) * 4  # more than the kernel holds
+
+
+class WatchedPipes(relay.Pipes):
+    """The relay's pipes, counted; ``kept`` are ready for the next flow."""
+
+    def __init__(self, limit=relay.MAX_PIPES):
+        super().__init__(limit)
+        self.taken = 0
+        self.returned = []  # bytes each one held
+
+    @property
+    def in_use(self):
+        return self.taken - len(self.returned)
+
+    @property
+    def kept(self):
+        return list(self._free)
+
+    def take(self):
+        pipe = super().take()
+        self.taken += 1
+        return pipe
+
+    def give_back(self, pipe, held):
+        self.returned.append(held)
+        super().give_back(pipe, held)
+
+    def close(self):
+        for pipe in self._free:
+            for descriptor in pipe:
+                os.close(descriptor)
+
+
+def open_pipes():
+    """Count the open ends of pipes; gevent closes a descriptor in the next round of its loop."""
+    gevent.sleep(0.001)
+    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
+    return sum(os.path.islink(link) and os.readlink(link).startswith("pipe:") for link in links)
+
+
+@pytest.fixture
+def pipes(monkeypatch):
+    before = open_pipes()
+    watched = WatchedPipes()
+    monkeypatch.setattr(relay, "pipes", watched)
+    yield watched
+    watched.close()
+    wait_until(lambda: open_pipes() == before)
+
+
+@pytest.fixture
+def start(no_leaks, pipes):
+    with contextlib.ExitStack() as stack, bounded(20):
+
+        def make(kinds=("plain", "plain")):
+            a, user = transports(kinds[0])
+            b, target = transports(kinds[1])
+            for transport in (a, user, b, target):
+                stack.callback(transport.close)
+            greenlet = gevent.spawn(relay.exchange, a, b, NEVER_S)
+            stack.callback(greenlet.kill)
+            return user, target, greenlet
+
+        yield make
+
+
+def send_and_end(transport, data):
+    transport.sendall(data)
+    transport.shutdown_write()
+
+
+def read_exactly(transport, size):
+    digest = hashlib.sha256()
+    while size:
+        piece = transport.recv(min(size, 1 << 18))
+        assert piece, f"{size} bytes are missing"
+        digest.update(piece)
+        size -= len(piece)
+    return digest.digest()
+
+
+def carries(user, target, data=BULK):
+    """Send bulk from the user to the target; say whether it is the same there."""
+    sending = gevent.spawn(user.sendall, data)
+    for _ in range(20):  # so that much waits: a flow is bulky when it is full at every read
+        gevent.sleep(0.001)
+    same = read_exactly(target, len(data)) == hashlib.sha256(data).digest()
+    sending.get()
+    return same
+
+
+def end(user, target, greenlet):
+    user.shutdown_write()
+    target.shutdown_write()
+    return greenlet.get()
+
+
+def stall(user, data):
+    """Send until nothing moves any more, for nobody reads."""
+    sent = refused = 0
+    while refused < 20:
+        taken = user.push(memoryview(data)[sent % len(data) :])
+        sent += taken
+        refused = 0 if taken else refused + 1
+        gevent.sleep(0.001)
+
+
+def test_a_bulky_flow_goes_by_splice_and_gives_its_pipe_back_empty(start, pipes):
+    user, target, greenlet = start()
+    assert carries(user, target)
+    assert (pipes.taken, pipes.in_use) == (1, 1)
+    assert end(user, target, greenlet) == (len(BULK), 0, None)
+    (pipe,) = pipes.kept
+    with pytest.raises(BlockingIOError):
+        os.read(pipe[0], 1)
+
+
+def test_both_directions_can_be_bulky(start, pipes):
+    user, target, greenlet = start()
+    both = [gevent.spawn(carries, user, target), gevent.spawn(carries, target, user)]
+    assert [each.get() for each in both] == [True, True]
+    assert pipes.taken == 2
+    assert end(user, target, greenlet) == (len(BULK), len(BULK), None)
+    assert pipes.in_use == 0
+
+
+def test_a_small_flow_needs_no_pipe(start, pipes):
+    user, target, greenlet = start()
+    for _ in range(100):
+        user.sendall(b"question")
+        assert target.recv(100) == b"question"
+    assert end(user, target, greenlet) == (800, 0, None)
+    assert pipes.taken == 0
+
+
+@pytest.mark.parametrize("kinds", [("plain", "1.3"), ("1.3", "plain"), ("1.2", "1.2")], ids="-".join)
+def test_tls_needs_no_pipe(start, pipes, kinds):
+    user, target, _ = start(kinds)
+    assert carries(user, target)
+    assert pipes.taken == 0
+
+
+def test_a_flow_that_calms_down_gives_its_pipe_back_and_may_take_one_again(start, pipes):
+    user, target, greenlet = start()
+    assert carries(user, target)
+    for _ in range(3 * relay.SMALL_IN_A_ROW):
+        user.sendall(b"little")
+        assert target.recv(100) == b"little"
+    assert (pipes.in_use, pipes.returned) == (0, [0])
+    assert carries(user, target)
+    assert pipes.in_use == 1
+    little = 3 * relay.SMALL_IN_A_ROW * len("little")
+    assert end(user, target, greenlet) == (2 * len(BULK) + little, 0, None)
+
+
+@pytest.mark.parametrize("cut", ["kill", "reset of the user", "reset of the target"])
+def test_the_bytes_of_a_cut_exchange_never_reach_another_one(start, pipes, cut):
+    user, target, greenlet = start()
+    stall(user, b"foreign " * 100_000)
+    assert pipes.in_use == 1
+    if cut == "kill":
+        greenlet.kill()
+    else:
+        (user if cut.endswith("user") else target).reset()
+        if cut.endswith("user"):
+            target.reset()  # or the relay waits for it to read
+        assert greenlet.get().error
+    assert pipes.in_use == 0
+    assert pipes.returned[0] > 0, "the pipe held nothing, so this test shows nothing"
+    assert pipes.kept == []
+    for _ in range(3):
+        user, target, greenlet = start()
+        assert carries(user, target)
+        assert end(user, target, greenlet) == (len(BULK), 0, None)
+
+
+def test_a_stalled_bulky_flow_goes_on_where_it_stopped(start, spawn):
+    user, target, greenlet = start()
+    data = BULK
+    sending = spawn(send_and_end, user, data)
+    digest = hashlib.sha256()
+    while piece := target.recv(70_001):
+        digest.update(piece)
+        gevent.sleep(0)
+    sending.get()
+    assert digest.digest() == hashlib.sha256(data).digest()
+    target.shutdown_write()
+    assert greenlet.get() == (len(data), 0, None)
+
+
+def test_no_more_pipes_are_kept_than_the_limit():
+    pipes = WatchedPipes(2)
+    before = open_pipes()
+    taken = [pipes.take() for _ in range(5)]
+    assert open_pipes() == before + 10
+    for pipe in taken:
+        pipes.give_back(pipe, 0)
+    wait_until(lambda: open_pipes() == before + 4)
+    assert pipes.kept == taken[:2]
+    pipes.close()
+
+
+def test_a_pipe_that_holds_bytes_is_closed():
+    pipes = WatchedPipes()
+    before = open_pipes()
+    pipe = pipes.take()
+    os.write(pipe[1], b"foreign")
+    pipes.give_back(pipe, len(b"foreign"))
+    wait_until(lambda: open_pipes() == before)
+    assert pipes.kept == []
+
+
+def fail_with(code):
+    def call(*_arguments, **_options):
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "replacement"),
+    [
+        (os, "splice", None),
+        (os, "splice", fail_with(errno.EINVAL)),
+        (os, "pipe2", fail_with(errno.EMFILE)),
+        (fcntl, "fcntl", fail_with(errno.EPERM)),
+    ],
+    ids=["no splice", "splice refused", "no descriptors", "small pipes"],
+)
+def test_without_what_splice_needs_the_bytes_are_copied(start, pipes, monkeypatch, module, name, replacement):
+    user, target, greenlet = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, replacement) if replacement else patch.delattr(module, name)
+        assert carries(user, target)
+    assert end(user, target, greenlet) == (len(BULK), 0, None)
+    assert pipes.in_use == 0
+
+
+class Counted(Stream):
+    """A Stream that counts what it takes."""
+
+    __slots__ = ("taken",)
+
+    def __init__(self, stream):
+        super().__init__(stream.socket, stream.peer)
+        self.taken = 0
+
+    def push(self, data):
+        taken = super().push(data)
+        self.taken += taken
+        return taken
+
+
+@contextlib.contextmanager
+def rounds(count):
+    """Sample ``count()`` once in each round of the event loop; give the samples."""
+    samples = []
+    watcher = gevent.get_hub().loop.prepare()
+    watcher.start(lambda: samples.append(count()))
+    try:
+        yield samples
+    finally:
+        watcher.stop()
+        watcher.close()
+
+
+def most_at_once(samples):
+    return max(after - before for before, after in itertools.pairwise(samples))
+
+
+def fill(user, *ends):
+    """Let much wait in the kernel, and let the sink take much at once."""
+    for transport in ends:
+        sock = getattr(transport, "stream", transport).socket
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * MIB)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8 * MIB)
+    stall(user, BULK)
+
+
+@pytest.mark.parametrize("kind", ["plain", "1.2", "1.3"])
+def test_a_bulky_source_moves_a_bounded_amount_in_one_round_of_the_event_loop(start, spawn, kind):
+    near, user = transports(kind)
+    sink, target = stream_pair()
+    with near, user, sink, target:
+        fill(user, near, user, sink, target)
+        counted = Counted(sink)
+        with rounds(lambda: counted.taken) as samples:
+            exchange = spawn(relay.exchange, near, counted, NEVER_S)
+            wait_until(lambda: counted.taken > 2 * MIB)
+        exchange.kill()
+    assert most_at_once(samples) <= 4 * relay.BUFFER
+
+
+def test_a_spliced_flow_moves_one_pipeful_in_a_round_of_the_event_loop(start, monkeypatch):
+    splice, moved = os.splice, [0]
+
+    def counting(*arguments, **options):
+        count = splice(*arguments, **options)
+        moved[0] += count
+        return count
+
+    monkeypatch.setattr(os, "splice", counting)
+    user, target, _ = start()
+    with rounds(lambda: moved[0]) as samples:
+        assert carries(user, target)
+    assert moved[0] > MIB
+    assert most_at_once(samples) <= 2 * relay.PIPE  # in, and out
+
+
+@pytest.mark.parametrize("kind", ["plain", "1.3"])
+def test_one_bulky_flow_does_not_starve_a_hundred_chatty_ones(start, spawn, kind):
+    """Each chatty exchange needs four rounds of the loop for a question and its answer; many may share a round."""
+    bulk_user, bulk_target, _ = start((kind, "plain"))
+    spawn(lambda: [bulk_user.sendall(BULK) for _ in range(1000)])
+    spawn(lambda: [bulk_target.recv(1 << 18) for _ in range(1_000_000)])
+    chatty = [start() for _ in range(100)]
+    asked = 5
+
+    def chat(user, target):
+        for _ in range(asked):
+            user.sendall(b"question")
+            assert target.recv(100) == b"question"
+            target.sendall(b"answer")
+            assert user.recv(100) == b"answer"
+
+    with rounds(lambda: 0) as samples:
+        gevent.joinall([spawn(chat, user, target) for user, target, _ in chatty], raise_error=True)
+    assert len(samples) <= asked * 4 * 10

@@ -1,0 +1,308 @@
+import contextlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import gevent
+import pytest
+from gevent.event import Event
+from gevent.pool import Pool
+
+from nodepass_gevent.config import Address, Config
+from nodepass_gevent.errors import ConnectError, PolicyError, SessionLost
+from nodepass_gevent.metrics import Counters
+from nodepass_gevent.service import Backoff, Service
+
+CONFIG = {"role": "client", "tunnel": Address("127.0.0.1", 1), "target": Address("127.0.0.1", 2)}
+
+
+class Failing:
+    """A role whose runs end as told, one by one; after the last it works on."""
+
+    def __init__(self, *ends, cooldown_s=0.15):
+        self.config = Config(**CONFIG, service_cooldown_s=cooldown_s)
+        self.counters = Counters()
+        self.exchanges = Pool()
+        self.ends = list(ends)
+        self.works = Event()
+        self.reloads = 0
+
+    def __str__(self):
+        return "role"
+
+    def run(self):
+        if self.ends:
+            raise self.ends.pop(0)
+        self.works.set()
+        Event().wait()
+
+    def reload(self):
+        self.reloads += 1
+
+
+def pauses(caplog):
+    """Read from the log how long each pause was announced to be."""
+    return [text for record in caplog.records for text in re.findall("trying again (.*)", record.getMessage())]
+
+
+@pytest.fixture
+def serve(spawn, caplog):
+    """Run a role until it works."""
+    caplog.set_level(logging.INFO, "nodepass_gevent.service")
+
+    def run(role):
+        spawn(Service(role).run)
+        assert role.works.wait(5)
+
+    return run
+
+
+# (how long each try worked, the pause that follows)
+@pytest.mark.parametrize(
+    ("longest_s", "tries"),
+    [
+        (5, [(0, 0), (0, 0.1), (0, 0.2), (0, 0.4), (0, 0.8), (0, 1.6), (0, 3.2), (0, 5), (0, 5)]),
+        (0.3, [(0, 0), (0, 0.1), (0, 0.2), (0, 0.3), (0, 0.3)]),
+        (0.05, [(0, 0), (0, 0.05), (0, 0.05)]),
+        (5, [(0, 0), (0, 0.1), (100, 0), (0, 0.1), (0, 0.2)]),  # a healthy run ends the row
+        (5, [*[(0, None)] * 8, (59.9, 5), (60, 0), (0, 0.1)]),  # healthy: a minute at a pause of 5 s
+        (5, [(0, 0), (0, 0.1), (2.3, 0.2), (4.9, 0), (0, 0.1)]),  # and less at a shorter one
+    ],
+)
+def test_pauses_double_and_start_again_after_health(longest_s, tries):
+    backoff = Backoff(longest_s)
+    for lived_s, expected_s in tries:
+        pause_s = backoff.pause_s(lived_s)
+        assert expected_s is None or pause_s == pytest.approx(expected_s)
+
+
+def test_a_role_that_fails_twice_is_started_again_at_once_and_then_after_a_pause(serve, caplog):
+    serve(Failing(ConnectError("no route"), SessionLost("control channel lost", 0.0)))
+    assert pauses(caplog) == ["now", "in 0.1 s"]
+
+
+def test_the_pause_grows_to_the_cooldown_and_no_further(serve, caplog):
+    serve(Failing(*[OSError("broken")] * 4, cooldown_s=0.12))
+    assert pauses(caplog) == ["now", "in 0.1 s", "in 0.12 s", "in 0.12 s"]
+
+
+def test_a_session_that_lived_is_followed_by_a_try_at_once(serve, caplog):
+    serve(Failing(OSError("broken"), OSError("broken"), SessionLost("control channel lost", 100.0)))
+    assert pauses(caplog) == ["now", "in 0.1 s", "now"]
+
+
+def test_a_refusal_by_policy_waits_the_whole_cooldown(serve, caplog):
+    serve(Failing(PolicyError("the server offers tls 0"), cooldown_s=0.07))
+    assert pauses(caplog) == ["in 0.07 s"]
+    assert [record.levelname for record in caplog.records if "offers" in record.getMessage()] == ["ERROR"]
+
+
+def test_expected_failures_are_warnings_that_say_why_and_have_no_traceback(serve, caplog):
+    serve(Failing(OSError(98, "Address already in use"), ConnectError("connect 192.0.2.1:1: timed out")))
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert [record.getMessage() for record in warnings] == [
+        "role: address already in use",
+        "role: connect 192.0.2.1:1: timed out",
+    ]
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_an_unexpected_error_is_logged_with_its_traceback_and_survived(serve, caplog):
+    serve(Failing(ZeroDivisionError("ours")))
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.levelname == "ERROR"
+    assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_a_reload_cuts_the_pause_short(spawn, caplog):
+    role = Failing(PolicyError("no"), cooldown_s=3600)
+    service = Service(role)
+    spawn(service.run)
+    gevent.sleep(0)  # the first run has failed, and the service pauses
+    assert not role.ends and not role.works.is_set()
+    service.reload()
+    assert role.works.wait(5)
+    assert role.reloads == 1
+
+
+SCRIPT = """
+import logging, resource, sys
+{patch}
+import gevent
+from gevent.pool import Pool
+from gevent.socket import wait_read
+from nodepass_gevent import log as lines, service
+from nodepass_gevent.config import Address, Config
+from nodepass_gevent.errors import PolicyError
+from nodepass_gevent.metrics import Counters
+
+log = logging.getLogger("nodepass_gevent.script")
+
+class Role:
+    exchanges = Pool()
+    counters = Counters()
+    runs = 0
+
+    def __init__(self, cooldown_s=5.0, shutdown_timeout_s=30.0):
+        self.config = Config(role="client", tunnel=Address("h", 1), target=Address("h", 2),
+                             service_cooldown_s=cooldown_s, shutdown_timeout_s=shutdown_timeout_s)
+
+    def __str__(self):
+        return "role"
+
+    def run(self):
+        self.runs += 1
+        log.info("run %d", self.runs)
+        self.work()
+        try:
+            gevent.sleep(3600)
+        finally:
+            log.info("role ended")
+
+    def work(self):
+        pass
+
+    def reload(self):
+        log.info("reloaded")
+
+def exchange_until_told():
+    wait_read(sys.stdin.fileno())
+    log.info("exchange done")
+
+lines.setup("info")
+"""
+RUN = 'if __name__ == "__main__":\n    code = service.run([role])\n    log.info("code %d", code)\n    sys.exit(code)\n'
+PATCH = "from gevent import monkey; monkey.patch_all()"
+
+
+class Script:
+    """A process that keeps a role running."""
+
+    def __init__(self, code, patch=PATCH):
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", SCRIPT.format(patch=patch) + code + "\n" + RUN],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.said = ""
+
+    def wait_for(self, text):
+        while text not in self.said:
+            line = self.process.stdout.readline().decode()
+            assert line, f"{text!r} was not said, but {self.said}"
+            self.said += line
+
+    def kill(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self):
+        self.said += self.process.stdout.read().decode()
+        return self.process.wait()
+
+
+@contextlib.contextmanager
+def script(code, **options):
+    running = Script(code, **options)
+    with running.process, gevent.Timeout(20):
+        try:
+            yield running
+        finally:
+            running.process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_role_lets_exchanges_end_and_exits_0(number):
+    with script("role = Role()\nrole.exchanges.spawn(exchange_until_told)") as running:
+        running.wait_for("run 1")
+        running.kill(number)
+        running.wait_for("role ended")
+        assert "exchange done" not in running.said
+        running.process.stdin.write(b"\n")
+        running.process.stdin.close()
+        assert running.wait() == 0
+        assert re.search("exchange done.*\n.*\n.*stopped, 0 exchanges cut.*\n.*code 0", running.said)
+
+
+def test_exchanges_that_do_not_end_in_time_are_cut():
+    with script("role = Role(shutdown_timeout_s=0.05)\nrole.exchanges.spawn(gevent.sleep, 3600)") as running:
+        running.wait_for("run 1")
+        running.kill(signal.SIGTERM)
+        assert running.wait() == 0
+        assert "1 exchanges have 0.05 s to end" in running.said
+        assert "stopped, 1 exchanges cut" in running.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_and_says_which(number):
+    with script("role = Role()\nrole.exchanges.spawn(gevent.sleep, 3600)") as running:
+        running.wait_for("run 1")
+        running.kill(signal.SIGTERM)
+        running.wait_for("stopping")
+        running.kill(number)
+        assert running.wait() == 128 + number
+
+
+def test_sighup_reloads_and_cuts_a_pause_short():
+    code = """
+class Refused(Role):
+    def work(self):
+        if self.runs == 1:
+            raise PolicyError("refused")
+role = Refused(cooldown_s=3600)
+"""
+    with script(code) as running:
+        running.wait_for("trying again in 3600 s")
+        running.kill(signal.SIGHUP)
+        running.wait_for("run 2")
+        assert "reloaded" in running.said
+
+
+def test_an_error_in_a_greenlet_is_logged_and_ends_no_other():
+    with script("role = Role()\nrole.work = lambda: gevent.spawn(lambda: 1 / 0)") as running:
+        running.wait_for("ZeroDivisionError")
+        assert re.search("  ERROR  unexpected error in a greenlet\nTraceback", running.said)
+        running.kill(signal.SIGTERM)
+        assert running.wait() == 0
+
+
+def test_the_soft_descriptor_limit_is_raised_to_the_hard_one():
+    code = """
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+role = Role()
+role.work = lambda: log.info("limits %d %d", *resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    with script(code) as running:
+        running.wait_for("limits")
+        soft, hard = re.search(r"limits (\d+) (\d+)", running.said).groups()
+        assert soft == hard
+
+
+def test_starting_unpatched_is_refused_and_does_not_hang():
+    with script("role = Role()", patch="") as running:
+        assert running.wait() == 1
+        assert "RuntimeError: gevent.monkey.patch_all() must run before a service starts" in running.said
+        assert "run 1" not in running.said
+
+
+def test_each_tunnel_fails_for_itself():
+    code = """
+class Sound(Role):
+    def work(self):
+        log.info("sound works")
+broken = Role()
+broken.work = lambda: 1 / 0
+role = Sound()
+if __name__ == "__main__":
+    sys.exit(service.run([broken, role]))
+"""
+    with script(code) as running:
+        running.wait_for("run 3")  # of the broken one
+        running.kill(signal.SIGTERM)
+        assert running.wait() == 0
+        assert running.said.count("sound works") == 1
+        assert running.said.count("role ended") == 1

@@ -1,0 +1,235 @@
+import time
+
+import gevent
+import pytest
+from gevent.event import Event
+from support import bounded, read_all, read_exactly, reset, wait_until
+
+from nodepass_gevent import wire
+from nodepass_gevent.errors import ProtocolError, SessionLost
+from nodepass_gevent.net import Stream
+from nodepass_gevent.pool import AcceptingPool
+from nodepass_gevent.session import Session
+
+
+class Recording(Stream):
+    """Keeps what is written, write by write."""
+
+    def __init__(self, stream):
+        super().__init__(stream.socket, stream.peer)
+        self.writes = []
+
+    def push(self, data):
+        self.writes.append(bytes(data))
+        return super().push(data)
+
+
+class Run:
+    """A running session over loopback, and what can be seen of it from both sides."""
+
+    def __init__(self, pair, spawn, receive=None, **options):
+        stream, self.peer = pair()
+        self.control = Recording(stream)
+        self.pool = AcceptingPool(capacity=4)
+        self.received = []
+        self.session = Session(self.control, self.pool, receive or self.received.append, **options)
+        self._running = spawn(self.session.run)
+        gevent.idle()
+
+    @property
+    def alive(self):
+        return not self._running.ready()
+
+    def lost(self):
+        """Wait for the session's end, and give its SessionLost."""
+        with pytest.raises(SessionLost) as caught:
+            self._running.get(timeout=5)
+        return caught.value
+
+    def kill(self):
+        self._running.kill()
+
+
+@pytest.fixture
+def run(pair, spawn):
+    return lambda *args, **options: Run(pair, spawn, *args, **options)
+
+
+# Which end comes first
+
+
+def end_by_end_of_stream(running):
+    running.peer.shutdown(1)
+
+
+def end_by_reset(running):
+    reset(running.peer)
+
+
+def end_by_writing(running):
+    running.control.socket.shutdown(1)  # what the writer meets, the reader does not
+    running.session.send(b"//0a1b2c3d#1\n")
+
+
+def end_by_the_pool(running):
+    running.pool.close()
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (end_by_end_of_stream, "closed by the peer"),
+        (end_by_reset, "connection reset by peer"),
+        (end_by_writing, "broken pipe"),
+        (end_by_the_pool, "the pool was closed"),
+    ],
+)
+def test_the_first_to_end_ends_the_session_and_its_pool(end, how, run):
+    running = run()
+    end(running)
+    assert str(running.lost()) == f"control channel lost: {how}"
+    assert running.pool.closed
+
+
+def test_what_may_not_be_received_ends_the_session(run):
+    running = run(wire.Lines().feed)
+    running.peer.sendall(b"a" * (wire.MAX_LINE - 1))
+    gevent.idle()
+    assert running.alive
+    running.peer.sendall(b"a")
+    assert str(running.lost()) == "control channel lost: a line of more than 256 bytes"
+    assert running.pool.closed
+
+
+def test_a_protocol_error_ends_the_session_with_its_text(run):
+    def refuse(data):
+        raise ProtocolError(f"not expected: {data!r}")
+
+    running = run(refuse)
+    running.peer.sendall(b"hello")
+    assert str(running.lost()) == "control channel lost: not expected: b'hello'"
+
+
+def test_a_fault_of_ours_ends_the_session_too(run, capsys):
+    running = run(lambda data: 1 / 0)
+    running.peer.sendall(b"hello")
+    assert "ZeroDivisionError" in str(running.lost())
+    assert running.pool.closed
+    assert "ZeroDivisionError" in capsys.readouterr().err  # with its traceback, for us to find
+
+
+def test_a_session_that_is_killed_leaves_neither_pool_nor_greenlet(run):
+    running = run(ping_interval_s=0.001)
+    running.kill()
+    assert running.pool.closed
+    written = len(running.control.writes)
+    gevent.sleep(0.005)
+    assert len(running.control.writes) == written
+
+
+def test_the_end_tells_how_long_the_session_lived(run):
+    started = time.monotonic()
+    running = run()
+    gevent.sleep(0.01)
+    running.peer.close()
+    assert 0.01 <= running.lost().lived_s <= time.monotonic() - started
+
+
+# Receiving
+
+
+def test_what_arrives_is_handed_on_in_order(run):
+    running = run()
+    for piece in (b"//0a1b", b"2c3d#1\n", b"\n"):
+        running.peer.sendall(piece)
+    wait_until(lambda: b"".join(running.received) == b"//0a1b2c3d#1\n\n")
+    assert running.alive
+
+
+def test_a_peer_that_is_silent_for_too_long_is_lost(run):
+    assert str(run(silence_s=lambda: 0.01).lost()) == "control channel lost: silent for 0.01 s"
+
+
+def test_a_peer_that_speaks_in_time_is_not_lost(run):
+    running = run(silence_s=lambda: 0.2)
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:
+        running.peer.sendall(b"\n")
+        gevent.sleep(0.01)
+    assert running.alive
+
+
+def test_the_limit_of_silence_is_asked_for_anew_with_each_arrival(run):
+    limits_s = iter([None, 0.01])
+    running = run(silence_s=lambda: next(limits_s))
+    gevent.sleep(0.02)
+    assert running.alive
+    running.peer.sendall(b"\n")
+    assert "silent for 0.01 s" in str(running.lost())
+
+
+# Sending
+
+
+def test_all_lines_of_one_turn_go_out_in_one_write(run):
+    running = run()
+    for line in (b"//0000000a#1\n", b"//0000000b#1\n", b"//0000000c#2\n"):
+        running.session.send(line)
+    sent = b"//0000000a#1\n//0000000b#1\n//0000000c#2\n"
+    assert read_exactly(running.peer, len(sent)) == sent
+    assert running.control.writes == [sent]
+
+
+def test_a_line_goes_out_at_once(run):
+    running = run(ping_interval_s=60)
+    assert read_exactly(running.peer, 1) == wire.PING
+    for number in range(3):
+        line = b"//%08x#1\n" % number
+        running.session.send(line)
+        assert read_exactly(running.peer, len(line)) == line
+
+
+def test_sending_never_blocks_and_loses_nothing_when_the_peer_does_not_read(run):
+    running = run()
+    lines = [b"//%08x#1\n" % number for number in range(500_000)]  # 6.5 MB, more than the kernel keeps
+    with bounded():
+        for line in lines:
+            running.session.send(line)
+    wait_until(running.control.unacknowledged)
+    running.session.send(b"//ffffffff#1\n")
+    assert read_exactly(running.peer, 13 * len(lines) + 13) == b"".join([*lines, b"//ffffffff#1\n"])
+
+
+def test_the_first_keep_alive_goes_out_at_once_and_then_one_each_interval(run):
+    started = time.monotonic()
+    running = run(ping_interval_s=0.02)
+    assert running.control.writes == [wire.PING]
+    with bounded(1):
+        assert read_exactly(running.peer, 5) == wire.PING * 5
+    assert 0.08 <= time.monotonic() - started
+
+
+def test_keep_alives_go_out_although_launches_never_pause(run, spawn):
+    running = run(ping_interval_s=0.01)
+    enough = Event()
+
+    def launch_without_pause():
+        while not enough.is_set():
+            running.session.send(b"//0a1b2c3d#1\n")
+            gevent.sleep(0.001)
+
+    launching = spawn(launch_without_pause)
+    splitter, pings = wire.Lines(), 0
+    with bounded():
+        while pings < 5:
+            pings += splitter.feed(running.peer.recv(4096)).count(b"")
+    enough.set()
+    launching.join()
+
+
+def test_without_an_interval_nothing_is_written_unasked(run):
+    running = run()
+    gevent.sleep(0.01)
+    assert running.control.writes == []
+    running.control.shutdown_write()
+    assert read_all(running.peer) == b""

@@ -1,0 +1,279 @@
+"""TLSStream: the byte stream over TLS, against itself and against Python's own ssl module."""
+
+import gevent
+import pytest
+from OpenSSL import SSL
+from secure import client_context, handshake, presented, stream_pair
+from support import bounded, wait_until
+
+from nodepass_gevent import tls
+from nodepass_gevent.net import deadline
+
+LATE = bytes(range(256)) * 1200  # about 300 KiB
+RECORD = 16384
+
+
+@pytest.fixture(params=["1.2", "1.3"])
+def ends(request, no_leaks):
+    """A server and a client that have made their handshake."""
+    near, far = stream_pair()
+    with bounded(30), near, far:
+        yield handshake(near, far, request.param)
+
+
+@pytest.fixture
+def raw(pair):
+    """A Stream whose peer is a plain socket, which does not speak TLS."""
+    with bounded():
+        yield pair()
+
+
+def read_to_end(transport):
+    read = bytearray()
+    while piece := transport.recv(65536):
+        read += piece
+    return bytes(read)
+
+
+def both_ways(ends):
+    return (ends, ends[::-1])
+
+
+def test_bytes_travel_both_ways(ends):
+    for sender, receiver in both_ways(ends):
+        sender.sendall(b"hello")
+        assert receiver.recv(100) == b"hello"
+
+
+def test_an_empty_send_sends_nothing_and_breaks_nothing(ends):
+    server, client = ends
+    server.sendall(b"")
+    server.sendall(b"x")
+    assert client.recv(10) == b"x"
+
+
+def test_a_record_can_be_read_in_pieces(ends):
+    server, client = ends
+    data = bytes(range(250))
+    server.sendall(data)
+    pieces = [client.recv(7) for _ in range(36)]
+    assert b"".join(pieces) == data
+    assert max(map(len, pieces)) == 7
+
+
+def test_what_openssl_holds_is_announced_as_buffered(ends):
+    server, client = ends
+    server.sendall(b"hello")
+    assert client.recv(1) == b"h"
+    assert client.buffered
+    assert client.recv(100) == b"ello"
+    assert client.peek() is None
+    assert not client.buffered
+
+
+def test_several_records_are_read_at_once(ends, spawn):
+    server, client = ends
+    data = bytes(range(256)) * 256
+    spawn(server.sendall, data)
+    wait_until(lambda: client.peek())
+    wait_until(lambda: len(client.recv(3 * RECORD)) > RECORD)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_late_bytes_arrive_after_half_close(ends, spawn, forward):
+    early, late = both_ways(ends)[forward]
+    early.sendall(b"question")
+    early.shutdown_write()
+    assert read_to_end(late) == b"question"
+    spawn(lambda: (late.sendall(LATE), late.shutdown_write()))
+    assert read_to_end(early) == LATE
+
+
+def test_the_fin_follows_close_notify_at_once(ends):
+    server, client = ends
+    server.shutdown_write()
+    while client.stream.recv(100):  # close_notify, then the end of the TCP stream
+        pass
+
+
+def test_an_end_of_stream_is_told_again_and_again(ends):
+    server, client = ends
+    server.shutdown_write()
+    assert [client.recv(10), client.recv(10), client.peek()] == [b"", b"", False]
+
+
+def test_ending_twice_does_no_harm(ends):
+    server, client = ends
+    server.shutdown_write()
+    server.shutdown_write()
+    client.sendall(b"late")
+    assert (client.recv(10), server.recv(10)) == (b"", b"late")
+
+
+def test_half_closing_loses_nothing_that_has_arrived_and_is_not_read(ends):
+    server, client = ends
+    server.sendall(b"arrived before")
+    wait_until(lambda: client.peek())
+    client.shutdown_write()
+    server.sendall(b", and after")
+    server.shutdown_write()
+    assert read_to_end(client) == b"arrived before, and after"
+
+
+def test_sending_after_the_end_is_an_error(ends):
+    server, _ = ends
+    server.shutdown_write()
+    with pytest.raises(ConnectionError, match="TLS"):
+        server.sendall(b"x")
+
+
+@pytest.mark.parametrize("sent", [b"", b"all but the end"])
+def test_a_fin_without_close_notify_is_a_cut_and_no_end(ends, sent):
+    for sender, receiver in both_ways(ends):
+        sender.sendall(sent)
+        sender.stream.finish()
+        if sent:
+            assert receiver.recv(100) == sent
+        with pytest.raises(ConnectionAbortedError, match="cut off"):
+            receiver.recv(100)
+
+
+def test_a_reset_is_an_error(ends):
+    server, client = ends
+    server.reset()
+    with pytest.raises(ConnectionResetError):
+        client.recv(100)
+
+
+def test_a_record_that_was_tampered_with_is_an_error(ends):
+    server, client = ends
+    server.stream.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+    with pytest.raises(ConnectionAbortedError, match=r"TLS: .*(mac|decryption)"):
+        client.recv(100)
+
+
+def test_peek_tells_bytes_silence_and_end_apart_and_takes_nothing(ends):
+    server, client = ends
+    assert client.peek() is None
+    server.sendall(b"x")
+    wait_until(lambda: client.peek() is not None)
+    assert client.peek() is True
+    assert client.recv(10) == b"x"
+    assert client.peek() is None
+    server.shutdown_write()
+    wait_until(lambda: client.peek() is False)
+
+
+@pytest.mark.parametrize("end", ["cut", "reset"])
+def test_peek_calls_a_broken_connection_ended(ends, end):
+    server, client = ends
+    if end == "cut":
+        server.stream.finish()
+    else:
+        server.reset()
+    wait_until(lambda: client.peek() is False)
+
+
+def test_ten_mebibytes_pass_to_a_slow_reader_whole(ends, spawn):
+    server, client = ends
+    data = bytes(range(256)) * 4096 * 10
+    spawn(lambda: (server.sendall(data), server.shutdown_write()))
+    read = bytearray()
+    while piece := client.recv(50_001):
+        read += piece
+        gevent.sleep(0)
+    assert read == data
+
+
+def test_what_a_stalled_reader_leaves_is_bounded(ends):
+    server, _ = ends
+    data = bytes(1 << 20)
+    taken = 0
+    while count := server.push(data):
+        assert count <= tls.BATCH
+        taken += count
+    assert taken < 32 << 20  # what the kernel takes on both sides, and one batch
+    assert not server.flush()
+    assert [server.push(data) for _ in range(100)] == [0] * 100
+
+
+def test_lingering_loses_nothing_although_the_peer_speaks_on(ends, spawn):
+    server, client = ends
+    client.sendall(b"never read")
+    client.shutdown_write()
+    ending = spawn(lambda: (server.sendall(LATE), server.linger(5), server.close()))
+    assert read_to_end(client) == LATE
+    client.close()
+    ending.get()
+
+
+@pytest.mark.parametrize(
+    "greeting",
+    [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"SSH-2.0-x\r\n", bytes(1000), b"\x16\x03\x01\x40\x00" + b"\xff" * 0x4000],
+)
+def test_what_is_no_hello_is_refused_and_harms_nobody_else(raw, ends, greeting):
+    stream, stranger = raw
+    stranger.sendall(greeting)
+    with pytest.raises(ConnectionAbortedError, match="TLS: "):
+        tls.accept(stream, presented().context)
+    server, client = ends
+    server.sendall(b"as before")
+    assert client.recv(100) == b"as before"
+
+
+@pytest.mark.parametrize("greeting", [b"", b"\x16\x03\x01"])
+def test_a_peer_that_closes_in_the_handshake_is_an_error(raw, greeting):
+    stream, stranger = raw
+    stranger.sendall(greeting)
+    stranger.close()
+    with pytest.raises(ConnectionAbortedError, match="during the TLS handshake"):
+        tls.accept(stream, presented().context)
+
+
+def test_a_server_that_does_not_speak_tls_is_an_error(raw):
+    stream, stranger = raw
+    stranger.sendall(b"deadbeef")
+    with pytest.raises(ConnectionAbortedError, match="TLS: "):
+        tls.dial(stream, tls.client_context(1), 1, "localhost")
+
+
+@pytest.mark.parametrize("greeting", [b"", b"\x16\x03\x01\x01\x00"])
+def test_a_stalled_handshake_ends_at_the_callers_deadline(raw, greeting):
+    stream, stranger = raw
+    stranger.sendall(greeting)
+    with pytest.raises(TimeoutError, match=r"^handshake: timed out after 0\.02 s$"), deadline(0.02, "handshake"):
+        tls.accept(stream, presented().context)
+
+
+def test_a_stalled_handshake_stops_no_other(raw, ends, spawn):
+    stalled = spawn(tls.accept, raw[0], presented().context)
+    near, far = stream_pair()
+    with near, far:
+        server, client = handshake(near, far)
+        server.sendall(b"ready")
+        assert client.recv(10) == b"ready"
+    assert not stalled.ready()
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+def test_tls_1_1_is_refused(no_leaks, spawn, ours):
+    old = SSL.Context(SSL.TLS_METHOD)
+    old.set_max_proto_version(SSL.TLS1_1_VERSION)
+    old.set_cipher_list(b"DEFAULT@SECLEVEL=0")  # or OpenSSL refuses before it asks
+    certificate = presented().certificate
+    old.use_certificate(certificate.chain[0])
+    old.use_privatekey(certificate.key)
+    near, far = stream_pair()
+    with bounded(), near, far:
+        accepting = spawn(swallow, tls.accept, near, presented().context if ours == "server" else old)
+        dialling = spawn(swallow, tls.dial, far, old if ours == "server" else client_context("1.3"), 1, "localhost")
+        assert "unsupported protocol" in str(accepting.get())
+        assert "alert protocol version" in str(dialling.get())  # the client is told why
+
+
+def swallow(function, *arguments):
+    """Call a function; give what it raised, which a greenlet would print."""
+    try:
+        return function(*arguments)
+    except OSError as exc:
+        return exc

@@ -1,0 +1,342 @@
+"""Certificates: what is made, read and reloaded by a server, and what a client verifies in mode 2."""
+
+import datetime
+import logging
+import os
+import shutil
+
+import gevent
+import pytest
+import trustme
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from OpenSSL import crypto
+from secure import client_context, stream_pair
+from support import bounded
+
+from nodepass_gevent import tls
+from nodepass_gevent.errors import ConfigError, PolicyError
+from nodepass_gevent.tls import ServerCertificate, load_certificate, make_certificate
+
+NOW = datetime.datetime.now(datetime.timezone.utc)
+DAY = datetime.timedelta(days=1)
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return trustme.CA()
+
+
+def write(issued, folder):
+    """Write a certificate with its chain, and its key; give the paths."""
+    crt, key = folder / "crt.pem", folder / "key.pem"
+    crt.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    key.write_bytes(issued.private_key_pem.bytes())
+    return str(crt), str(key)
+
+
+@pytest.fixture
+def files(authority, tmp_path):
+    return write(authority.issue_cert("localhost"), tmp_path)
+
+
+@pytest.fixture
+def trusted(authority, tmp_path, monkeypatch):
+    """Make the authority one of the system's, as an operator does."""
+    path = tmp_path / "authority.pem"
+    authority.cert_pem.write_to_path(path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+
+
+@pytest.fixture
+def dial(no_leaks):
+    """Make the client's handshake with a server; give its transport."""
+    opened = []
+
+    def shake(server, host, mode=tls.VERIFIED, version="1.3"):
+        near, far = stream_pair()
+        opened.extend((near, far))
+        accepting = gevent.spawn(swallow, tls.accept, near, server.context)
+        with bounded():
+            try:
+                return tls.dial(far, client_context(version, mode), mode, host)
+            finally:
+                far.reset() if accepting.ready() else None
+                accepting.kill()
+
+    yield shake
+    for stream in opened:
+        stream.close()
+
+
+def swallow(function, *arguments):
+    try:
+        return function(*arguments)
+    except OSError as exc:
+        return exc
+
+
+def test_the_made_certificate_is_self_signed_p256_and_valid_for_a_year():
+    made = make_certificate()
+    (certificate,) = made.chain
+    assert isinstance(certificate.public_key().curve, ec.SECP256R1)
+    assert certificate.issuer == certificate.subject
+    certificate.verify_directly_issued_by(certificate)
+    assert certificate.not_valid_before_utc < NOW < certificate.not_valid_after_utc
+    assert 364 * DAY < made.expires - NOW < 366 * DAY
+
+
+def test_two_made_certificates_differ():
+    assert make_certificate().fingerprint != make_certificate().fingerprint
+
+
+def test_the_fingerprint_is_the_one_that_openssl_shows():
+    made = make_certificate()
+    assert made.fingerprint == crypto.X509.from_cryptography(made.chain[0]).digest("sha256").decode()
+
+
+def test_the_fingerprint_and_the_end_of_validity_are_logged(caplog):
+    caplog.set_level(logging.INFO, "nodepass_gevent.tls")
+    certificate = ServerCertificate(None, None).certificate
+    assert certificate.fingerprint in caplog.text
+    assert str(certificate.expires.date()) in caplog.text
+
+
+def test_a_certificate_is_read_with_its_chain_and_key(authority, tmp_path):
+    issued = authority.create_child_ca().issue_cert("localhost")
+    loaded = load_certificate(*write(issued, tmp_path))
+    assert len(loaded.chain) == 2
+    assert loaded.chain[0].public_key() == loaded.key.public_key()
+
+
+@pytest.mark.parametrize("broken", ["crt", "key"])
+def test_a_missing_file_is_named(files, broken):
+    path = dict(zip(("crt", "key"), files, strict=True))[broken]
+    os.unlink(path)
+    with pytest.raises(ConfigError, match=f"cannot read '{path}': no such file"):
+        load_certificate(*files)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00garbage", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])
+@pytest.mark.parametrize("broken", ["crt", "key"])
+def test_a_file_without_pem_is_named(files, broken, content):
+    path = dict(zip(("crt", "key"), files, strict=True))[broken]
+    with open(path, "wb") as file:
+        file.write(content)
+    with pytest.raises(ConfigError, match=f"^{broken}: '{path}' is not a .* in PEM form$"):
+        load_certificate(*files)
+
+
+def test_swapped_files_are_an_error(files):
+    with pytest.raises(ConfigError, match=r"^crt: .* is not a certificate in PEM form$"):
+        load_certificate(*reversed(files))
+
+
+def test_a_key_that_does_not_fit_is_named(files, authority, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    _, other = write(authority.issue_cert("localhost"), folder)
+    with pytest.raises(ConfigError, match=f"^key: '{other}' does not fit the certificate '{files[0]}'$"):
+        load_certificate(files[0], other)
+
+
+def test_a_key_behind_a_passphrase_is_an_error_that_says_so(files):
+    form = PrivateFormat.PKCS8, BestAvailableEncryption(b"secret")
+    with open(files[1], "wb") as file:
+        file.write(make_certificate().key.private_bytes(Encoding.PEM, *form))
+    with pytest.raises(ConfigError, match="protected by a passphrase") as caught:
+        load_certificate(*files)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+@pytest.mark.parametrize(
+    ("identity", "host"),
+    [
+        ("localhost", "localhost"),
+        ("localhost", "LocalHost."),
+        ("*.example.org", "a.example.org"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("::1", "::1"),
+    ],
+)
+def test_a_certificate_of_a_known_authority_for_the_right_name_is_taken(
+    authority, dial, tmp_path, identity, host, version
+):
+    server = ServerCertificate(*write(authority.issue_cert(identity), tmp_path))
+    assert dial(server, host, version=version)
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize(
+    ("identity", "host"),
+    [
+        ("localhost", "example.org"),
+        ("*.example.org", "a.b.example.org"),
+        ("*.example.org", "example.org"),
+        ("127.0.0.1", "127.0.0.2"),
+        ("127.0.0.1", "localhost"),
+        ("localhost", "127.0.0.1"),
+    ],
+)
+def test_a_certificate_for_another_name_is_refused(authority, dial, tmp_path, identity, host):
+    server = ServerCertificate(*write(authority.issue_cert(identity), tmp_path))
+    with pytest.raises(PolicyError, match=f"^certificate of {host} refused: it is for another name$"):
+        dial(server, host)
+
+
+@pytest.mark.usefixtures("trusted")
+def test_a_common_name_alone_is_no_name(authority, dial, tmp_path):
+    server = ServerCertificate(*write(authority.issue_cert(common_name="localhost"), tmp_path))
+    with pytest.raises(PolicyError, match="another name"):
+        dial(server, "localhost")
+
+
+@pytest.mark.usefixtures("trusted")
+def test_an_unknown_authority_is_refused(dial, tmp_path):
+    server = ServerCertificate(*write(trustme.CA().issue_cert("localhost"), tmp_path))
+    with pytest.raises(PolicyError, match=r"^certificate of localhost refused: .*issuer"):
+        dial(server, "localhost")
+
+
+@pytest.mark.usefixtures("trusted")
+def test_a_self_signed_certificate_is_refused(dial):
+    with pytest.raises(PolicyError, match="self signed"):
+        dial(ServerCertificate(None, None), "localhost")
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize(
+    ("validity", "why"),
+    [
+        ({"not_before": NOW - 2 * DAY, "not_after": NOW - DAY}, "expired"),
+        ({"not_before": NOW + DAY, "not_after": NOW + 2 * DAY}, "not yet valid"),
+    ],
+)
+def test_a_certificate_out_of_its_time_is_refused_with_the_reason(authority, dial, tmp_path, validity, why):
+    server = ServerCertificate(*write(authority.issue_cert("localhost", **validity), tmp_path))
+    with pytest.raises(PolicyError, match=f"^certificate of localhost refused: .*{why}"):
+        dial(server, "localhost")
+
+
+@pytest.mark.usefixtures("trusted")
+def test_a_chain_is_presented_whole(authority, dial, tmp_path):
+    server = ServerCertificate(*write(authority.create_child_ca().issue_cert("localhost"), tmp_path))
+    assert dial(server, "localhost")
+
+
+@pytest.mark.usefixtures("trusted")
+def test_a_chain_without_its_middle_is_refused(authority, dial, tmp_path):
+    crt, key = write(authority.create_child_ca().issue_cert("localhost"), tmp_path)
+    with open(crt, "r+b") as file:
+        leaf, end, _ = file.read().partition(b"-----END CERTIFICATE-----\n")
+        file.truncate(len(leaf + end))
+    with pytest.raises(PolicyError, match="issuer"):
+        dial(ServerCertificate(crt, key), "localhost")
+
+
+def test_the_directory_of_authorities_is_honoured(authority, dial, files, tmp_path, monkeypatch):
+    known = tmp_path / "authorities"
+    known.mkdir()
+    monkeypatch.setenv("SSL_CERT_DIR", str(known))
+    server = ServerCertificate(*files)
+    with pytest.raises(PolicyError):
+        dial(server, "localhost")
+    pem = authority.cert_pem.bytes()
+    name = crypto.load_certificate(crypto.FILETYPE_PEM, pem).subject_name_hash()
+    (known / f"{name:08x}.0").write_bytes(pem)
+    assert dial(server, "localhost")
+
+
+def test_without_the_settings_a_private_authority_is_unknown(dial, files):
+    with pytest.raises(PolicyError, match="issuer"):
+        dial(ServerCertificate(*files), "localhost")
+
+
+def test_mode_1_takes_any_certificate(dial):
+    assert dial(ServerCertificate(None, None), "example.org", mode=tls.SELF_SIGNED)
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "nodepass_gevent.tls")
+    return caplog
+
+
+def presented_to(transport):
+    return transport._connection.get_peer_certificate(as_cryptography=True)
+
+
+@pytest.mark.usefixtures("trusted")
+def test_changed_files_are_presented_after_a_reload(authority, dial, files, tmp_path, log):
+    server = ServerCertificate(*files)
+    old = server.certificate
+    write(authority.issue_cert("localhost"), tmp_path)
+    server.reload()
+    assert server.certificate != old
+    assert server.certificate.fingerprint in log.text
+    assert presented_to(dial(server, "localhost")) == server.certificate.chain[0]
+
+
+def test_unchanged_files_are_not_read_again(files, log):
+    server = ServerCertificate(*files)
+    before = server.context
+    log.clear()
+    server.reload()
+    assert server.context is before
+    assert not log.records
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("bad", [b"", b"half a certificate", None])
+def test_a_bad_new_file_keeps_the_old_one_and_says_so_once(dial, files, log, bad):
+    server = ServerCertificate(*files)
+    old = server.certificate
+    if bad is None:
+        os.unlink(files[0])
+    else:
+        with open(files[0], "wb") as file:
+            file.write(bad)
+    for _ in range(2):
+        server.reload()
+    assert server.certificate is old
+    (error,) = [record for record in log.records if record.levelno == logging.ERROR]
+    assert "the old one stays in use" in error.getMessage() and files[0] in error.getMessage()
+    assert dial(server, "localhost")
+
+
+def test_files_that_are_replaced_one_after_the_other_are_taken_when_both_are_there(authority, files, tmp_path, log):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    new = write(authority.issue_cert("localhost"), folder)
+    server = ServerCertificate(*files)
+    old = server.certificate
+    shutil.move(new[0], files[0])
+    server.reload()
+    assert server.certificate is old
+    shutil.move(new[1], files[1])
+    server.reload()
+    assert server.certificate != old
+
+
+def test_a_made_certificate_outlives_a_reload():
+    server = ServerCertificate(None, None)
+    old = server.certificate
+    server.reload()
+    assert server.certificate is old
+
+
+def test_a_reload_leaves_connections_as_they_are(authority, dial, files, tmp_path):
+    server = ServerCertificate(*files)
+    transport = dial(server, "localhost", mode=tls.SELF_SIGNED)
+    write(authority.issue_cert("localhost"), tmp_path)
+    server.reload()
+    transport.sendall(b"x")
+    assert presented_to(transport) != server.certificate.chain[0]
+
+
+def test_a_bad_certificate_at_the_start_is_an_error(files):
+    os.unlink(files[1])
+    with pytest.raises(ConfigError):
+        ServerCertificate(*files)

@@ -1,0 +1,251 @@
+import errno
+import itertools
+import socket
+from contextlib import closing
+
+import gevent
+import pytest
+from support import BOUND_S, LOOPBACK, bounded, endpoint_of, wait_until
+
+from nodepass_gevent.config import Address
+from nodepass_gevent.udp import BATCH, MAX_DATAGRAM, PublicSocket, TargetSocket
+
+FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
+
+
+def user(family=socket.AF_INET):
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.settimeout(BOUND_S)
+    return sock
+
+
+def echo(datagram, reply):
+    reply(datagram)
+
+
+@pytest.fixture
+def serve(spawn):
+    """Serve a public socket; give it."""
+    opened = []
+
+    def start(host, handle=echo):
+        public = PublicSocket(Address(host, 0))
+        opened.append((public, spawn(public.serve, handle)))
+        return public
+
+    yield start
+    for public, greenlet in opened:
+        greenlet.kill()
+        public.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_datagram_is_answered(serve, host):
+    port = serve(host).port
+    with user(FAMILIES[host]) as sock:
+        sock.sendto(b"hello", (host, port))
+        answer, (source, *_) = sock.recvfrom(100)
+    assert (answer, source) == (b"hello", host)
+
+
+@pytest.mark.parametrize(
+    ("listener", "asked"),
+    [
+        ("0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.2"),
+        ("0.0.0.0", "127.0.0.3"),
+        ("", "127.0.0.2"),
+        ("::", "127.0.0.3"),
+        ("::", "::1"),
+    ],
+)
+def test_a_reply_leaves_from_the_address_that_was_asked(serve, listener, asked):
+    port = serve(listener).port
+    with user(socket.AF_INET6 if ":" in asked else socket.AF_INET) as sock:
+        sock.connect((asked, port))  # takes answers from there alone
+        sock.send(b"hello")
+        assert sock.recv(100) == b"hello"
+
+
+def test_replies_in_any_order_leave_from_the_address_each_was_asked_at(serve):
+    asked = []
+    port = serve("", lambda datagram, reply: asked.append((datagram, reply))).port
+    with user() as one, user() as two, bounded():
+        one.connect(("127.0.0.2", port))
+        two.connect(("127.0.0.3", port))
+        one.send(b"one")
+        two.send(b"two")
+        wait_until(lambda: len(asked) == 2)
+        for datagram, reply in reversed(asked):
+            reply(datagram.upper())
+        assert (one.recv(100), two.recv(100)) == (b"ONE", b"TWO")
+
+
+def test_the_user_can_be_named_in_a_log_line(serve):
+    asked = []
+    port = serve("127.0.0.1", lambda datagram, reply: asked.append(str(reply))).port
+    with user() as sock:
+        sock.sendto(b"x", ("127.0.0.1", port))
+        wait_until(lambda: asked)
+        assert asked == [f"127.0.0.1:{sock.getsockname()[1]}"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 8192, 8193, MAX_DATAGRAM])
+def test_a_datagram_of_any_size_is_carried_whole(serve, size):
+    port = serve("127.0.0.1").port
+    data = bytes(range(256)) * 256
+    with user() as sock:
+        sock.sendto(data[:size], ("127.0.0.1", port))
+        assert sock.recv(65536) == data[:size]
+
+
+def test_each_datagram_is_handled_for_itself_and_in_order(serve):
+    seen = []
+    port = serve("127.0.0.1", lambda datagram, reply: seen.append(datagram)).port
+    with user() as sock:
+        for number in range(200):
+            sock.sendto(b"%d" % number, ("127.0.0.1", port))
+        wait_until(lambda: len(seen) == 200)
+    assert seen == [b"%d" % number for number in range(200)]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+def test_serving_goes_on_after_a_reply_that_nobody_takes(serve, host):
+    port = serve(host).port
+    for _ in range(20):
+        with user() as gone:
+            gone.sendto(b"x", ("127.0.0.1", port))
+    with user() as sock:
+        sock.sendto(b"still here", ("127.0.0.1", port))
+        assert sock.recv(100) == b"still here"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", ""])
+def test_a_reply_that_the_network_refuses_is_an_error_for_its_sender_and_ends_nothing(serve, host):
+    errors = []
+
+    def too_long(datagram, reply):
+        try:
+            reply(datagram * 70_000)
+        except OSError as exc:
+            errors.append(exc.errno)
+            reply(datagram)
+
+    port = serve(host, too_long).port
+    with user() as sock:
+        sock.sendto(b"x", ("127.0.0.1", port))
+        assert sock.recv(100) == b"x"
+    assert errors == [errno.EMSGSIZE]
+
+
+def test_serving_goes_on_when_the_handler_lets_a_network_error_through(serve):
+    def handle(datagram, reply):
+        if datagram == b"bad":
+            raise OSError(errno.ENETUNREACH, "network is unreachable")
+        reply(datagram)
+
+    port = serve("127.0.0.1", handle).port
+    with user() as sock:
+        for datagram in (b"bad", b"good"):
+            sock.sendto(datagram, ("127.0.0.1", port))
+        assert sock.recv(100) == b"good"
+
+
+def test_a_flood_of_datagrams_lets_others_have_their_turn(serve):
+    """Each datagram is answered by another one to the same socket, so that it never runs empty."""
+    handled = 0
+    with user() as sock:
+
+        def again(datagram, reply):
+            nonlocal handled
+            handled += 1
+            if handled < 2000:
+                sock.sendto(datagram, ("127.0.0.1", port))
+
+        port = serve("127.0.0.1", again).port
+        for _ in range(100):
+            sock.sendto(b"x", ("127.0.0.1", port))
+        seen = [0]
+        while seen[-1] < 2000:
+            gevent.sleep(0)
+            seen.append(handled)
+    assert max(after - before for before, after in itertools.pairwise(seen)) <= BATCH
+
+
+def test_an_address_in_use_is_named_in_the_error(serve):
+    port = serve("127.0.0.1").port
+    with pytest.raises(OSError, match=f"127.0.0.1:{port}") as caught:
+        PublicSocket(Address("127.0.0.1", port))
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+def test_a_closed_public_socket_frees_its_port(no_leaks):
+    first = PublicSocket(LOOPBACK)
+    port = first.port
+    first.close()
+    PublicSocket(Address("127.0.0.1", port)).close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_the_target_answers(no_leaks, host):
+    with user(FAMILIES[host]) as target:
+        target.bind((host, 0))
+        with TargetSocket(endpoint_of(target)) as sock, bounded():
+            sock.send(b"question")
+            question, tunnel = target.recvfrom(100)
+            target.sendto(b"answer", tunnel)
+            assert (question, sock.recv()) == (b"question", b"answer")
+
+
+@pytest.mark.parametrize("size", [0, 1, 65507])
+def test_an_answer_of_any_size_is_read_whole(no_leaks, size):
+    data = bytes(range(256)) * 256
+    with user() as target:
+        target.bind(("127.0.0.1", 0))
+        with TargetSocket(endpoint_of(target)) as sock, bounded():
+            sock.send(b"question")
+            target.sendto(data[:size], target.recvfrom(100)[1])
+            assert sock.recv() == data[:size]
+
+
+def test_a_target_that_does_not_listen_is_an_error_at_once(no_leaks):
+    with closing(user()) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        endpoint = endpoint_of(nobody)
+    with TargetSocket(endpoint) as sock, bounded():
+        sock.send(b"question")
+        with pytest.raises(ConnectionRefusedError):
+            sock.recv()
+
+
+def test_an_answer_of_somebody_else_is_not_taken_for_the_targets(no_leaks):
+    with user() as target, user() as stranger:
+        target.bind(("127.0.0.1", 0))
+        with TargetSocket(endpoint_of(target)) as sock, bounded():
+            sock.send(b"question")
+            _, tunnel = target.recvfrom(100)
+            stranger.sendto(b"forged", tunnel)
+            target.sendto(b"true", tunnel)
+            assert sock.recv() == b"true"
+
+
+def test_a_target_without_a_route_leaves_no_descriptor(no_leaks):
+    with pytest.raises(OSError):
+        TargetSocket(endpoint_of_broadcast())
+
+
+def endpoint_of_broadcast():
+    """An address that connect refuses: a UDP socket may not send to broadcast unless it says so."""
+    with user() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+        return endpoint_of(sock)._replace(sockaddr=("255.255.255.255", port))
+
+
+def test_a_silent_target_is_given_up_at_the_callers_deadline(no_leaks):
+    with user() as target:
+        target.bind(("127.0.0.1", 0))
+        with TargetSocket(endpoint_of(target)) as sock:
+            sock.send(b"question")
+            with pytest.raises(gevent.Timeout), gevent.Timeout(0.02):
+                sock.recv()
