@@ -95,7 +95,7 @@ def setup(level: str) -> None:
     logger.propagate = False
     if not any(isinstance(handler, Writer) for handler in logger.handlers):
         writer = Writer(sys.stdout.fileno())
-        writer.setFormatter(formatter(sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+        writer.setFormatter(formatter(sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
         logger.addHandler(writer)
     set_level(level)
 

@@ -344,10 +344,9 @@ def serve(
     """
     pause_s = PAUSE_MIN_S
     while True:
-        batch = min(room(), ACCEPT_BATCH)
         wait_read(listener.fileno())
         try:
-            for _ in range(batch):
+            for _ in range(min(room(), ACCEPT_BATCH)):
                 handle(_accept(listener))
         except (BlockingIOError, ConnectionAbortedError):  # all accepted; or the caller is gone again
             pass

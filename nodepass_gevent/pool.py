@@ -12,7 +12,7 @@ import gevent
 from gevent.event import AsyncResult, Event
 from gevent.pool import Pool
 
-from .errors import NoDataConnection, NodePassError, PoolClosed, ProtocolError
+from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
 from .net import ArrivalWatch, Transport, reason
 
 log = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ class DialingPool:
         self._dialling = 0
         self._dialled = 0  # in this round
         self._failing = False
+        self._refusal: PolicyError | None = None  # trying again would change nothing
         self._idle = _Idle(self._look)
         self._ended: dict[bytes, Transport] = {}  # end of stream has come, in this round
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before
@@ -167,13 +168,14 @@ class DialingPool:
     def __len__(self) -> int:
         return len(self._idle)
 
-    def run(self) -> str:
-        """Fill the pool and let its capacity follow the demand, until the greenlet is killed."""
-        while True:
+    def run(self) -> PolicyError:
+        """Fill the pool and let its capacity follow the demand, until killed, or until a dial is refused by policy."""
+        while not self._refusal:
             self._fill()
             self._sleep(ROUND_S)
             self._adapt()
             self._forget_ended()
+        return self._refusal
 
     def take(self, id: bytes, timeout_s: float) -> Transport:
         """Give connection ``id``, waiting for it when its launch has overtaken it; NoDataConnection, PoolClosed."""
@@ -215,6 +217,8 @@ class DialingPool:
         return self.capacity + len(self._takers) - len(self._idle) - self._dialling
 
     def _fill(self) -> None:
+        if self._refusal:
+            return
         for _ in range(min(self._missing(), DIALS_AT_ONCE - self._dialling, self._dials.free_count())):
             self._dialling += 1
             self._dials.spawn(self._add_one)
@@ -232,11 +236,14 @@ class DialingPool:
     def _dial_until_it_works(self) -> tuple[bytes, Transport] | None:
         """Dial, with a longer pause after each failure; None when no more connections are wanted."""
         pause_s = RETRY_MIN_S
-        while self._missing() >= 0:
+        while self._missing() >= 0 and not self._refusal:
             try:
                 dialled = self._dial()
                 self._failing = False
                 return dialled
+            except PolicyError as exc:
+                self._refusal = exc
+                break
             except (OSError, NodePassError) as exc:
                 (log.debug if self._failing else log.warning)("no data connection: %s", reason(exc))
                 self._failing = True

@@ -67,9 +67,9 @@ class Service:
         """Run the role for ever; whatever ends it is logged and followed by the next try."""
         while True:
             pause_s = self._try()
+            self._retry_now.clear()
             log.info("%s: trying again %s", self.role, f"in {pause_s:g} s" if pause_s else "now")
             self._retry_now.wait(pause_s)
-            self._retry_now.clear()
 
     def reload(self) -> None:
         """Read files again, and cut a pause short."""

@@ -13,7 +13,7 @@ import gevent
 from gevent.event import Event
 
 from . import wire
-from .errors import ProtocolError, SessionLost
+from .errors import PolicyError, ProtocolError, SessionLost
 from .net import Transport, reason
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory
@@ -22,9 +22,11 @@ CHUNK = 4096  # bytes per read: many lines at once, little memory
 class ReadyPool(Protocol):
     """What a session needs of its pool."""
 
-    def run(self) -> str: ...
+    def run(self) -> str | PolicyError:
+        """Live; give how it ended."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End it at once."""
 
 
 class Session:
@@ -57,11 +59,13 @@ class Session:
         self._wake.set()
 
     def run(self) -> None:
-        """Live until the channel or the pool ends, end the other too, and raise SessionLost."""
+        """Live until the channel or the pool ends, end the other too, and raise SessionLost, or PolicyError."""
         started = time.monotonic()
         greenlets = [gevent.spawn(part) for part in (self._read, self._write, self.pool.run)]
         try:
             first = gevent.wait(greenlets, count=1)[0]
+            if isinstance(first.value, PolicyError):
+                raise first.value
             how = first.value if first.successful() else repr(first.exception)
             raise SessionLost(f"control channel lost: {how}", time.monotonic() - started)
         finally:

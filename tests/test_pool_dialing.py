@@ -5,7 +5,7 @@ import pytest
 from gevent.event import Event
 from support import bounded, is_reset, read_all, wait_until
 
-from nodepass_gevent.errors import NoDataConnection, PoolClosed, ProtocolError
+from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
 from nodepass_gevent.pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
 
 
@@ -385,3 +385,17 @@ def test_a_connection_that_comes_after_the_close_is_reset(dialler, dialing):
     dialler.open.set()
     wait_until(lambda: dialler.peers)
     assert is_reset(dialler.peers[0])
+
+
+def test_a_dial_refused_by_policy_is_not_tried_again_and_ends_the_pool():
+    refusal, dials = PolicyError("certificate refused"), []
+
+    def dial():
+        dials.append(1)
+        raise refusal
+
+    pool = DialingPool(dial, 4, 8, sleep=lambda _seconds: gevent.idle())
+    with bounded():
+        assert gevent.spawn(pool.run).get() is refusal
+    assert len(dials) <= 4
+    pool.close()

@@ -41,4 +41,3 @@ def test_the_example_file_parses(tmp_path):
     path.write_text(re.sub("^    ", "", text, flags=re.MULTILINE))
     (config,) = options.parse(["--config", str(path)], {}).configs
     assert (config.name, config.log, config.tls, config.min_pool_capacity) == ("web", "warn", 1, 32)
-

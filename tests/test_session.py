@@ -6,7 +6,7 @@ from gevent.event import Event
 from support import bounded, read_all, read_exactly, reset, wait_until
 
 from nodepass_gevent import wire
-from nodepass_gevent.errors import ProtocolError, SessionLost
+from nodepass_gevent.errors import PolicyError, ProtocolError, SessionLost
 from nodepass_gevent.net import Stream
 from nodepass_gevent.pool import AcceptingPool
 from nodepass_gevent.session import Session
@@ -233,3 +233,16 @@ def test_without_an_interval_nothing_is_written_unasked(run):
     assert running.control.writes == []
     running.control.shutdown_write()
     assert read_all(running.peer) == b""
+
+
+def test_a_pool_refused_by_policy_ends_the_session_with_that_refusal(pair):
+    class Refused:
+        def run(self):
+            return PolicyError("certificate refused")
+
+        def close(self):
+            pass
+
+    stream, _ = pair()
+    with bounded(), pytest.raises(PolicyError, match="certificate refused"):
+        Session(stream, Refused(), lambda data: None).run()
