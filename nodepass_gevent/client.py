@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -12,14 +13,17 @@ from .config import Config, Limits
 from .errors import PolicyError, ProtocolError
 from .forward import Egress
 from .metrics import Counters
-from .net import Endpoint, Stream, Transport, deadline
+from .net import Endpoint
 from .pool import DialingPool
 from .session import Session
-from .wire import FirstLine, Launch, Ping
+from .transport import Stream, Transport, deadline
+from .wire import Bye, Data, FirstLine, Hello, Launch, Need, Ping
 
 log = logging.getLogger(__name__)
 
 DEAD_AFTER = 3  # keep-alive intervals of silence
+CHUNK = 1024  # bytes per read while the welcome is awaited
+CAPABILITIES = frozenset((wire.NEED,))
 
 
 class Client:
@@ -42,57 +46,121 @@ class Client:
         with net.connect(net.resolve(config.tunnel), limits.connect_timeout_s, limits) as control:
             with deadline(limits.first_line_timeout_s, "first line (a server of NodePass 1.4 or later sends none)"):
                 first = wire.parse_first_line(control.read_line(wire.MAX_FIRST_LINE))
-            self._check(first)
+            if first.tls < config.tls:
+                raise PolicyError(
+                    f"the server offers tls {first.tls}, and this client accepts no less than {config.tls}"
+                )
             control.fail_when_unacknowledged(limits.user_timeout_s)
-            host, _, *scope = control.peer
-            endpoint = Endpoint(control.socket.family, (host, first.port, *scope))
-            dial = partial(self._dial, endpoint, first.tls, tls.client_context(first.tls) if first.tls else None)
-            pool = DialingPool(dial, config.min_pool_capacity, config.max_pool_capacity)
-            signals = _Signals(Egress(pool, self.exchanges, config, self.counters), self.counters, limits)
-            log.info("connected to %s, data port %d, tls %d, for %s", control, first.port, first.tls, config.target)
-            Session(control, pool, signals.receive, silence_s=signals.silence_s).run()
+            if wire.offers_v2(first) and config.protocol != "1":
+                self._run_v2(control, first)
+            else:
+                self._run_v1(control, first)
 
-    def _check(self, first: FirstLine) -> None:
-        if first.tls < self.config.tls:
-            raise PolicyError(
-                f"the server offers tls {first.tls}, and this client accepts no less than {self.config.tls}"
-            )
+    # Profile v2
+
+    def _run_v2(self, control: Stream, first: FirstLine) -> None:
+        if control.peek() is not None:
+            raise ProtocolError("the server sent bytes behind its first line")
+        hello = wire.format_hello(Hello(self.config.name, CAPABILITIES))
+        control.sendall(hello)
+        with deadline(self.config.limits.opening_timeout_s, "welcome"):
+            transport = self._secure(control, first.tls, self._context(first.tls, wire.ALPN_CONTROL), wire.ALPN_CONTROL)
+            lines = wire.Lines(wire.MAX_FIRST_LINE)
+            answer, *early = _read_lines(transport, lines)
+            welcome = wire.parse_welcome(answer)
+        if isinstance(welcome, Bye):
+            raise PolicyError(f"the server takes no client now: {wire.printable(welcome.why)}")
+        endpoint = Endpoint(control.socket.family, control.peer)
+        context = self._context(first.tls, wire.ALPN_DATA)
+        dial = partial(self._dial_v2, endpoint, first.tls, context, Data(welcome.session))
+        most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
+        pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most)
+        signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, pool.dial_more)
+        session = Session(transport, pool, signals.receive, silence_s=lambda: DEAD_AFTER * welcome.ping_interval_s)
+        signals.on_ping = partial(session.send, wire.PING)
+        signals.lines = lines
+        signals.obey(early)
+        log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
+        session.run()
+
+    def _dial_v2(self, endpoint: Endpoint, mode: int, context, opening: Data, /) -> tuple[bytes, Transport]:
+        """Make one data connection of the session that ``opening`` names; it is ready when its id is here."""
+        limits = self.config.limits
+        line = wire.format_data(opening)
+        with ExitStack() as owned:
+            stream = owned.enter_context(net.connect([endpoint], limits.connect_timeout_s, limits))
+            with deadline(limits.id_timeout_s, "data connection"):
+                if mode == tls.OFF:
+                    stream.sendall(line)
+                    stream.wait_for_arrival()
+                    stream.read_line(wire.MAX_FIRST_LINE)
+                    data: Transport = stream
+                else:
+                    data = self._secure(stream, mode, context, wire.ALPN_DATA, line)
+                id = wire.parse_id(data.recv_exactly(wire.ID_LENGTH))
+            owned.pop_all()  # it is the pool's now
+        return id, data
+
+    # Profile v1
+
+    def _run_v1(self, control: Stream, first: FirstLine) -> None:
+        if self.config.protocol == "2":
+            raise PolicyError("the server does not speak profile v2, and protocol=2 accepts no other")
         if first.port is None:
             raise PolicyError("the server takes no client from here now; perhaps another one is connected")
+        host, _, *scope = control.peer
+        endpoint = Endpoint(control.socket.family, (host, first.port, *scope))
+        dial = partial(self._dial_v1, endpoint, first.tls, self._context(first.tls))
+        pool = DialingPool(dial, self.config.min_pool_capacity, self.config.max_pool_capacity)
+        silence = _Silence(self.config.limits)
+        signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters)
+        signals.on_ping = silence.note_ping
+        log.info(
+            "connected to %s, profile v1, data port %d, tls %d, for %s",
+            control, first.port, first.tls, self.config.target,
+        )  # fmt: skip
+        Session(control, pool, signals.receive, silence_s=silence.limit_s).run()
 
-    def _dial(self, endpoint: Endpoint, mode: int, context, /) -> tuple[bytes, Transport]:
+    def _dial_v1(self, endpoint: Endpoint, mode: int, context, /) -> tuple[bytes, Transport]:
         """Make one data connection; it is ready when its id is here."""
         limits = self.config.limits
-        stream = net.connect([endpoint], limits.connect_timeout_s, limits)
         with ExitStack() as owned:
-            owned.enter_context(stream)
+            stream = owned.enter_context(net.connect([endpoint], limits.connect_timeout_s, limits))
             data = self._secure(stream, mode, context)
             with deadline(limits.id_timeout_s, "id of a data connection"):
                 id = wire.parse_id(data.recv_exactly(wire.ID_LENGTH))
             owned.pop_all()  # it is the pool's now
         return id, data
 
-    def _secure(self, stream: Stream, mode: int, context) -> Transport:
+    # Both
+
+    def _context(self, mode: int, alpn: bytes = b""):
+        return tls.client_context(mode, alpn) if mode else None
+
+    def _secure(self, stream: Stream, mode: int, context, alpn: bytes = b"", opening: bytes = b"") -> Transport:
         if mode == tls.OFF:
             return stream
         with deadline(self.config.limits.tls_handshake_timeout_s, "TLS handshake"):
-            return tls.dial(stream, context, mode, self.config.tunnel.host)
+            return tls.dial(stream, context, mode, self.config.tunnel.host, alpn, opening)
 
 
 class _Signals:
-    """What the server says after its first line."""
+    """What the server says once the control channel is up."""
 
-    def __init__(self, egress: Egress, counters: Counters, limits: Limits) -> None:
+    def __init__(self, egress: Egress, counters: Counters, on_need: Callable[[int], None] = lambda users: None) -> None:
+        self.on_ping: Callable[[], None] = lambda: None
+        self.lines = wire.Lines()
         self._egress = egress
         self._counters = counters
-        self._limits = limits
-        self._lines = wire.Lines()
-        self._last_ping = 0.0
-        self._interval_s = 0.0  # the longest between two keep-alives; 0 while unknown
+        self._on_need = on_need
 
     def receive(self, data: bytes) -> None:
-        """Obey launches; count and pass over what is malformed or unknown."""
-        for line in self._lines.feed(data):
+        """Take what came on the control channel; ProtocolError for a line without end."""
+        self.obey(self.lines.feed(data))
+
+    def obey(self, lines: list[bytes]) -> None:
+        """Do what lines say; count and pass over what is malformed or unknown."""
+        for line in lines:
             try:
                 signal = wire.parse_signal(line)
             except ProtocolError as exc:
@@ -103,17 +171,36 @@ class _Signals:
                 case Launch():
                     self._egress.launch(signal)
                 case Ping():
-                    self._note_ping(time.monotonic())
+                    self.on_ping()
+                case Need():
+                    self._on_need(signal.users)
                 case _:
                     self._counters.signals_unknown += 1
 
-    def silence_s(self) -> float | None:
-        """How long the server may be silent: its own interval tells, for an old one may have set it long."""
-        if not self._interval_s:
-            return None
-        return max(DEAD_AFTER * self._interval_s, self._limits.control_dead_s)
 
-    def _note_ping(self, now: float) -> None:
+class _Silence:
+    """How long a v1 server may be silent: its own interval tells, for an old one may have set it long."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._least_s = limits.control_dead_s
+        self._last_ping = 0.0
+        self._interval_s = 0.0  # the longest between two keep-alives; 0 while unknown
+
+    def note_ping(self) -> None:
+        now = time.monotonic()
         if self._last_ping:
             self._interval_s = max(self._interval_s, now - self._last_ping)
         self._last_ping = now
+
+    def limit_s(self) -> float | None:
+        return max(DEAD_AFTER * self._interval_s, self._least_s) if self._interval_s else None
+
+
+def _read_lines(transport: Transport, lines: wire.Lines) -> list[bytes]:
+    """Wait for at least one whole line; the caller sets the deadline."""
+    while True:
+        data = transport.recv(CHUNK)
+        if not data:
+            raise ConnectionAbortedError("the server closed before its welcome")
+        if whole := lines.feed(data):
+            return whole

@@ -178,6 +178,7 @@ class Limits:
 
     connect_timeout_s: float = 5.0  # a dial; a second SYN goes out after 1 s, a third after 3 s
     first_line_timeout_s: float = 30.0  # the original's server can take 20 s to come back
+    opening_timeout_s: float = 5.0  # a caller that has begun to say what it is
     caller_timeout_s: float = 10.0  # a caller on the tunnel port that says nothing
     tls_handshake_timeout_s: float = 5.0  # the original's deadline
     id_timeout_s: float = 10.0  # the client waits for the 8-byte id of a data connection
@@ -224,6 +225,7 @@ class Config:
     key: str | None = None  # a file
     data_port: int | None = _within(1, 65535, None)  # None: any free one
     network: str = _one_of("tcp", "udp", "both", default="both")
+    protocol: str = _one_of("auto", "1", "2", default="auto")
     semaphore_limit: int = _within(1, 1 << 20, 1024)
     min_pool_capacity: int = _within(1, 1 << 16, 16)
     max_pool_capacity: int = _within(1, 1 << 16, 1024)
@@ -259,7 +261,7 @@ class Config:
 
     def fault(self, field_name: str, why: str) -> ConfigError:
         """Make the error for a field: its name, its value, what is wrong, its source."""
-        name, value = setting_name(field_name), setting_text(field_name, getattr(self, field_name))
+        name, value = (setting_name(field_name), setting_text(field_name, getattr(self, field_name)))
         return ConfigError(f"{name}: {shown(value)} {why} [from {self.source(name)}]")
 
     def _check_field(self, name: str, rule: Mapping[str, Any]) -> None:

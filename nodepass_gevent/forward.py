@@ -16,7 +16,8 @@ from . import relay, wire
 from .config import Config
 from .errors import ConnectError, NodePassError, TunnelError
 from .metrics import Counters
-from .net import Endpoint, Stream, Transport, connect, deadline, reason, resolve
+from .net import Endpoint, connect, resolve
+from .transport import Stream, Transport, deadline, reason
 from .udp import MAX_DATAGRAM, TargetSocket
 from .wire import Kind, Launch
 
@@ -93,7 +94,6 @@ class Ingress:
                 user.reset()
                 return
             with data:
-                log.debug("exchange %s: user %s", id.decode(), user)
                 _relay(id, user, data, self._config, self._counters)
 
     def _udp(self, datagram: bytes, reply: Callable[[bytes], None]) -> None:
@@ -185,7 +185,7 @@ class Egress:
 
     def _udp(self, id: bytes, data: Transport) -> None:
         self._counters.udp_exchanges += 1
-        limit, timeout_s = self._config.udp_data_buf_size, self._config.udp_read_timeout_s
+        limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
         with deadline(timeout_s, "datagram"):
             datagram = _read_datagram(data, limit)
         if not 0 < len(datagram) <= limit:
@@ -227,8 +227,10 @@ def _relay(id: bytes, user_side: Transport, target_side: Transport, config: Conf
         target_side.reset()
     if log.isEnabledFor(logging.DEBUG):
         log.debug(
-            "exchange %s: %s after %.3f s, %d bytes up, %d down",
+            "exchange %s: %s -> %s: %s after %.3f s, %d bytes up, %d down",
             id.decode(),
+            user_side,
+            target_side,
             "ended" if outcome.error is None else reason(outcome.error),
             time.monotonic() - started,
             outcome.a_to_b,

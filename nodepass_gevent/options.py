@@ -63,8 +63,9 @@ _TIMING, _LOGS, _CONFIGURATION = "timing", "logs", "configuration"
 SETTINGS = (
     Setting("url", "NODEPASS_URL", str, "URL", _ADDRESSES, "the tunnel, like the argument URL"),
     Setting("network", "NODEPASS_NETWORK", str, "", _ADDRESSES, "what the tunnel carries"),
+    Setting("protocol", "NODEPASS_PROTOCOL", str, "", _ADDRESSES, "profile of the wire protocol"),
     Setting("data_port", "NODEPASS_DATA_PORT", parse_integer, "PORT", _ADDRESSES,
-            "server: port of the data connections", unset="any free one"),
+            "server: port of v1 data connections", unset="any free one"),
     Setting("tls", "NODEPASS_TLS", parse_integer, "", _TLS,
             "0 plain, 1 encrypted, 2 with a certificate that is verified; client: the least it accepts"),
     Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "server: certificate chain, PEM"),

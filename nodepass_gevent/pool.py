@@ -13,14 +13,14 @@ from gevent.event import AsyncResult, Event
 from gevent.pool import Pool
 
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
-from .net import ArrivalWatch, Transport, reason
+from .transport import ArrivalWatch, Transport, reason
 
 log = logging.getLogger(__name__)
 
 ROUND_S = 1.0  # after each round the capacity follows the demand
 SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
 DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
-RETRY_MIN_S, RETRY_MAX_S = 0.05, 5.0  # pause after a failed dial, doubled for each further one
+RETRY_MIN_S, RETRY_MAX_S = (0.05, 5.0)  # pause after a failed dial, doubled for each further one
 
 
 class _Idle:
@@ -37,7 +37,7 @@ class _Idle:
         return id in self._by_id
 
     def add(self, id: bytes, transport: Transport) -> None:
-        self._by_id[id] = transport, ArrivalWatch(transport, self._on_arrival, id, transport)
+        self._by_id[id] = (transport, ArrivalWatch(transport, self._on_arrival, id, transport))
 
     def ignore(self, id: bytes) -> None:
         """Stop watching a connection that stays: what arrived on it is for whoever takes it."""
@@ -60,8 +60,9 @@ class _Idle:
 class AcceptingPool:
     """Data connections that a peer dialled. Nothing may arrive on one before it is launched."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, on_shortage: Callable[[], None] = lambda: None) -> None:
         self.capacity = capacity
+        self._on_shortage = on_shortage  # a taker has to wait
         self._idle = _Idle(self._drop)
         self._takers: deque[AsyncResult] = deque()
         self._closed = Event()
@@ -103,6 +104,7 @@ class AcceptingPool:
             raise PoolClosed("the session has ended")
         taker = AsyncResult()
         self._takers.append(taker)
+        self._on_shortage()
         try:
             with gevent.Timeout(timeout_s, NoDataConnection(f"no data connection within {timeout_s:g} s")):
                 return taker.get()
@@ -157,6 +159,7 @@ class DialingPool:
         self._dials = Pool(maximum)
         self._dialling = 0
         self._dialled = 0  # in this round
+        self._owed = 0  # dials that the peer asked for, not begun yet
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
         self._idle = _Idle(self._look)
@@ -203,6 +206,11 @@ class DialingPool:
         finally:
             self._takers.pop(id, None)
 
+    def dial_more(self, count: int) -> None:
+        """Dial ``count`` connections beyond the capacity: that many users wait at the peer."""
+        self._owed = min(self._owed + count, self._maximum)
+        self._fill()
+
     def close(self) -> None:
         """Reset what is idle, end the dials; whoever waits is told PoolClosed."""
         self._closed = True
@@ -219,9 +227,12 @@ class DialingPool:
     def _fill(self) -> None:
         if self._refusal:
             return
-        for _ in range(min(self._missing(), DIALS_AT_ONCE - self._dialling, self._dials.free_count())):
+        room = min(DIALS_AT_ONCE, self._maximum - len(self._idle)) - self._dialling
+        begun = min(max(self._missing(), self._owed), room, self._dials.free_count())
+        for _ in range(begun):
             self._dialling += 1
             self._dials.spawn(self._add_one)
+        self._owed -= max(min(begun, self._owed), 0)
 
     def _add_one(self) -> None:
         try:
@@ -236,20 +247,20 @@ class DialingPool:
     def _dial_until_it_works(self) -> tuple[bytes, Transport] | None:
         """Dial, with a longer pause after each failure; None when no more connections are wanted."""
         pause_s = RETRY_MIN_S
-        while self._missing() >= 0 and not self._refusal:
+        while True:
             try:
                 dialled = self._dial()
                 self._failing = False
                 return dialled
             except PolicyError as exc:
                 self._refusal = exc
-                break
             except (OSError, NodePassError) as exc:
                 (log.debug if self._failing else log.warning)("no data connection: %s", reason(exc))
                 self._failing = True
             self._sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MAX_S)
-        return None
+            if self._refusal or self._missing() < 0:
+                return None
 
     def _settle(self, id: bytes, transport: Transport) -> None:
         if self._closed or id in self._idle or id in self._ended or id in self._ended_before:

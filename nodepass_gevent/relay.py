@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.hub import Waiter
 
-from .net import READ, WRITE, Stream, Transport
+from .transport import READ, WRITE, Stream, Transport
 
 BUFFER = 65536  # bytes; one read
 BULKY = 3  # full reads in a row that make a flow bulky
 PIPE = 262144  # bytes; what one splice moves
-SMALL, SMALL_IN_A_ROW = 16384, 16  # bytes and moves after which a bulky flow gives its pipe back
+SMALL, SMALL_IN_A_ROW = (16384, 16)  # bytes and moves after which a bulky flow gives its pipe back
 MAX_PIPES = 64  # kept ready: 128 descriptors and, while they hold bytes, 16 MiB
 
 _buffer = memoryview(bytearray(BUFFER))
@@ -85,7 +85,7 @@ class _Flow:
         self._move = self._copy
         loop = gevent.get_hub().loop
         self._reader = loop.io(source.fileno(), READ)
-        self._writer = loop.io(sink.fileno(), WRITE)
+        self._writer: Any = None  # made when the sink first has to be waited for
 
     def start(self) -> None:
         self._reader.start(self._guard, self._on_readable)
@@ -93,9 +93,11 @@ class _Flow:
             self._guard(self._on_readable)
 
     def stop(self) -> None:
-        for watcher in (self._reader, self._writer):
-            watcher.stop()
-            watcher.close()
+        self._reader.stop()
+        self._reader.close()
+        if self._writer is not None:
+            self._writer.stop()
+            self._writer.close()
         self._drop_pipe()
 
     def _guard(self, step: Callable[[], None]) -> None:
@@ -153,6 +155,8 @@ class _Flow:
 
     def _wait_for_sink(self) -> bool:
         self._reader.stop()
+        if self._writer is None:
+            self._writer = gevent.get_hub().loop.io(self.sink.fileno(), WRITE)
         self._writer.start(self._guard, self._on_writable)
         return False
 

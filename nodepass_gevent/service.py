@@ -17,7 +17,7 @@ from . import log as log_lines
 from .config import Config
 from .errors import NodePassError, PolicyError, SessionLost
 from .metrics import Counters
-from .net import reason
+from .transport import reason
 
 log = logging.getLogger(__name__)
 

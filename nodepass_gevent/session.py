@@ -14,7 +14,7 @@ from gevent.event import Event
 
 from . import wire
 from .errors import PolicyError, ProtocolError, SessionLost
-from .net import Transport, reason
+from .transport import Transport, reason
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory
 
@@ -74,10 +74,12 @@ class Session:
 
     def _read(self) -> str:
         while True:
-            limit_s = self._silence_s()
+            limit_s, data = self._silence_s(), None
             try:
-                with gevent.Timeout(limit_s, TimeoutError(f"silent for {limit_s} s")):
+                with gevent.Timeout(limit_s, False):
                     data = self.control.recv(CHUNK)
+                if data is None:
+                    return f"silent for {limit_s:g} s"
                 if not data:
                     return "closed by the peer"
                 self._receive(data)
@@ -88,7 +90,7 @@ class Session:
         ping_due = time.monotonic()
         while True:
             if self._ping_interval_s and time.monotonic() >= ping_due:
-                self._due.insert(0, wire.PING)
+                self._due.append(wire.PING)
                 ping_due = time.monotonic() + self._ping_interval_s
             lines, self._due = b"".join(self._due), []
             self._wake.clear()

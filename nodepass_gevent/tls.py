@@ -5,7 +5,6 @@ safe against descriptors that are closed and reused. This module alone calls ``O
 """
 
 import datetime
-import ipaddress
 import logging
 import os
 import socket
@@ -20,12 +19,15 @@ from OpenSSL import SSL
 from service_identity import CertificateError, VerificationError
 from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
 
-from .errors import ConfigError, PolicyError
-from .net import Stream, Transport, reason
+from . import wire
+from .errors import ConfigError, PolicyError, ProtocolError
+from .net import is_literal
+from .transport import Stream, Transport, reason
 
 log = logging.getLogger(__name__)
 
 OFF, SELF_SIGNED, VERIFIED = 0, 1, 2  # the modes, as they stand in the first line
+ALPNS = (b"", wire.ALPN_CONTROL, wire.ALPN_DATA)  # v1 data connections have none
 RECORD = 16384  # bytes of plain text in the largest TLS record
 BATCH = 4 * RECORD  # bytes encrypted before one write
 OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
@@ -125,8 +127,14 @@ class ServerCertificate:
 
     def _use(self, certificate: Certificate) -> None:
         self.certificate = certificate
-        self.context = _server_context(certificate)  # a used context cannot change: always a new one
+        # A context that has been used cannot change: always new ones, a profile's connections each with their own.
+        self.contexts = {alpn: _server_context(certificate, alpn) for alpn in ALPNS}
         log.info("certificate %s, valid until %s", certificate.fingerprint, certificate.expires.date())
+
+    @property
+    def context(self) -> SSL.Context:
+        """What to accept with where no profile is asked for."""
+        return self.contexts[b""]
 
     def _stamp(self) -> tuple:
         def one(path: str) -> tuple:
@@ -139,8 +147,12 @@ class ServerCertificate:
         return tuple(map(one, self._files or ()))
 
 
-def _server_context(certificate: Certificate) -> SSL.Context:
-    context = _context(SSL.TLS_SERVER_METHOD)
+def _server_context(certificate: Certificate, alpn: bytes) -> SSL.Context:
+    context = _context(SSL.TLS_SERVER_METHOD, alpn)
+    if alpn:
+        context.set_alpn_select_callback(
+            lambda _connection, offered: alpn if alpn in offered else SSL.NO_OVERLAPPING_PROTOCOLS
+        )
     context.use_certificate(certificate.chain[0])
     for issuer in certificate.chain[1:]:
         context.add_extra_chain_cert(issuer)
@@ -148,21 +160,23 @@ def _server_context(certificate: Certificate) -> SSL.Context:
     return context
 
 
-def client_context(mode: int) -> SSL.Context:
+def client_context(mode: int, alpn: bytes = b"") -> SSL.Context:
     """Make what a client dials with: mode 1 takes any certificate, mode 2 the system's authorities'.
 
     The authorities are those of SSL_CERT_FILE and SSL_CERT_DIR, where these are set.
     """
-    context = _context(SSL.TLS_CLIENT_METHOD)
+    context = _context(SSL.TLS_CLIENT_METHOD, alpn)
+    if alpn:
+        context.set_alpn_protos([alpn])
     if mode == VERIFIED:
         context.set_default_verify_paths()
         context.set_verify(SSL.VERIFY_PEER, _note_verification)
     return context
 
 
-def _context(method: int) -> SSL.Context:
+def _context(method: int, alpn: bytes) -> SSL.Context:
     context = SSL.Context(method)
-    context.set_min_proto_version(SSL.TLS1_2_VERSION)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION if alpn else SSL.TLS1_2_VERSION)
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_COMPRESSION)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)  # 32 instead of 47 KiB for an idle connection
@@ -175,22 +189,34 @@ def _note_verification(connection: SSL.Connection, _certificate, code: int, _dep
     return bool(ok)
 
 
-def accept(stream: Stream, context: SSL.Context) -> "TLSStream":
-    """Make the server's handshake; the caller sets its deadline. Raises OSError."""
+def accept(stream: Stream, context: SSL.Context, alpn: bytes = b"") -> "TLSStream":
+    """Make the server's handshake; the caller sets its deadline. Raises OSError, ProtocolError."""
     connection = SSL.Connection(context, None)
     connection.set_accept_state()
-    return _handshake(TLSStream(stream, connection))
+    transport = _handshake(TLSStream(stream, connection))
+    _check_profile(connection, alpn)
+    return transport
 
 
-def dial(stream: Stream, context: SSL.Context, mode: int, host: str) -> "TLSStream":
-    """Make the client's handshake; in mode 2 the certificate must be for ``host``. Raises OSError, PolicyError."""
+def dial(
+    stream: Stream, context: SSL.Context, mode: int, host: str, alpn: bytes = b"", opening: bytes = b""
+) -> "TLSStream":
+    """Make the client's handshake; in mode 2 the certificate must be for ``host``.
+
+    With ``opening``, a line in clear, that goes out in one segment with the ClientHello, and the line that the server
+    has for every caller is read and dropped. The caller sets the deadline. Raises OSError, PolicyError, ProtocolError.
+    """
     host = host.removesuffix(".")  # of a fully qualified name; stands in no certificate and in no SNI (RFC 6066)
     connection = SSL.Connection(context, None)
     connection.set_connect_state()
-    if mode == VERIFIED and not _is_literal(host):
+    if mode == VERIFIED and not is_literal(host):
         connection.set_tlsext_host_name(host.encode("idna"))
+    transport = TLSStream(stream, connection)
+    if opening:
+        transport.start(opening)
+        stream.read_line(wire.MAX_FIRST_LINE)
     try:
-        transport = _handshake(TLSStream(stream, connection))
+        _handshake(transport)
     except OSError as exc:
         if problem := connection.get_app_data():
             raise PolicyError(f"certificate of {host} refused: {problem}") from exc
@@ -199,23 +225,24 @@ def dial(stream: Stream, context: SSL.Context, mode: int, host: str) -> "TLSStre
         certificate = connection.get_peer_certificate(as_cryptography=True)
         assert certificate, "OpenSSL has verified it"
         _verify_name(certificate, host)
+    _check_profile(connection, alpn)
     return transport
 
 
+def _check_profile(connection: SSL.Connection, alpn: bytes) -> None:
+    """Make sure of what v2 needs: OpenSSL completes a handshake without the protocol that was asked for."""
+    if not alpn:
+        return
+    if connection.get_protocol_version() != SSL.TLS1_3_VERSION or connection.get_alpn_proto_negotiated() != alpn:
+        raise ProtocolError(f"the TLS handshake is not one of profile v2 ({alpn.decode()}, TLS 1.3)")
+
+
 def _verify_name(certificate: x509.Certificate, host: str) -> None:
-    verify = verify_certificate_ip_address if _is_literal(host) else verify_certificate_hostname
+    verify = verify_certificate_ip_address if is_literal(host) else verify_certificate_hostname
     try:
         verify(certificate, host)
     except (CertificateError, VerificationError, ValueError) as exc:
         raise PolicyError(f"certificate of {host} refused: it is for another name") from exc
-
-
-def _is_literal(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _handshake(transport: "TLSStream") -> "TLSStream":
@@ -242,6 +269,13 @@ class TLSStream(Transport):
         self._ended = False  # close_notify has come
         self._finished = False  # ours is written
         self.buffered = True  # bytes may have come right behind the handshake
+
+    def start(self, opening: bytes) -> None:
+        """Send ``opening`` and the ClientHello, in one segment."""
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            self.stream.sendall(opening + self._output(OVERHEAD + RECORD))
 
     def step(self) -> bool:
         """Go one round trip on in the handshake; True when it is done."""
@@ -273,9 +307,8 @@ class TLSStream(Transport):
     def fileno(self) -> int:
         return self.stream.fileno()
 
-    @property
-    def peer(self) -> tuple:
-        return self.stream.peer
+    def __str__(self) -> str:
+        return str(self.stream)
 
     def pull(self, buffer: memoryview) -> int:
         if not self.buffered:

@@ -9,7 +9,8 @@ from gevent.socket import wait_read, wait_write
 
 from . import net
 from .config import Address
-from .net import Endpoint, RawSocket
+from .net import Endpoint
+from .transport import RawSocket
 
 MAX_DATAGRAM = 65507  # bytes of payload in IPv4
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn

@@ -13,7 +13,8 @@ import gevent
 import pytest
 
 from nodepass_gevent.config import Address, Limits
-from nodepass_gevent.net import Endpoint, RawSocket, Stream
+from nodepass_gevent.net import Endpoint
+from nodepass_gevent.transport import RawSocket, Stream
 
 BOUND_S = 5.0  # longest wait for anything; a healthy test needs milliseconds
 LIMITS = Limits()

@@ -112,7 +112,7 @@ def test_the_client_says_nothing_on_the_control_channel(server):
 @pytest.mark.parametrize("tail", [b"", b"\n", b"\n//0123abcd#1\n"])
 def test_the_first_line_may_come_byte_by_byte_and_with_a_tail(server, tail):
     server.run()
-    line = b"//%d?v=2&n=x&d=1#0\n" % port_of(server.data)
+    line = b"//%d?later=2&n=x&d=1#0\n" % port_of(server.data)
     for number in range(len(line) - 1):
         server.say(line[number : number + 1])
         gevent.sleep(0)

@@ -280,6 +280,7 @@ def test_the_defaults_are_those_of_the_original():
         "key": None,
         "data-port": None,
         "network": "both",
+        "protocol": "auto",
         "semaphore-limit": 1024,
         "min-pool-capacity": 16,
         "max-pool-capacity": 1024,

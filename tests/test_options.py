@@ -45,6 +45,7 @@ def error(*argv, **environ):
 
 TEXTS = {  # a value other than the default, as written and in Config
     "network": ("udp", "udp"),
+    "protocol": ("2", "2"),
     "data-port": ("10102", 10102),
     "tls": ("1", 1),
     "crt": ("/etc/a%b.pem", "/etc/a%b.pem"),
@@ -82,6 +83,7 @@ def test_environment_names_are_the_original_ones_or_have_the_prefix():
     assert {s.name: s.env for s in own} == {
         "url": "NODEPASS_URL",
         "network": "NODEPASS_NETWORK",
+        "protocol": "NODEPASS_PROTOCOL",
         "data-port": "NODEPASS_DATA_PORT",
         "tls": "NODEPASS_TLS",
         "crt": "NODEPASS_CRT",
@@ -255,7 +257,7 @@ def test_a_file_without_a_url_is_refused(write):
         ([URL + "?tsl=1"], {}, "unknown key 'tsl' (did you mean 'tls'?) [from URL query]"),
         ([URL + "?TLS=1"], {}, "unknown key 'TLS' (did you mean 'tls'?) [from URL query]"),
         ([URL + "?semaphor_limit=1"], {}, "unknown key 'semaphor_limit' (did you mean 'semaphore-limit'?)"),
-        ([URL + "?zz=1"], {}, "unknown key 'zz'; allowed: network, data-port, tls, crt, key, "),
+        ([URL + "?zz=1"], {}, "unknown key 'zz'; allowed: network, protocol, data-port, tls, crt, key, "),
         ([URL + "?url=x"], {}, "unknown key 'url'"),
         ([URL + "?config=x"], {}, "unknown key 'config', an option of the command line only [from URL query]"),
         ([URL + "?tls=1&tls=1"], {}, "tls: given twice; first in URL query [from URL query]"),
@@ -440,6 +442,7 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
     assert options.show(parsed.configs).splitlines() == [
         "url = server://:10101/127.0.0.1:8080     # command line",
         "network = both                           # default",
+        "protocol = auto                          # default",
         "# data-port =                            # default: any free one",
         "tls = 1                                  # URL query",
         "# crt =                                  # default: none",

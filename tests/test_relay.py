@@ -12,7 +12,7 @@ from secure import handshake, stream_pair, transports
 from support import BOUND_S, bounded, wait_until
 
 from nodepass_gevent import relay
-from nodepass_gevent.net import Stream
+from nodepass_gevent.transport import Stream
 
 KINDS = [("plain", "plain"), ("plain", "1.2"), ("1.3", "plain"), ("1.2", "1.3")]
 NEVER_S = 3600

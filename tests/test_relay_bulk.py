@@ -15,7 +15,7 @@ from secure import stream_pair, transports
 from support import bounded, wait_until
 
 from nodepass_gevent import relay
-from nodepass_gevent.net import Stream
+from nodepass_gevent.transport import Stream
 
 NEVER_S = 3600
 MIB = 1 << 20

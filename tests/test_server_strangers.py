@@ -40,6 +40,15 @@ def test_strangers_do_not_slow_the_honest_client(serve, connect):
         assert is_served(connect(running, "user"), client)
 
 
+def test_held_strangers_take_no_place_of_an_honest_clients_data_connections(serve, connect):
+    running = serve(max_pool_capacity=4)
+    for _ in range(10):
+        connect(running, "data", ELSEWHERE)
+    wait_until(lambda: running.counters.data_connections_refused == 10)
+    with bounded(1):
+        assert is_served(connect(running, "user"), connect(running).join(2))
+
+
 def test_a_stranger_with_a_silent_caller_elsewhere_is_not_that_callers_data_connection(serve, connect):
     running = serve()
     honest = connect(running)

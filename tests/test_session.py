@@ -7,9 +7,9 @@ from support import bounded, read_all, read_exactly, reset, wait_until
 
 from nodepass_gevent import wire
 from nodepass_gevent.errors import PolicyError, ProtocolError, SessionLost
-from nodepass_gevent.net import Stream
 from nodepass_gevent.pool import AcceptingPool
 from nodepass_gevent.session import Session
+from nodepass_gevent.transport import Stream
 
 
 class Recording(Stream):

@@ -7,7 +7,7 @@ from secure import client_context, handshake, presented, stream_pair
 from support import bounded, wait_until
 
 from nodepass_gevent import tls
-from nodepass_gevent.net import deadline
+from nodepass_gevent.transport import deadline
 
 LATE = bytes(range(256)) * 1200  # about 300 KiB
 RECORD = 16384

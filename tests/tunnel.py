@@ -104,6 +104,11 @@ def read_line(sock):
     return line[:-1]
 
 
+def without_offer(first_line):
+    """Give a first line as a v1 client sees it: the query means nothing to it."""
+    return re.sub(rb"\?v=2&n=[A-Za-z0-9_-]{22}#", b"#", first_line)
+
+
 def quiet(sock):
     """Say whether nothing has arrived, no end of stream either."""
     return not select.select([sock], [], [], 0)[0]

@@ -6,7 +6,7 @@ import pytest
 from gevent.socket import wait_read
 from support import bounded, is_reset, read_all, read_exactly, reset, wait_until
 
-from nodepass_gevent import net
+from nodepass_gevent import transport
 from nodepass_gevent.errors import ProtocolError
 
 
@@ -165,7 +165,7 @@ def test_peek_tells_nothing_yet_from_bytes_and_from_an_end(pair):
 def test_an_arrival_is_told_until_the_watch_is_closed(pair):
     stream, peer = pair()
     told = []
-    watch = net.ArrivalWatch(stream, told.append, "bytes")
+    watch = transport.ArrivalWatch(stream, told.append, "bytes")
     gevent.sleep(0)
     assert not told
     peer.sendall(b"x")

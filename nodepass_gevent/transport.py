@@ -1,0 +1,266 @@
+"""Connections: what a transport is, Stream (a connected TCP socket), and waiting for what arrives.
+
+A transport (Stream here, TLSStream in ``tls``) has blocking verbs for code that reads from top to bottom
+and, beneath them, a non-blocking engine for the relay's pump. Who opens a transport closes it, in
+``with``; leaving the block by an exception resets the connection, so that a cut never looks like an end.
+The deadline of a wait stands at the call: ``with deadline(5, "TLS handshake"): ...``.
+"""
+
+import fcntl
+import socket
+import struct
+import sys
+import termios
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import gevent
+from gevent import monkey
+from gevent.socket import wait_read, wait_write
+
+from .config import Address
+from .errors import ProtocolError
+
+READ, WRITE = 1, 2  # libev's event masks
+DISCARD = 65536  # bytes per read when what comes is thrown away
+
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
+
+if TYPE_CHECKING:
+    from _socket import socket as RawSocket
+else:
+    # The plain C socket, not gevent's: that one costs two watchers and some fcntl calls per connection, and
+    # would block where the engine must not.
+    RawSocket = monkey.get_original("socket", "SocketType")
+
+
+def deadline(seconds: float, what: str) -> gevent.Timeout:
+    """Bound the block: ``TimeoutError("<what>: timed out after <seconds> s")`` at its end."""
+    return gevent.Timeout(seconds, TimeoutError(f"{what}: timed out after {seconds:g} s"))
+
+
+def reason(exc: BaseException) -> str:
+    """Say why, in a few words: the text of an errno, or the exception's own."""
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror.lower()
+    return str(exc) or type(exc).__name__
+
+
+class Transport(ABC):
+    """One connection. The verbs block; the engine under them never does.
+
+    Engine: ``pull`` and ``push`` move what can be moved now, ``flush`` and ``finish`` say whether
+    everything is with the kernel, ``buffered`` that ``pull`` has more than the descriptor shows.
+    """
+
+    __slots__ = ()
+    buffered = False
+
+    @abstractmethod
+    def fileno(self) -> int:
+        """Give the descriptor, for watchers."""
+
+    @abstractmethod
+    def pull(self, buffer: memoryview) -> int:
+        """Read what is there; 0 at the end of stream; BlockingIOError when there is nothing."""
+
+    @abstractmethod
+    def push(self, data: memoryview | bytes) -> int:
+        """Take as many bytes as can be kept or sent now, and give their number (0 when none)."""
+
+    @abstractmethod
+    def flush(self) -> bool:
+        """Send what ``push`` kept; True when nothing is left."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Say end of stream to the peer, after all that was pushed; reading goes on. ``flush`` follows."""
+
+    @abstractmethod
+    def peek(self) -> bool | None:
+        """None while nothing has arrived, True when bytes have, False when the peer has ended."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close with FIN; more than once does no harm."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Close with RST, so that the peer cannot take a cut for an end."""
+
+    def recv_into(self, buffer: memoryview) -> int:
+        """Wait for bytes; 0 at the end of stream."""
+        while True:
+            try:
+                return self.pull(buffer)
+            except BlockingIOError:
+                wait_read(self.fileno())
+
+    def recv(self, size: int) -> bytes:
+        """Wait for at most ``size`` bytes; empty at the end of stream."""
+        buffer = memoryview(bytearray(size))
+        return bytes(buffer[: self.recv_into(buffer)])
+
+    def recv_exactly(self, size: int) -> bytes:
+        """Wait for ``size`` bytes; ConnectionError when the stream ends before."""
+        data = b""
+        while len(data) < size:
+            piece = self.recv(size - len(data))
+            if not piece:
+                raise ConnectionAbortedError(f"the peer closed after {len(data)} of {size} bytes")
+            data += piece
+        return data
+
+    def sendall(self, data: bytes) -> None:
+        """Send everything, as fast as the peer reads."""
+        view = memoryview(data)
+        while True:
+            view = view[self.push(view) :]
+            if self.flush() and not view:
+                return
+            wait_write(self.fileno())
+
+    def shutdown_write(self) -> None:
+        """Send end of stream; the other direction goes on."""
+        self.finish()
+        while not self.flush():
+            wait_write(self.fileno())
+
+    def linger(self, timeout_s: float) -> None:
+        """End without losing what was sent: end of stream, read to the peer's own, within ``timeout_s``.
+
+        Closing while unread bytes sit in the receive queue makes the kernel send RST, and that throws
+        away what the peer has not read yet. The caller closes.
+        """
+        buffer = memoryview(bytearray(DISCARD))
+        with gevent.Timeout(timeout_s, False):
+            self.shutdown_write()
+            while self.recv_into(buffer):
+                pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if exc is None:
+            self.close()
+        else:
+            self.reset()
+
+
+class Stream(Transport):
+    """A connected TCP socket."""
+
+    __slots__ = ("_finished", "peer", "socket")
+
+    def __init__(self, sock: RawSocket, peer: tuple = ("", 0)) -> None:
+        self.socket = sock
+        self.peer = peer  # sockaddr of the other end
+        self._finished = False
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def pull(self, buffer: memoryview) -> int:
+        return self.socket.recv_into(buffer)
+
+    def push(self, data: memoryview | bytes) -> int:
+        try:
+            return self.socket.send(data)
+        except BlockingIOError:
+            return 0
+
+    def flush(self) -> bool:
+        return True
+
+    def finish(self) -> None:
+        if not self._finished:
+            self._finished = True
+            self.socket.shutdown(socket.SHUT_WR)
+
+    def peek(self) -> bool | None:
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return None
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def reset(self) -> None:
+        if self.socket.fileno() >= 0:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.socket.close()
+
+    def recv(self, size: int) -> bytes:
+        while True:
+            try:
+                return self.socket.recv(size)
+            except BlockingIOError:
+                wait_read(self.fileno())
+
+    def take_line(self, limit: int) -> bytes | None:
+        """Take a line that has arrived whole, as ``read_line`` does; None, and nothing taken, when there is none."""
+        try:
+            size = self.socket.recv(limit, socket.MSG_PEEK).find(b"\n") + 1
+        except BlockingIOError:
+            return None
+        return self.socket.recv(size)[:-1] if size else None
+
+    def read_line(self, limit: int) -> bytes:
+        """Wait for a line of less than ``limit`` bytes; take it without its newline, and not a byte behind it."""
+        line = b""
+        while True:
+            try:
+                seen = self.socket.recv(limit - len(line), socket.MSG_PEEK)
+            except BlockingIOError:
+                wait_read(self.fileno())
+                continue
+            line += self.socket.recv(seen.find(b"\n") + 1 or len(seen))
+            if line.endswith(b"\n"):
+                return line[:-1]
+            if not seen:
+                raise ConnectionAbortedError("the peer closed before a whole line")
+            if len(line) >= limit:
+                raise ProtocolError(f"a line of more than {limit} bytes")
+
+    def __str__(self) -> str:
+        return str(Address(*self.peer[:2]))
+
+    def wait_for_arrival(self) -> None:
+        """Wait until bytes or an end are there."""
+        wait_read(self.fileno())
+
+    def begins_with(self, start: bytes) -> bool:
+        """Whether what has arrived, not consumed, is ``start`` as far as it goes."""
+        seen = self.socket.recv(len(start), socket.MSG_PEEK)
+        return start.startswith(seen)
+
+    def unacknowledged(self) -> int:
+        """Count the bytes sent that the peer's kernel has not acknowledged."""
+        return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
+
+    def fail_when_unacknowledged(self, seconds: float) -> None:
+        """Let sent bytes without an acknowledgement for ``seconds`` end the connection (RFC 5482)."""
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+
+class ArrivalWatch:
+    """Call ``callback(*args)`` in the event loop whenever bytes, or an end, wait on a transport. It must not block."""
+
+    __slots__ = ("_watcher",)
+
+    def __init__(self, transport: Transport, callback: Callable[..., None], *args: object) -> None:
+        self._watcher = gevent.get_hub().loop.io(transport.fileno(), READ)
+        self._watcher.start(callback, *args)
+
+    def close(self) -> None:
+        """Stop; do so before the transport is closed."""
+        self._watcher.stop()
+        self._watcher.close()

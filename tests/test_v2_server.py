@@ -1,0 +1,251 @@
+"""Protocol v2 at the server: hello and data on the tunnel port, against a client of plain sockets."""
+
+import re
+
+import gevent
+import pytest
+from support import as_stream, bounded, read_all, read_exactly, wait_until
+from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line
+
+from nodepass_gevent import tls, wire
+from nodepass_gevent.errors import ProtocolError
+
+HELLO = b"//?v=2&c=need,later&x=1#hello\n"
+WELCOME = re.compile(rb"//([0-9a-f]{16})\?c=([a-z,]*)&i=(\d+)&p=(\d+)#welcome")
+
+
+class V2Client:
+    """A client that says who it is; tls 0."""
+
+    def __init__(self, running, hello=HELLO, source=HERE):
+        self.running, self.source = running, source
+        self.control = dial(running.tunnel, source)
+        self.first_line = read_line(self.control)
+        for number in range(len(hello)):  # every byte on its own
+            self.control.sendall(hello[number : number + 1])
+            gevent.sleep(0)
+        self.welcome = read_line(self.control)
+        match = WELCOME.fullmatch(self.welcome)
+        self.session = match and match[1]
+        self.idle = {}
+
+    def open(self, session=None, source=None):
+        """Dial a data connection, and say of which session; give what comes behind the first line."""
+        data = dial(self.running.tunnel, source or self.source)
+        data.sendall(b"//%b?v=2&later=x#data\n" % (session or self.session))
+        read_line(data)
+        return data
+
+    def join(self, count=1):
+        for _ in range(count):
+            data = self.open()
+            self.idle[read_exactly(data, 8)] = data
+        return self
+
+    def signal(self):
+        """Wait for a line that is not a ping."""
+        while not (line := read_line(self.control)):
+            pass
+        return line
+
+    def launched(self):
+        while not (launch := re.fullmatch(rb"//([0-9a-f]{8})#([0-9])", self.signal())):
+            pass
+        return self.idle.pop(launch[1]), launch[2]
+
+    def close(self):
+        for sock in (self.control, *self.idle.values()):
+            sock.close()
+
+
+@pytest.fixture
+def call(no_leaks):
+    made = []
+
+    def call(*args, **options):
+        made.append(V2Client(*args, **options))
+        return made[-1]
+
+    with bounded(30):
+        yield call
+    for client in made:
+        client.close()
+
+
+def test_every_caller_is_offered_version_2(serve, call):
+    client = call(serve())
+    assert re.fullmatch(rb"//\d+\?v=2&n=[A-Za-z0-9_-]{22}#0", client.first_line)
+    assert call(serve()).first_line != client.first_line
+
+
+def test_a_hello_is_welcomed_with_what_both_can(serve, call):
+    welcome = WELCOME.fullmatch(call(serve(max_pool_capacity=77)).welcome)
+    assert welcome.groups()[1:] == (b"need", b"5", b"77")
+
+
+def test_users_are_launched_on_data_connections_of_the_tunnel_port(serve, connect, call):
+    running = serve()
+    client = call(running).join(2)
+    assert is_served(connect(running, "user"), client)
+    assert is_served(connect(running, "user"), client)
+
+
+def test_bytes_behind_the_data_line_are_no_line(serve, call):
+    client = call(serve())
+    data = dial(client.running.tunnel)
+    data.sendall(b"//%b?v=2#data\n//?v=2#hello\n" % client.session)
+    read_line(data)
+    read_exactly(data, 8)
+    data.close()
+    assert quiet(client.control) or not read_line(client.control)
+
+
+def test_a_user_without_a_data_connection_makes_the_server_ask_for_one(serve, connect, call):
+    running = serve()
+    client = call(running)
+    user = connect(running, "user")
+    assert client.signal() == b"//1#need"
+    client.join()
+    assert is_served(user, client)
+
+
+def test_a_peer_without_the_capability_is_asked_for_nothing(serve, connect, call):
+    running = serve()
+    client = call(running, b"//?v=2#hello\n")
+    user = connect(running, "user")
+    client.join()
+    assert is_served(user, client)
+
+
+@pytest.mark.parametrize("session", [b"0123456789abcdef", b"short", b"0123456789ABCDEF"])
+def test_a_data_connection_of_no_session_is_closed(serve, call, session):
+    client = call(serve())
+    data = client.open(session)
+    assert closed(data)
+    data.close()
+
+
+def test_a_data_connection_from_another_address_is_closed(serve, connect, call):
+    running = serve()
+    client = call(running)
+    stranger = client.open(source=ELSEWHERE)
+    assert closed(stranger)
+    stranger.close()
+    user = connect(running, "user")
+    assert client.signal() == b"//1#need"
+    assert is_served(user, client.join())
+
+
+def test_a_second_client_is_told_busy_and_the_first_goes_on(serve, connect, call, said):
+    running = serve(drain_linger_s=0.05)
+    first = call(running).join()
+    second = call(running, source=ELSEWHERE)
+    assert second.welcome == b"//?why=busy#bye"
+    assert closed(second.control)
+    wait_until(lambda: said.find(r"WARNING refused second client 127\.0\.0\.2:\d+, while 127\.0\.0\.1:\d+"))
+    assert is_served(connect(running, "user"), first)
+
+
+def test_a_client_that_comes_back_is_taken_at_once(serve, connect, call):
+    running = serve()
+    call(running).join().close()
+    again = call(running)
+    assert again.session
+    assert is_served(connect(running, "user"), again.join())
+
+
+def test_a_v1_client_beside_a_v2_client_is_refused(serve, connect, call):
+    running = serve(opening_timeout_s=0.05, caller_timeout_s=0.05, tls_handshake_timeout_s=0.05)
+    client = call(running).join()
+    old = connect(running, "caller")
+    read_line(old)
+    stranger = connect(running, "data")
+    assert closed(old) and closed(stranger)
+    assert is_served(connect(running, "user"), client)
+
+
+def test_a_client_that_does_not_answer_pings_is_declared_dead(serve, call, said):
+    client = call(serve(report_interval_s=0.3))
+    assert said.find("connected, profile v2")
+    wait_until(lambda: said.find(r"WARNING client .*: control channel lost: silent for 3 s"), 9)
+    assert read_all(client.control).strip(b"\n") == b""
+
+
+def test_unknown_signals_are_counted_and_passed_over(serve, connect, call):
+    running = serve()
+    client = call(running).join()
+    client.control.sendall(b"//x#later\n\n//?why=x#bye\n")
+    wait_until(lambda: running.counters.signals_unknown == 2)
+    assert is_served(connect(running, "user"), client)
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        b"//?v=2#nothing\n", b"//?v=3#hello\n", b"//#hello\n", b"//?v=2&v=2#hello\n", b"//a b?v=2#hello\n",
+        b"//?v=2#hello\r\n", b"//" + b"a" * 1024, b"///?v=2#hello\n",
+    ],
+)  # fmt: skip
+def test_a_malformed_opening_is_refused(serve, connect, said, opening):
+    caller = connect(serve(), "caller")
+    caller.sendall(opening)
+    read_line(caller)
+    assert closed(caller)
+    wait_until(lambda: said.find(r"WARNING refused caller 127\.0\.0\.1:\d+: "))
+
+
+def test_an_opening_that_does_not_end_is_cut_off_at_its_deadline(serve, connect, said):
+    caller = connect(serve(opening_timeout_s=0.05), "caller")
+    caller.sendall(b"//?v=2")
+    read_line(caller)
+    assert closed(caller)
+    assert said.find("opening line: timed out after 0.05 s")
+
+
+def test_protocol_1_offers_nothing_and_refuses_a_hello(serve, connect):
+    running = serve(protocol="1")
+    caller = connect(running, "caller")
+    assert read_line(caller) == b"//%d#0" % running.data
+    caller.sendall(HELLO)
+    assert closed(caller)
+
+
+def secured(running, alpn, opening, expected=None):
+    """Call with an opening and the TLS handshake right behind it; give the transport."""
+    stream = as_stream(dial(running.tunnel))
+    try:
+        context = tls.client_context(tls.SELF_SIGNED, alpn)
+        return tls.dial(stream, context, tls.SELF_SIGNED, HERE, alpn if expected is None else expected, opening)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def test_with_tls_the_control_channel_and_the_data_connections_are_inside_it(serve, connect):
+    running = serve(tls=1)
+    with bounded(30), secured(running, wire.ALPN_CONTROL, HELLO) as control:
+        session = WELCOME.fullmatch(control.recv(200).partition(b"\n")[0])[1]
+        with secured(running, wire.ALPN_DATA, b"//%b?v=2#data\n" % session) as data:
+            assert re.fullmatch(rb"[0-9a-f]{8}", data.recv_exactly(8))
+            user = connect(running, "user")
+            user.sendall(b"question")
+            assert data.recv_exactly(8) == b"question"
+
+
+@pytest.mark.parametrize("alpn", [b"", wire.ALPN_DATA, b"http/1.1"])
+def test_a_control_channel_with_another_alpn_is_refused(serve, said, alpn):
+    running = serve(tls=1)
+    with bounded(10), pytest.raises(OSError), secured(running, alpn, HELLO, expected=b"") as control:
+        if not control.recv(100):
+            raise ConnectionResetError
+    wait_until(lambda: said.find(r"WARNING refused caller 127\.0\.0\.1:\d+: "))
+    assert not said.find("connected")
+
+
+def test_a_handshake_without_the_profile_is_refused_by_the_client(serve, connect):
+    """The v1 data port completes a TLS handshake, for whoever has called the tunnel port, but without ALPN."""
+    running = serve(tls=1)
+    connect(running, "caller")
+    stream = as_stream(dial(running.data))
+    with bounded(10), stream, pytest.raises(ProtocolError, match="not one of profile v2"):
+        tls.dial(stream, tls.client_context(tls.SELF_SIGNED), tls.SELF_SIGNED, HERE, wire.ALPN_DATA)
