@@ -9,8 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from . import __version__, options, service, tls
+from . import __version__, options, service
 from . import log as logs
+from .certificates import load_certificate
 from .client import Client
 from .config import LOG_LEVELS, Config
 from .errors import ConfigError
@@ -60,7 +61,7 @@ def _check_certificate(config: Config) -> None:
     if config.crt is None or config.key is None:
         return
     try:
-        tls.load_certificate(config.crt, config.key)
+        load_certificate(config.crt, config.key)
     except ConfigError as exc:
         sources = ", ".join(dict.fromkeys((config.source("crt"), config.source("key"))))
         raise ConfigError(f"{exc} [from {sources}]") from exc

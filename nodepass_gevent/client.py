@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
+import gevent
 from gevent.pool import Pool
 
 from . import net, tls, wire
@@ -44,7 +45,11 @@ class Client:
         """Call the server and serve its launches; raises OSError or NodePassError when that ends."""
         config, limits = self.config, self.config.limits
         with net.connect(net.resolve(config.tunnel), limits.connect_timeout_s, limits) as control:
-            with deadline(limits.first_line_timeout_s, "first line (a server of NodePass 1.4 or later sends none)"):
+            with gevent.Timeout(min(limits.connect_timeout_s, limits.first_line_timeout_s), False):
+                control.wait_for_arrival()
+            if control.peek() is None:
+                log.warning("%s took the call and is silent: is it the tunnel port of a NodePass 1.0 server?", control)
+            with deadline(limits.first_line_timeout_s, "first line"):
                 first = wire.parse_first_line(control.read_line(wire.MAX_FIRST_LINE))
             if first.tls < config.tls:
                 raise PolicyError(

@@ -274,15 +274,16 @@ class Config:
             raise self.fault(name, f"is not within {low} to {high}")
 
     def _check_certificate(self) -> None:
+        if self.role == "client" and (self.crt or self.key):
+            raise self.fault("crt" if self.crt else "key", "belongs to the server; a client has none")
         if self.crt and not self.key:
             raise self.fault("crt", "has no key that belongs to it; give both crt and key, or neither")
         if self.key and not self.crt:
             raise self.fault("key", "has no crt that belongs to it; give both crt and key, or neither")
 
     def _check_client(self) -> None:
-        for name in ("crt", "key", "data_port"):
-            if getattr(self, name) is not None:
-                raise self.fault(name, "belongs to the server; a client has none")
+        if self.data_port is not None:
+            raise self.fault("data_port", "belongs to the server; a client has none")
         for address in (self.tunnel, self.target):
             if address.port == 0:
                 raise self.fault("url", f"dials {shown(address)}; a client needs ports from 1 to 65535")

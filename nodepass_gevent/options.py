@@ -239,11 +239,14 @@ def _read_url(entry: Entry) -> TunnelURL:
 
 
 def _read_query(url: TunnelURL, entry: Entry, warnings: list[str]) -> dict[str, Entry]:
-    """Return the URL's query by setting name; a blank value is none."""
+    """Return the URL's query by setting name; an empty value, as of an unset shell variable, is refused."""
     source = "URL query" if entry.source == "command line" else f"URL query, {entry.source}"
     keys = [name for name in BY_NAME if name != "url"]
     found = _collect([Entry(key, text, source) for key, text in url.query], keys, warnings)
-    return {name: each for name, each in found.items() if each.text.strip()}
+    for name, each in found.items():
+        if not each.text.strip():
+            raise ConfigError(f"{name}: the value is empty; leave the key out for the default [from {source}]")
+    return found
 
 
 def _collect(entries: Iterable[Entry], known: Iterable[str], warnings: list[str]) -> dict[str, Entry]:

@@ -69,18 +69,29 @@ class Reception:
         self._held = Callers(config.limits.callers)
         self._clients: dict[bytes, Client] = {}  # by session id
         self._client_came = Event()
+        self._closed = False
         self._joining = 0  # data connections between accept and pool
 
     def client(self, timeout_s: float) -> Client:
         """Wait for a client whose session lives; NoDataConnection."""
         end = time.monotonic() + timeout_s
-        while True:
+        while not self._closed:
             for client in self._clients.values():
                 if not client.pool.closed:
                     return client
             self._client_came.clear()
             if not self._client_came.wait(max(end - time.monotonic(), 0)):
                 raise NoDataConnection("no client is connected")
+        raise NoDataConnection("the server is stopping")
+
+    def open(self) -> None:
+        """Let users wait for a client."""
+        self._closed = False
+
+    def close(self) -> None:
+        """Let nobody wait for a client any more."""
+        self._closed = True
+        self._client_came.set()
 
     # The tunnel port
 

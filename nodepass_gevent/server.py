@@ -53,6 +53,8 @@ class Server:
         """Listen and serve; raises OSError or ConnectError when an address cannot be had."""
         with ExitStack() as stack:
             parts = self._open(stack)
+            self._reception.open()
+            stack.callback(self._reception.close)
             stack.callback(self._callers.kill)
             running = Group()
             stack.callback(running.kill)

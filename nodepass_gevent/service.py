@@ -22,6 +22,7 @@ from .transport import reason
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
+REPEAT_S = 60.0  # a reason that stays the same is logged that often
 HEALTHY_PER_PAUSE = 12  # a session that lived this many pauses ends the row: a minute at a pause of 5 s
 
 
@@ -62,13 +63,14 @@ class Service:
         self.role = role
         self._backoff = Backoff(role.config.service_cooldown_s)
         self._retry_now = Event()
+        self._said = ""  # the last reason that was logged above DEBUG, and when
+        self._said_at = -REPEAT_S
 
     def run(self) -> None:
         """Run the role for ever; whatever ends it is logged and followed by the next try."""
         while True:
             pause_s = self._try()
             self._retry_now.clear()
-            log.info("%s: trying again %s", self.role, f"in {pause_s:g} s" if pause_s else "now")
             self._retry_now.wait(pause_s)
 
     def reload(self) -> None:
@@ -77,21 +79,31 @@ class Service:
         self._retry_now.set()
 
     def _try(self) -> float:
-        """Run the role once; give the pause before the next time."""
+        """Run the role once, say how it ended, and give the pause before the next time."""
         lived_s = 0.0
         try:
             self.role.run()
+            why = "it ended"
         except PolicyError as exc:  # trying sooner changes nothing
-            log.error("%s: %s", self.role, exc)
-            return self.role.config.service_cooldown_s
+            return self._say(logging.ERROR, str(exc), self.role.config.service_cooldown_s)
         except SessionLost as exc:
-            lived_s = exc.lived_s
-            log.warning("%s: %s", self.role, exc)
+            lived_s, why = exc.lived_s, str(exc)
         except (OSError, NodePassError) as exc:
-            log.warning("%s: %s", self.role, reason(exc))
+            why = reason(exc)
         except Exception:  # a fault of ours: say so, and go on serving
             log.exception("%s: unexpected error", self.role)
-        return self._backoff.pause_s(lived_s)
+            why = "unexpected error"
+        return self._say(logging.WARNING, why, self._backoff.pause_s(lived_s))
+
+    def _say(self, level: int, why: str, pause_s: float) -> float:
+        """Log why a try ended, the same reason above DEBUG at most every REPEAT_S; give the pause back."""
+        now = time.monotonic()
+        if why == self._said and now - self._said_at < REPEAT_S:
+            level = logging.DEBUG
+        else:
+            self._said, self._said_at = why, now
+        log.log(level, "%s: %s; trying again %s", self.role, why, f"in {pause_s:g} s" if pause_s else "now")
+        return pause_s
 
 
 def run(roles: Sequence[Role]) -> int:
@@ -114,7 +126,7 @@ def run(roles: Sequence[Role]) -> int:
 def _drain(roles: Sequence[Role], running: Group) -> None:
     """Stop accepting; let exchanges end within SHUTDOWN_TIMEOUT; then end them."""
     timeout_s = max(role.config.shutdown_timeout_s for role in roles)
-    log.info("stopping: %d exchanges have %g s to end", sum(len(role.exchanges) for role in roles), timeout_s)
+    log.info("stopping: exchanges %d, given %g s to end", sum(len(role.exchanges) for role in roles), timeout_s)
     running.kill()
     end = time.monotonic() + timeout_s
     for role in roles:
@@ -123,12 +135,14 @@ def _drain(roles: Sequence[Role], running: Group) -> None:
     for role in roles:
         role.exchanges.kill()
         log.info("%s: %s", role, role.counters)
-    log.info("stopped, %d exchanges cut", cut)
+    log.info("stopped, exchanges cut: %d", cut)
 
 
 def _handle_signals(stop: Event, services: Sequence[Service]) -> None:
     def end(number: int) -> None:
         if stop.is_set():
+            cut = sum(len(service.role.exchanges) for service in services)
+            log.warning("second signal: ending at once, exchanges cut: %d", cut)
             log_lines.flush()
             os._exit(128 + number)
         stop.set()

@@ -68,6 +68,11 @@ class Session:
                 raise first.value
             how = first.value if first.successful() else repr(first.exception)
             raise SessionLost(f"control channel lost: {how}", time.monotonic() - started)
+        except gevent.GreenletExit:  # an orderly stop on this side: the peer sees an end, and no reset
+            gevent.killall(greenlets)
+            self.control.finish()
+            self.control.close()
+            raise
         finally:
             self.pool.close()
             gevent.killall(greenlets)

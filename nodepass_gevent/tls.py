@@ -1,4 +1,4 @@
-"""TLS for data connections: certificates and their reload, contexts per mode, TLSStream over pyOpenSSL.
+"""TLS: the server's certificate and its reload, contexts per mode and profile, TLSStream over pyOpenSSL.
 
 OpenSSL works on memory here and never sees a descriptor: all I/O goes through the Stream beneath, which is
 safe against descriptors that are closed and reused. This module alone calls ``OpenSSL.SSL``.
@@ -8,21 +8,17 @@ import datetime
 import logging
 import os
 import socket
-from dataclasses import dataclass
-from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from OpenSSL import SSL
 from service_identity import CertificateError, VerificationError
 from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
 
 from . import wire
+from .certificates import Certificate, load_certificate, make_certificate
 from .errors import ConfigError, PolicyError, ProtocolError
 from .net import is_literal
-from .transport import Stream, Transport, reason
+from .transport import Stream, Transport
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +27,7 @@ ALPNS = (b"", wire.ALPN_CONTROL, wire.ALPN_DATA)  # v1 data connections have non
 RECORD = 16384  # bytes of plain text in the largest TLS record
 BATCH = 4 * RECORD  # bytes encrypted before one write
 OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
-SELF_SIGNED_DAYS = 365
-MAX_FILE = 1 << 20  # bytes of a certificate or key file
+EXPIRY_WARNING_DAYS = 14
 
 _raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text on its way to OpenSSL; nobody switches meanwhile
 _VERIFY_ERRORS = {
@@ -40,70 +35,6 @@ _VERIFY_ERRORS = {
     for name, code in vars(SSL.X509VerificationCodes).items()
     if name.isupper()
 }
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """A certificate with its chain, and the private key that fits it."""
-
-    chain: tuple[x509.Certificate, ...]
-    key: Any
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the certificate in DER, as ``openssl x509 -fingerprint -sha256`` prints it."""
-        return self.chain[0].fingerprint(hashes.SHA256()).hex(":").upper()
-
-    @property
-    def expires(self) -> datetime.datetime:
-        return self.chain[0].not_valid_after_utc
-
-
-def load_certificate(crt: str, key: str) -> Certificate:
-    """Read PEM files: the certificate, then its chain; and its key, without a passphrase.
-
-    Raises ConfigError when a file cannot be read or parsed, or when the two do not fit.
-    """
-    try:
-        chain = tuple(x509.load_pem_x509_certificates(_read(crt)))
-    except ValueError as exc:
-        raise ConfigError(f"crt: {crt!r} is not a certificate in PEM form") from exc
-    try:
-        private = serialization.load_pem_private_key(_read(key), password=None)
-    except TypeError as exc:
-        raise ConfigError(f"key: {key!r} is protected by a passphrase; a key without one is needed") from exc
-    except ValueError as exc:
-        raise ConfigError(f"key: {key!r} is not a private key in PEM form") from exc
-    if private.public_key() != chain[0].public_key():
-        raise ConfigError(f"key: {key!r} does not fit the certificate {crt!r}")
-    return Certificate(chain, private)
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(MAX_FILE)
-    except OSError as exc:
-        raise ConfigError(f"cannot read {path!r}: {reason(exc)}") from exc
-
-
-def make_certificate() -> Certificate:
-    """Make a self-signed P-256 certificate, as the original does."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "nodepass-gevent")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # a peer's clock may be behind
-        .not_valid_after(now + datetime.timedelta(days=SELF_SIGNED_DAYS))
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    return Certificate((certificate,), key)
 
 
 class ServerCertificate:
@@ -129,7 +60,9 @@ class ServerCertificate:
         self.certificate = certificate
         # A context that has been used cannot change: always new ones, a profile's connections each with their own.
         self.contexts = {alpn: _server_context(certificate, alpn) for alpn in ALPNS}
-        log.info("certificate %s, valid until %s", certificate.fingerprint, certificate.expires.date())
+        soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=EXPIRY_WARNING_DAYS)
+        level = logging.WARNING if certificate.expires < soon else logging.INFO
+        log.log(level, "certificate %s, valid until %s", certificate.fingerprint, certificate.expires.date())
 
     @property
     def context(self) -> SSL.Context:
@@ -169,6 +102,9 @@ def client_context(mode: int, alpn: bytes = b"") -> SSL.Context:
     if alpn:
         context.set_alpn_protos([alpn])
     if mode == VERIFIED:
+        path = os.environ.get("SSL_CERT_FILE")
+        if path and not os.access(path, os.R_OK):
+            raise PolicyError(f"SSL_CERT_FILE: cannot read {path!r}")
         context.set_default_verify_paths()
         context.set_verify(SSL.VERIFY_PEER, _note_verification)
     return context
@@ -241,7 +177,9 @@ def _verify_name(certificate: x509.Certificate, host: str) -> None:
     verify = verify_certificate_ip_address if is_literal(host) else verify_certificate_hostname
     try:
         verify(certificate, host)
-    except (CertificateError, VerificationError, ValueError) as exc:
+    except CertificateError as exc:
+        raise PolicyError(f"certificate of {host} refused: it names no host (no subjectAltName)") from exc
+    except (VerificationError, ValueError) as exc:
         raise PolicyError(f"certificate of {host} refused: it is for another name") from exc
 
 

@@ -13,7 +13,7 @@ import nodepass_gevent
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
     {"__init__", "errors"},
-    {"callers", "config", "log", "metrics", "wire"},
+    {"callers", "certificates", "config", "log", "metrics", "wire"},
     {"configfile", "transport", "url"},
     {"net", "options", "relay"},
     {"tls", "udp"},

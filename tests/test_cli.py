@@ -48,7 +48,7 @@ def world(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(cli.logs, "setup", recorder.setup)
-    monkeypatch.setattr(cli.tls, "load_certificate", recorder.load_certificate)
+    monkeypatch.setattr(cli, "load_certificate", recorder.load_certificate)
     monkeypatch.setattr(cli, "ROLES", {name: partial(FakeRole, name) for name in cli.ROLES})
     monkeypatch.setattr(cli.service, "run", recorder.run)
     return recorder

@@ -156,8 +156,9 @@ def test_a_blank_environment_value_is_unset(blank):
     assert options.parse([], environ).action == "usage"
 
 
-def test_a_blank_query_value_is_unset():
-    assert parse_one(URL + "?tls=&log&semaphore_limit=%20", SEMAPHORE_LIMIT="7") == parse_one(URL, SEMAPHORE_LIMIT="7")
+@pytest.mark.parametrize("query", ["tls=", "tls", "tls=%20"])
+def test_an_empty_query_value_is_refused_as_that_of_an_unset_shell_variable(query):
+    assert error(URL + "?" + query) == "tls: the value is empty; leave the key out for the default [from URL query]"
 
 
 def test_an_empty_option_is_not_unset():

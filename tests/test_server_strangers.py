@@ -41,7 +41,7 @@ def test_strangers_do_not_slow_the_honest_client(serve, connect):
 
 
 def test_held_strangers_take_no_place_of_an_honest_clients_data_connections(serve, connect):
-    running = serve(max_pool_capacity=4)
+    running = serve(min_pool_capacity=4, max_pool_capacity=4)
     for _ in range(10):
         connect(running, "data", ELSEWHERE)
     wait_until(lambda: running.counters.data_connections_refused == 10)

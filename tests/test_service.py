@@ -51,7 +51,7 @@ def pauses(caplog):
 @pytest.fixture
 def serve(spawn, caplog):
     """Run a role until it works."""
-    caplog.set_level(logging.INFO, "nodepass_gevent.service")
+    caplog.set_level(logging.DEBUG, "nodepass_gevent.service")
 
     def run(role):
         spawn(Service(role).run)
@@ -94,6 +94,11 @@ def test_a_session_that_lived_is_followed_by_a_try_at_once(serve, caplog):
     assert pauses(caplog) == ["now", "in 0.1 s", "now"]
 
 
+def test_a_reason_that_stays_the_same_is_said_once_a_minute(serve, caplog):
+    serve(Failing(*[OSError("broken")] * 3, OSError("worse"), cooldown_s=0.1))
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "DEBUG", "WARNING"]
+
+
 def test_a_refusal_by_policy_waits_the_whole_cooldown(serve, caplog):
     serve(Failing(PolicyError("the server offers tls 0"), cooldown_s=0.07))
     assert pauses(caplog) == ["in 0.07 s"]
@@ -104,8 +109,8 @@ def test_expected_failures_are_warnings_that_say_why_and_have_no_traceback(serve
     serve(Failing(OSError(98, "Address already in use"), ConnectError("connect 192.0.2.1:1: timed out")))
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert [record.getMessage() for record in warnings] == [
-        "role: address already in use",
-        "role: connect 192.0.2.1:1: timed out",
+        "role: address already in use; trying again now",
+        "role: connect 192.0.2.1:1: timed out; trying again in 0.1 s",
     ]
     assert not any(record.exc_info for record in caplog.records)
 
@@ -224,7 +229,7 @@ def test_a_signal_stops_the_role_lets_exchanges_end_and_exits_0(number):
         running.process.stdin.write(b"\n")
         running.process.stdin.close()
         assert running.wait() == 0
-        assert re.search("exchange done.*\n.*\n.*stopped, 0 exchanges cut.*\n.*code 0", running.said)
+        assert re.search("exchange done.*\n.*\n.*stopped, exchanges cut: 0.*\n.*code 0", running.said)
 
 
 def test_exchanges_that_do_not_end_in_time_are_cut():
@@ -232,8 +237,8 @@ def test_exchanges_that_do_not_end_in_time_are_cut():
         running.wait_for("run 1")
         running.kill(signal.SIGTERM)
         assert running.wait() == 0
-        assert "1 exchanges have 0.05 s to end" in running.said
-        assert "stopped, 1 exchanges cut" in running.said
+        assert "stopping: exchanges 1, given 0.05 s to end" in running.said
+        assert "stopped, exchanges cut: 1" in running.said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
