@@ -17,6 +17,7 @@ class Caller:
 
     key: str
     connection: Any
+    greenlet: Any = None  # serves it, and is interrupted when the caller must go
     verdict: AsyncResult = field(default_factory=AsyncResult)
 
     def decide(self, verdict: Any) -> bool:

@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import gevent
@@ -104,14 +104,15 @@ class Reception:
         nonce = b"" if self._config.protocol == "1" else os.urandom(wire.NONCE_LENGTH)
         first = wire.format_first_line(FirstLine(port, self._config.tls), nonce)
         try:
-            with ExitStack() as owned:
+            with ExitStack() as owned, ExitStack() as unknown:
                 owned.enter_context(stream)
                 line = stream.take_line(wire.MAX_FIRST_LINE)  # of a data connection it is here by now, as a rule
                 if line is None:
                     stream.sendall(first)
                     first = b""
-                    verdict = self._listen_to(stream, key, neighbour, port)
+                    verdict = self._listen_to(stream, key, neighbour, port, unknown)
                     if isinstance(verdict, Client):
+                        unknown.close()
                         self._serve(verdict)
                         return
                     if verdict is not SPEAKS:
@@ -124,10 +125,11 @@ class Reception:
                     stream.sendall(first)
                     raise
                 if isinstance(opening, Data):
+                    unknown.close()
                     self._join_session(stream, key, opening, first, owned)
                 else:
                     stream.sendall(first)
-                    self._serve_hello(stream, key, opening)
+                    self._serve_hello(stream, key, opening, unknown)
         except (OSError, ProtocolError) as exc:
             self._refuse(f"caller {stream}: {reason(exc)}")
 
@@ -135,21 +137,24 @@ class Reception:
         self._counters.callers_refused += 1
         log.warning("refused %s", who_and_why)
 
-    def _listen_to(self, stream: Stream, key: str, neighbour: Client | None, port: int | None) -> Client | str:
+    def _listen_to(
+        self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack
+    ) -> Client | str:
         """Wait for what a caller says: SPEAKS, the v1 client that a silent one proved to be, or why it must go."""
         if neighbour and neighbour.profile == 2 and self._joining < self._config.max_pool_capacity:
             with self._counted(), deadline(self._limits.opening_timeout_s, "opening of a caller from the client"):
                 stream.wait_for_arrival()  # an honest client dials hundreds at once: they count in its own budget
             return SPEAKS
-        verdict = self._wait_for_verdict(Caller(key, stream), self._held if port is None else self._callers)
+        caller = Caller(key, stream, gevent.getcurrent())
+        unknown.enter_context(self._noted(caller, self._held if port is None else self._callers))
+        verdict = self._wait_for_verdict(caller)
         if port is None and verdict is not SPEAKS and neighbour:
             return f"a second client, while {neighbour.stream} is connected"
         return verdict
 
-    def _wait_for_verdict(self, caller: Caller, table: Callers) -> Client | str:
+    def _wait_for_verdict(self, caller: Caller) -> Client | str:
         """Give the Client that a caller proved to be, SPEAKS when it says something, or why it must go."""
         stream, timeout_s = caller.connection, self._limits.caller_timeout_s
-        self._note(caller, table)
 
         def arrived() -> None:
             caller.decide("it closed" if stream.peek() is False else SPEAKS)
@@ -161,12 +166,18 @@ class Reception:
             return caller.verdict.get()
         finally:
             watch.close()
-            table.remove(caller)
 
-    def _note(self, caller: Caller, table: Callers) -> None:
+    @contextmanager
+    def _noted(self, caller: Caller, table: Callers) -> Iterator[None]:
+        """Keep a caller in a table while it is unknown; one that must go for it is interrupted."""
         evicted = table.add(caller)
         if evicted:
-            evicted.decide("too many callers, and most of them from its address")
+            why = ConnectionAbortedError("too many callers, and most of them from its address")
+            gevent.kill(evicted.greenlet, why)
+        try:
+            yield
+        finally:
+            table.remove(caller)
 
     def _read_opening(self, stream: Stream) -> bytes:
         """Read the line in which a caller says what it is, and not a byte more."""
@@ -206,8 +217,11 @@ class Reception:
 
     # Profile v2: hello and data on the tunnel port
 
-    def _serve_hello(self, stream: Stream, key: str, hello: Hello) -> None:
+    def _serve_hello(self, stream: Stream, key: str, hello: Hello, unknown: ExitStack) -> None:
+        unknown.close()
+        unknown.enter_context(self._noted(Caller(key, stream, gevent.getcurrent()), self._callers))
         control = self._secure(stream, wire.ALPN_CONTROL)
+        unknown.close()
         current = next((client for client in self._clients.values() if client.alive), None)
         if current:
             control.sendall(wire.format_bye(Bye(b"busy")))
@@ -336,10 +350,8 @@ class Reception:
 
     def _hold(self, stream: Stream, key: str) -> None:
         self._counters.data_connections_refused += 1
-        held = Caller(key, stream)
-        self._note(held, self._held)
-        held.verdict.wait(self._limits.tls_handshake_timeout_s)
-        self._held.remove(held)
+        with suppress(ConnectionAbortedError), self._noted(Caller(key, stream, gevent.getcurrent()), self._held):
+            gevent.sleep(self._limits.tls_handshake_timeout_s)
         log.debug("data connection from %s refused: no client is expected there, or its pool is full", key)
 
     def _send_id(self, data: Transport, pool: AcceptingPool, before: bytes = b"") -> bytes:

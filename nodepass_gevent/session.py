@@ -7,6 +7,7 @@ which the role above supplies.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import gevent
@@ -70,7 +71,8 @@ class Session:
             raise SessionLost(f"control channel lost: {how}", time.monotonic() - started)
         except gevent.GreenletExit:  # an orderly stop on this side: the peer sees an end, and no reset
             gevent.killall(greenlets)
-            self.control.finish()
+            with suppress(OSError):
+                self.control.finish()
             self.control.close()
             raise
         finally:

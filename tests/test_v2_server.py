@@ -1,5 +1,6 @@
 """Protocol v2 at the server: hello and data on the tunnel port, against a client of plain sockets."""
 
+import contextlib
 import re
 
 import gevent
@@ -56,6 +57,14 @@ class V2Client:
     def close(self):
         for sock in (self.control, *self.idle.values()):
             sock.close()
+
+
+def is_gone(sock):
+    """Whether the server has closed a caller that it told the first line."""
+    try:
+        return read_all(sock).endswith(b"#0\n")
+    except ConnectionResetError:
+        return True
 
 
 @pytest.fixture
@@ -200,6 +209,17 @@ def test_an_opening_that_does_not_end_is_cut_off_at_its_deadline(serve, connect,
     read_line(caller)
     assert closed(caller)
     assert said.find("opening line: timed out after 0.05 s")
+
+
+def test_callers_that_begin_to_speak_and_stall_are_bounded_and_keep_nobody_out(serve, connect, call):
+    running = serve(callers=4)
+    crowd = [connect(running, "caller", ELSEWHERE) for _ in range(12)]
+    for caller in crowd:
+        with contextlib.suppress(ConnectionError):  # the first have had to go by now
+            caller.sendall(b"//")
+    assert is_served(connect(running, "user"), call(running).join())
+    wait_until(lambda: running.counters.callers_refused >= 8)
+    assert all(map(is_gone, crowd[:8]))
 
 
 def test_protocol_1_offers_nothing_and_refuses_a_hello(serve, connect):
