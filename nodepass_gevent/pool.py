@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import gevent
 from gevent.event import AsyncResult, Event
-from gevent.pool import Pool
+from gevent.pool import Group
 
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
 from .transport import ArrivalWatch, Transport, reason
@@ -50,6 +50,10 @@ class _Idle:
 
     def pop_oldest(self) -> tuple[bytes, Transport]:
         id = next(iter(self._by_id))
+        return id, self.pop(id)
+
+    def pop_newest(self) -> tuple[bytes, Transport]:
+        id = next(reversed(self._by_id))
         return id, self.pop(id)
 
     def reset_all(self) -> None:
@@ -156,9 +160,10 @@ class DialingPool:
         self._maximum = maximum
         self._dial = dial
         self._sleep = sleep
-        self._dials = Pool(maximum)
+        self._dials = Group()  # sized by _fill
         self._dialling = 0
         self._dialled = 0  # in this round
+        self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
@@ -184,6 +189,7 @@ class DialingPool:
         """Give connection ``id``, waiting for it when its launch has overtaken it; NoDataConnection, PoolClosed."""
         if self._closed:
             raise PoolClosed("the session has ended")
+        self._taken += 1
         if id in self._idle:
             transport = self._idle.pop(id)
             self._fill()
@@ -228,7 +234,7 @@ class DialingPool:
         if self._refusal:
             return
         room = min(DIALS_AT_ONCE, self._maximum - len(self._idle)) - self._dialling
-        begun = min(max(self._missing(), self._owed), room, self._dials.free_count())
+        begun = min(max(self._missing(), self._owed), room)
         for _ in range(begun):
             self._dialling += 1
             self._dials.spawn(self._add_one)
@@ -271,11 +277,18 @@ class DialingPool:
             self._idle.add(id, transport)
 
     def _adapt(self) -> None:
+        if not self._taken and not self._dialled:
+            self._drop_surplus()
         if self._dialled < self.capacity * SHRINK_BELOW:
             self.capacity = max(self.capacity - 1, self._minimum)
         elif self._dialled > self.capacity * GROW_ABOVE:
             self.capacity = min(self.capacity + 1, self._maximum)
-        self._dialled = 0
+        self._dialled = self._taken = 0
+
+    def _drop_surplus(self) -> None:
+        """Let go what a crowd that has passed left beyond the capacity: the newest, which the peer hands out last."""
+        while len(self._idle) > self.capacity:
+            self._idle.pop_newest()[1].reset()
 
     def _look(self, id: bytes, transport: Transport) -> None:
         """Something arrived on an idle connection. If it is the user's, it has overtaken the launch, which is

@@ -399,3 +399,26 @@ def test_a_dial_refused_by_policy_is_not_tried_again_and_ends_the_pool():
         assert gevent.spawn(pool.run).get() is refusal
     assert len(dials) <= 4
     pool.close()
+
+
+def test_more_is_dialled_when_the_peer_asks_for_it_and_dropped_when_the_crowd_has_passed(dialler, dialing, clock):
+    pool = dialing(2)
+    wait_until(lambda: len(pool) == 2)
+    pool.dial_more(5)
+    wait_until(lambda: len(pool) == 7)
+    clock.advance(ROUND_S)  # this round has dialled
+    assert len(pool) == 7
+    take(pool, b"%08x" % 0).close()
+    clock.advance(ROUND_S)  # in this one a connection was taken
+    assert len(pool) == 6
+    clock.advance(ROUND_S)
+    assert len(pool) == 2
+    assert is_reset(dialler.peers[-1]) and leads_to(take(pool, b"%08x" % 1), dialler.peers[1])
+
+
+def test_no_more_is_dialled_than_the_peer_takes(dialler, dialing):
+    pool = dialing(2, maximum=4)
+    wait_until(lambda: len(pool) == 2)
+    pool.dial_more(100)
+    wait_until(lambda: len(pool) == 4)
+    assert len(dialler.ids) == 4
