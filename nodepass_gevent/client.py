@@ -83,6 +83,7 @@ class Client:
         signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, pool.dial_more)
         session = Session(transport, pool, signals.receive, silence_s=lambda: DEAD_AFTER * welcome.ping_interval_s)
         signals.on_ping = partial(session.send, wire.PING)
+        lines.limit = wire.MAX_LINE  # the welcome alone may be longer
         signals.lines = lines
         signals.obey(early)
         log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)

@@ -316,7 +316,7 @@ class Lines:
     """Cut a byte stream into lines without their newline; holds back at most ``limit`` bytes."""
 
     def __init__(self, limit: int = MAX_LINE) -> None:
-        self._limit = limit
+        self.limit = limit
         self._rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
@@ -325,8 +325,8 @@ class Lines:
         Lines before the oversized one are lost with it: the connection is not worth more reading.
         """
         *lines, self._rest = (self._rest + data).split(b"\n")
-        if len(self._rest) >= self._limit or any(len(line) >= self._limit for line in lines):
-            raise ProtocolError(f"a line of more than {self._limit} bytes")
+        if len(self._rest) >= self.limit or any(len(line) >= self.limit for line in lines):
+            raise ProtocolError(f"a line of more than {self.limit} bytes")
         return lines
 
 

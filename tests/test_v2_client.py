@@ -137,3 +137,11 @@ def test_protocol_2_refuses_a_server_without_an_offer(server):  # noqa: F811
     server.run(protocol="2").greet()
     ended = server.ended()
     assert isinstance(ended, PolicyError) and "does not speak profile v2" in str(ended)
+
+
+def test_after_the_welcome_a_line_of_more_than_256_bytes_ends_the_session(v2):
+    v2.run().welcome()
+    v2.join(b"0123abcd")
+    v2.server.say(b"//" + b"a" * 300)
+    ended = v2.server.ended()
+    assert isinstance(ended, SessionLost) and "a line of more than 256 bytes" in str(ended)
