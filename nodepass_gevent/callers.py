@@ -5,9 +5,12 @@ is a candidate and who must go when it is full; it reads and writes no socket.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import gevent
 from gevent.event import AsyncResult
 
 
@@ -48,6 +51,18 @@ class Callers:
         evicted = next(waiting for waiting in self._waiting if waiting.key == crowd)
         del self._waiting[evicted]
         return evicted
+
+    @contextmanager
+    def noted(self, caller: Caller) -> Iterator[None]:
+        """Keep a caller here while it is unknown; one that must go for it is interrupted."""
+        evicted = self.add(caller)
+        if evicted:
+            why = ConnectionAbortedError("too many callers, and most of them from its address")
+            gevent.kill(evicted.greenlet, why)
+        try:
+            yield
+        finally:
+            self.remove(caller)
 
     def remove(self, caller: Caller) -> None:
         self._waiting.pop(caller, None)

@@ -9,22 +9,23 @@ from functools import partial
 import gevent
 from gevent.pool import Pool
 
-from . import net, tls, wire
+from . import net, opening, tls, wire
 from .config import Config, Limits
 from .errors import PolicyError, ProtocolError
 from .forward import Egress
 from .metrics import Counters
 from .net import Endpoint
+from .opening import Data, FirstLine, Hello
 from .pool import DialingPool
 from .session import Session
 from .transport import Stream, Transport, deadline
-from .wire import Bye, Data, FirstLine, Hello, Launch, Need, Ping
+from .wire import Bye, Launch, Need, Ping
 
 log = logging.getLogger(__name__)
 
 DEAD_AFTER = 3  # keep-alive intervals of silence
 CHUNK = 1024  # bytes per read while the welcome is awaited
-CAPABILITIES = frozenset((wire.NEED,))
+CAPABILITIES = frozenset((opening.NEED,))
 
 
 class Client:
@@ -50,13 +51,13 @@ class Client:
             if control.peek() is None:
                 log.warning("%s took the call and is silent: is it the tunnel port of a NodePass 1.0 server?", control)
             with deadline(limits.first_line_timeout_s, "first line"):
-                first = wire.parse_first_line(control.read_line(wire.MAX_FIRST_LINE))
+                first = opening.parse_first_line(control.read_line(opening.MAX_FIRST_LINE))
             if first.tls < config.tls:
                 raise PolicyError(
                     f"the server offers tls {first.tls}, and this client accepts no less than {config.tls}"
                 )
             control.fail_when_unacknowledged(limits.user_timeout_s)
-            if wire.offers_v2(first) and config.protocol != "1":
+            if opening.offers_v2(first) and config.protocol != "1":
                 self._run_v2(control, first)
             else:
                 self._run_v1(control, first)
@@ -66,17 +67,19 @@ class Client:
     def _run_v2(self, control: Stream, first: FirstLine) -> None:
         if control.peek() is not None:
             raise ProtocolError("the server sent bytes behind its first line")
-        hello = wire.format_hello(Hello(self.config.name, CAPABILITIES))
+        hello = opening.format_hello(Hello(self.config.name, CAPABILITIES))
         control.sendall(hello)
         with deadline(self.config.limits.opening_timeout_s, "welcome"):
-            transport = self._secure(control, first.tls, self._context(first.tls, wire.ALPN_CONTROL), wire.ALPN_CONTROL)
-            lines = wire.Lines(wire.MAX_FIRST_LINE)
+            transport = self._secure(
+                control, first.tls, self._context(first.tls, opening.ALPN_CONTROL), opening.ALPN_CONTROL
+            )
+            lines = wire.Lines(opening.MAX_FIRST_LINE)
             answer, *early = _read_lines(transport, lines)
-            welcome = wire.parse_welcome(answer)
+            welcome = opening.parse_welcome(answer)
         if isinstance(welcome, Bye):
             raise PolicyError(f"the server takes no client now: {wire.printable(welcome.why)}")
         endpoint = Endpoint(control.socket.family, control.peer)
-        context = self._context(first.tls, wire.ALPN_DATA)
+        context = self._context(first.tls, opening.ALPN_DATA)
         dial = partial(self._dial_v2, endpoint, first.tls, context, Data(welcome.session))
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
         pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most)
@@ -89,23 +92,23 @@ class Client:
         log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
         session.run()
 
-    def _dial_v2(self, endpoint: Endpoint, mode: int, context, opening: Data, /) -> tuple[bytes, Transport]:
-        """Make one data connection of the session that ``opening`` names; it is ready when its id is here."""
+    def _dial_v2(self, endpoint: Endpoint, mode: int, context, data: Data, /) -> tuple[bytes, Transport]:
+        """Make one data connection of the session that ``data`` names; it is ready when its id is here."""
         limits = self.config.limits
-        line = wire.format_data(opening)
+        line = opening.format_data(data)
         with ExitStack() as owned:
             stream = owned.enter_context(net.connect([endpoint], limits.connect_timeout_s, limits))
             with deadline(limits.id_timeout_s, "data connection"):
                 if mode == tls.OFF:
                     stream.sendall(line)
                     stream.wait_for_arrival()
-                    stream.read_line(wire.MAX_FIRST_LINE)
-                    data: Transport = stream
+                    stream.read_line(opening.MAX_FIRST_LINE)
+                    ready: Transport = stream
                 else:
-                    data = self._secure(stream, mode, context, wire.ALPN_DATA, line)
-                id = wire.parse_id(data.recv_exactly(wire.ID_LENGTH))
+                    ready = self._secure(stream, mode, context, opening.ALPN_DATA, line)
+                id = wire.parse_id(ready.recv_exactly(wire.ID_LENGTH))
             owned.pop_all()  # it is the pool's now
-        return id, data
+        return id, ready
 
     # Profile v1
 
@@ -143,11 +146,11 @@ class Client:
     def _context(self, mode: int, alpn: bytes = b""):
         return tls.client_context(mode, alpn) if mode else None
 
-    def _secure(self, stream: Stream, mode: int, context, alpn: bytes = b"", opening: bytes = b"") -> Transport:
+    def _secure(self, stream: Stream, mode: int, context, alpn: bytes = b"", line: bytes = b"") -> Transport:
         if mode == tls.OFF:
             return stream
         with deadline(self.config.limits.tls_handshake_timeout_s, "TLS handshake"):
-            return tls.dial(stream, context, mode, self.config.tunnel.host, alpn, opening)
+            return tls.dial(stream, context, mode, self.config.tunnel.host, alpn, line)
 
 
 class _Signals:

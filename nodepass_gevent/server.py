@@ -15,6 +15,7 @@ import gevent
 from gevent.pool import Group, Pool
 
 from . import net, tls
+from .clients import Clients
 from .config import Address, Config
 from .forward import Ingress
 from .metrics import Counters
@@ -37,8 +38,9 @@ class Server:
         self.counters = Counters()
         self.exchanges = Pool(config.semaphore_limit)
         self._certificate = tls.ServerCertificate(config.crt, config.key) if config.tls else None
-        self._reception = Reception(config, self._certificate, self.counters)
-        self._ingress = Ingress(self._reception.client, self.exchanges, config, self.counters)
+        self._clients = Clients(config.limits.user_timeout_s)
+        self._reception = Reception(config, self._certificate, self._clients, self.counters)
+        self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool
 
     def __str__(self) -> str:
@@ -53,8 +55,8 @@ class Server:
         """Listen and serve; raises OSError or ConnectError when an address cannot be had."""
         with ExitStack() as stack:
             parts = self._open(stack)
-            self._reception.open()
-            stack.callback(self._reception.close)
+            self._clients.open()
+            stack.callback(self._clients.close)
             stack.callback(self._callers.kill)
             running = Group()
             stack.callback(running.kill)

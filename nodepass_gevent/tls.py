@@ -14,7 +14,7 @@ from OpenSSL import SSL
 from service_identity import CertificateError, VerificationError
 from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
 
-from . import wire
+from . import opening
 from .certificates import Certificate, load_certificate, make_certificate
 from .errors import ConfigError, PolicyError, ProtocolError
 from .net import is_literal
@@ -23,7 +23,7 @@ from .transport import Stream, Transport
 log = logging.getLogger(__name__)
 
 OFF, SELF_SIGNED, VERIFIED = 0, 1, 2  # the modes, as they stand in the first line
-ALPNS = (b"", wire.ALPN_CONTROL, wire.ALPN_DATA)  # v1 data connections have none
+ALPNS = (b"", opening.ALPN_CONTROL, opening.ALPN_DATA)  # v1 data connections have none
 RECORD = 16384  # bytes of plain text in the largest TLS record
 BATCH = 4 * RECORD  # bytes encrypted before one write
 OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
@@ -135,11 +135,11 @@ def accept(stream: Stream, context: SSL.Context, alpn: bytes = b"") -> "TLSStrea
 
 
 def dial(
-    stream: Stream, context: SSL.Context, mode: int, host: str, alpn: bytes = b"", opening: bytes = b""
+    stream: Stream, context: SSL.Context, mode: int, host: str, alpn: bytes = b"", line: bytes = b""
 ) -> "TLSStream":
     """Make the client's handshake; in mode 2 the certificate must be for ``host``.
 
-    With ``opening``, a line in clear, that goes out in one segment with the ClientHello, and the line that the server
+    With ``line``, an opening in clear, that goes out in one segment with the ClientHello, and the line that the server
     has for every caller is read and dropped. The caller sets the deadline. Raises OSError, PolicyError, ProtocolError.
     """
     host = host.removesuffix(".")  # of a fully qualified name; stands in no certificate and in no SNI (RFC 6066)
@@ -148,9 +148,9 @@ def dial(
     if mode == VERIFIED and not is_literal(host):
         connection.set_tlsext_host_name(host.encode("idna"))
     transport = TLSStream(stream, connection)
-    if opening:
-        transport.start(opening)
-        stream.read_line(wire.MAX_FIRST_LINE)
+    if line:
+        transport.start(line)
+        stream.read_line(opening.MAX_FIRST_LINE)
     try:
         _handshake(transport)
     except OSError as exc:
@@ -208,12 +208,12 @@ class TLSStream(Transport):
         self._finished = False  # ours is written
         self.buffered = True  # bytes may have come right behind the handshake
 
-    def start(self, opening: bytes) -> None:
-        """Send ``opening`` and the ClientHello, in one segment."""
+    def start(self, line: bytes) -> None:
+        """Send ``line`` and the ClientHello, in one segment."""
         try:
             self._connection.do_handshake()
         except SSL.WantReadError:
-            self.stream.sendall(opening + self._output(OVERHEAD + RECORD))
+            self.stream.sendall(line + self._output(OVERHEAD + RECORD))
 
     def step(self) -> bool:
         """Go one round trip on in the handshake; True when it is done."""

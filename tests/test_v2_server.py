@@ -8,7 +8,7 @@ import pytest
 from support import as_stream, bounded, read_all, read_exactly, wait_until
 from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line
 
-from nodepass_gevent import tls, wire
+from nodepass_gevent import opening, tls
 from nodepass_gevent.errors import ProtocolError
 
 HELLO = b"//?v=2&c=need,later&x=1#hello\n"
@@ -243,16 +243,16 @@ def secured(running, alpn, opening, expected=None):
 
 def test_with_tls_the_control_channel_and_the_data_connections_are_inside_it(serve, connect):
     running = serve(tls=1)
-    with bounded(30), secured(running, wire.ALPN_CONTROL, HELLO) as control:
+    with bounded(30), secured(running, opening.ALPN_CONTROL, HELLO) as control:
         session = WELCOME.fullmatch(control.recv(200).partition(b"\n")[0])[1]
-        with secured(running, wire.ALPN_DATA, b"//%b?v=2#data\n" % session) as data:
+        with secured(running, opening.ALPN_DATA, b"//%b?v=2#data\n" % session) as data:
             assert re.fullmatch(rb"[0-9a-f]{8}", data.recv_exactly(8))
             user = connect(running, "user")
             user.sendall(b"question")
             assert data.recv_exactly(8) == b"question"
 
 
-@pytest.mark.parametrize("alpn", [b"", wire.ALPN_DATA, b"http/1.1"])
+@pytest.mark.parametrize("alpn", [b"", opening.ALPN_DATA, b"http/1.1"])
 def test_a_control_channel_with_another_alpn_is_refused(serve, said, alpn):
     running = serve(tls=1)
     with bounded(10), pytest.raises(OSError), secured(running, alpn, HELLO, expected=b"") as control:
@@ -268,4 +268,4 @@ def test_a_handshake_without_the_profile_is_refused_by_the_client(serve, connect
     connect(running, "caller")
     stream = as_stream(dial(running.data))
     with bounded(10), stream, pytest.raises(ProtocolError, match="not one of profile v2"):
-        tls.dial(stream, tls.client_context(tls.SELF_SIGNED), tls.SELF_SIGNED, HERE, wire.ALPN_DATA)
+        tls.dial(stream, tls.client_context(tls.SELF_SIGNED), tls.SELF_SIGNED, HERE, opening.ALPN_DATA)

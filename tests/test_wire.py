@@ -6,12 +6,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nodepass_gevent import wire
+from nodepass_gevent import opening, wire
 from nodepass_gevent.errors import ProtocolError
-from nodepass_gevent.wire import FirstLine, Kind, Launch, Lines, Ping, Unknown
+from nodepass_gevent.opening import FirstLine
+from nodepass_gevent.wire import Kind, Launch, Lines, Ping, Unknown
 
 VECTORS = json.loads((pathlib.Path(__file__).parent / "vectors" / "v1.json").read_text("utf-8"))
-LIMITS = {"first": wire.MAX_FIRST_LINE, "later": wire.MAX_LINE}
+LIMITS = {"first": opening.MAX_FIRST_LINE, "later": wire.MAX_LINE}
 NETWORKS = {"tcp": Kind.TCP, "udp": Kind.UDP}
 
 fuzz = settings(max_examples=700, deadline=None, database=None)
@@ -33,7 +34,7 @@ def parse(vector, stream):
     if not lines:
         raise ProtocolError("no newline before the end of stream")
     (line,) = lines
-    return wire.parse_first_line(line) if vector["line"] == "first" else wire.parse_signal(line)
+    return opening.parse_first_line(line) if vector["line"] == "first" else wire.parse_signal(line)
 
 
 def expected(meaning):
@@ -68,7 +69,7 @@ def test_a_malformed_line_is_refused(vector):
 def test_what_is_written_is_what_the_vectors_say(vector):
     value = expected(vector["meaning"])
     formatted = {
-        FirstLine: wire.format_first_line,
+        FirstLine: opening.format_first_line,
         Launch: wire.format_launch,
         Ping: lambda _: wire.PING,
         Unknown: lambda _: stream_of(vector),  # never written by this side
@@ -77,15 +78,15 @@ def test_what_is_written_is_what_the_vectors_say(vector):
 
 
 def test_a_server_without_a_port_for_v1_says_off():
-    assert wire.format_first_line(FirstLine(None, 2)) == b"//off#2\n"
-    assert wire.parse_first_line(b"//off#2") == FirstLine(None, 2)
+    assert opening.format_first_line(FirstLine(None, 2)) == b"//off#2\n"
+    assert opening.parse_first_line(b"//off#2") == FirstLine(None, 2)
 
 
-@given(st.integers(1, 65535), st.sampled_from(wire.TLS_MODES))
+@given(st.integers(1, 65535), st.sampled_from(opening.TLS_MODES))
 @fuzz
 def test_a_first_line_survives_the_way_there_and_back(port, tls):
     first = FirstLine(port, tls)
-    assert wire.parse_first_line(wire.format_first_line(first)[:-1]) == first
+    assert opening.parse_first_line(opening.format_first_line(first)[:-1]) == first
 
 
 @given(st.binary(min_size=4, max_size=4), st.sampled_from(Kind))
@@ -100,7 +101,7 @@ def test_a_launch_survives_the_way_there_and_back(id, kind):
 @example(b"//x?a=%ff#9")
 @fuzz
 def test_foreign_bytes_give_a_value_or_a_protocol_error(line):
-    for parser in (wire.parse_line, wire.parse_first_line, wire.parse_signal, wire.parse_id):
+    for parser in (wire.parse_line, opening.parse_first_line, wire.parse_signal, wire.parse_id):
         with suppress(ProtocolError):
             parser(line)
 

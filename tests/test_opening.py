@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodepass_gevent import wire
+from nodepass_gevent import opening, wire
 from nodepass_gevent.errors import ProtocolError
-from nodepass_gevent.wire import Bye, Data, FirstLine, Hello, Need, Welcome
+from nodepass_gevent.opening import Data, FirstLine, Hello, Welcome
+from nodepass_gevent.wire import Bye, Need
 
 SESSION = bytes.fromhex("0123456789abcdef")
 NONCE = bytes(range(16))
@@ -17,13 +18,13 @@ OPENINGS = [
 ]
 SIGNALS = [(b"//3#need", Need(3)), (b"//#bye", Bye()), (b"//?why=busy#bye", Bye(b"busy"))]
 WELCOMED = Welcome(SESSION, frozenset((b"need",)), 5, 1024)
-FORMAT = {Hello: wire.format_hello, Data: wire.format_data, Need: wire.format_need, Bye: wire.format_bye}
+FORMAT = {Hello: opening.format_hello, Data: opening.format_data, Need: wire.format_need, Bye: wire.format_bye}
 
 
-@pytest.mark.parametrize(("line", "opening"), OPENINGS)
-def test_an_opening_is_read_and_written(line, opening):
-    assert wire.parse_opening(line) == opening
-    assert FORMAT[type(opening)](opening) == line + b"\n"
+@pytest.mark.parametrize(("line", "said"), OPENINGS)
+def test_an_opening_is_read_and_written(line, said):
+    assert opening.parse_opening(line) == said
+    assert FORMAT[type(said)](said) == line + b"\n"
 
 
 @pytest.mark.parametrize(("line", "signal"), SIGNALS)
@@ -38,23 +39,23 @@ def test_a_bye_may_have_an_empty_query():
 
 def test_a_welcome_is_read_and_written():
     line = b"//0123456789abcdef?c=need&i=5&p=1024#welcome"
-    assert wire.parse_welcome(line) == WELCOMED
-    assert wire.format_welcome(WELCOMED) == line + b"\n"
-    assert wire.parse_welcome(b"//?why=busy#bye") == Bye(b"busy")
+    assert opening.parse_welcome(line) == WELCOMED
+    assert opening.format_welcome(WELCOMED) == line + b"\n"
+    assert opening.parse_welcome(b"//?why=busy#bye") == Bye(b"busy")
 
 
 def test_an_offer_is_written_and_recognised():
-    line = wire.format_first_line(FirstLine(None, 1), NONCE)
+    line = opening.format_first_line(FirstLine(None, 1), NONCE)
     assert line == b"//off?v=2&n=AAECAwQFBgcICQoLDA0ODw#1\n"
-    assert wire.offers_v2(wire.parse_first_line(line[:-1]))
-    assert not wire.offers_v2(wire.parse_first_line(b"//1234#0"))
-    assert not wire.offers_v2(wire.parse_first_line(b"//1234?v=3&n=x#0"))
+    assert opening.offers_v2(opening.parse_first_line(line[:-1]))
+    assert not opening.offers_v2(opening.parse_first_line(b"//1234#0"))
+    assert not opening.offers_v2(opening.parse_first_line(b"//1234?v=3&n=x#0"))
 
 
 @pytest.mark.parametrize("nonce", [b"", b"AAEC", b"AAECAwQFBgcICQoLDA0ODx", b"A" * 23, b"~" * 22])
 def test_an_offer_with_a_nonce_that_is_none_is_refused(nonce):
     with pytest.raises(ProtocolError):
-        wire.offers_v2(wire.parse_first_line(b"//1234?v=2&n=%b#0" % nonce))
+        opening.offers_v2(opening.parse_first_line(b"//1234?v=2&n=%b#0" % nonce))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_an_offer_with_a_nonce_that_is_none_is_refused(nonce):
 )  # fmt: skip
 def test_a_malformed_opening_is_refused(line):
     with pytest.raises(ProtocolError):
-        wire.parse_opening(line)
+        opening.parse_opening(line)
 
 
 @pytest.mark.parametrize("line", [b"//x#need", b"//-1#need", b"//#need", b"//1234567890#need", b"//?x#bye"])
@@ -77,7 +78,7 @@ def test_a_malformed_signal_is_refused(line):
 
 @given(st.binary(max_size=300) | st.from_regex(rb"//[0-9a-f?&=a-z#%]{0,60}", fullmatch=True))
 def test_parsers_raise_nothing_but_their_error(line):
-    for parse in (wire.parse_opening, wire.parse_welcome, wire.parse_signal, wire.parse_first_line):
+    for parse in (opening.parse_opening, opening.parse_welcome, wire.parse_signal, opening.parse_first_line):
         try:
             parse(line)
         except ProtocolError:

@@ -1,0 +1,99 @@
+"""The clients of a server: who is known, each with its session, by session id; users wait here for one."""
+
+import logging
+import secrets
+import time
+from dataclasses import dataclass
+
+from gevent.event import Event
+
+from . import opening
+from .errors import NoDataConnection, SessionLost
+from .pool import AcceptingPool
+from .session import Session
+from .transport import Stream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Client:
+    """A caller that is known, by the address it calls from, and its session."""
+
+    profile: int
+    key: str  # as net.peer_key gives it
+    stream: Stream
+    session: Session
+    pool: AcceptingPool
+
+    @property
+    def alive(self) -> bool:
+        return not self.pool.closed and self.stream.peek() is not False
+
+    def send(self, line: bytes) -> None:
+        """Queue a line on the control channel."""
+        self.session.send(line)
+
+
+class Clients:
+    """All clients, from their admission to the end of their sessions."""
+
+    def __init__(self, user_timeout_s: float) -> None:
+        self._user_timeout_s = user_timeout_s
+        self._by_session: dict[bytes, Client] = {}
+        self._came = Event()
+        self._closed = False
+
+    def wait(self, timeout_s: float) -> Client:
+        """Wait for a client whose session lives; NoDataConnection."""
+        end = time.monotonic() + timeout_s
+        while not self._closed:
+            for client in self._by_session.values():
+                if not client.pool.closed:
+                    return client
+            self._came.clear()
+            if not self._came.wait(max(end - time.monotonic(), 0)):
+                raise NoDataConnection("no client is connected")
+        raise NoDataConnection("the server is stopping")
+
+    def open(self) -> None:
+        """Let users wait for a client."""
+        self._closed = False
+
+    def close(self) -> None:
+        """Let nobody wait for a client any more."""
+        self._closed = True
+        self._came.set()
+
+    def get(self, session: bytes) -> Client | None:
+        """Give the client of a session."""
+        return self._by_session.get(session)
+
+    def current(self) -> Client | None:
+        """Give the client that lives, if there is one."""
+        return next((client for client in self._by_session.values() if client.alive), None)
+
+    def at(self, key: str) -> Client | None:
+        """Give the client that lives at an address, if there is one."""
+        for client in self._by_session.values():
+            if client.key == key and client.alive:
+                return client
+        return None
+
+    def admit(self, client: Client) -> bytes:
+        """Register a client's session, and give its id."""
+        id = secrets.token_bytes(opening.SESSION_LENGTH)
+        self._by_session[id] = client
+        self._came.set()
+        return id
+
+    def serve(self, client: Client) -> None:
+        """Run a client's session to its end."""
+        client.stream.fail_when_unacknowledged(self._user_timeout_s)
+        log.info("client %s connected, profile v%d", client.stream, client.profile)
+        try:
+            client.session.run()
+        except SessionLost as exc:
+            log.warning("client %s: %s", client.stream, exc)
+        finally:
+            self._by_session = {id: other for id, other in self._by_session.items() if other is not client}

@@ -1,0 +1,138 @@
+"""Data connections on their way into the pool of their client, from accept to the id that makes them ready.
+
+A v2 connection names its session. A v1 connection belongs to the client at its address; everybody else who calls the v1
+data port is held to a deadline and then closed: closing it at once would make an old client dial without pause.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import gevent
+
+from . import net, opening, tls, wire
+from .callers import Caller, Callers
+from .clients import Client, Clients
+from .config import Config
+from .errors import PoolClosed, ProtocolError
+from .metrics import Counters
+from .opening import Data
+from .pool import AcceptingPool
+from .transport import Stream, Transport, deadline, reason
+
+log = logging.getLogger(__name__)
+
+RIPEN_S = 0.005  # the original's client drops a launch that comes right behind its id (protocol v1)
+ACK_POLL_S, ACK_POLL_MAX_S = 0.001, 0.05  # the kernel does not tell when an acknowledgement is in
+
+
+class Joining:
+    """What is between accept and pool; at most MAX_POOL_CAPACITY connections at once."""
+
+    def __init__(
+        self,
+        config: Config,
+        certificate: tls.ServerCertificate | None,
+        clients: Clients,
+        held: Callers,
+        counters: Counters,
+    ) -> None:
+        self._most = config.max_pool_capacity
+        self._limits = config.limits
+        self._certificate = certificate
+        self._clients = clients
+        self._held = held
+        self._counters = counters
+        self._running = 0
+
+    @property
+    def full(self) -> bool:
+        return self._running >= self._most
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count a data connection while it joins, and only then: those that are held take nobody's place."""
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+    def secure(self, stream: Stream, alpn: bytes = b"") -> Transport:
+        """Make the TLS handshake where the mode has one."""
+        if not self._certificate:
+            return stream
+        with deadline(self._limits.tls_handshake_timeout_s, "TLS handshake"):
+            return tls.accept(stream, self._certificate.contexts[alpn], alpn)
+
+    def join_session(self, stream: Stream, key: str, data: Data, first: bytes, owned: ExitStack) -> None:
+        """Bring a v2 data connection into the pool of the session it names; ``first`` is still to be sent."""
+        client = self._clients.get(data.session)
+        if client is None or client.key != key or client.pool.closed or client.pool.room <= self._running:
+            self._counters.data_connections_refused += 1
+            log.debug("data connection from %s refused: no such session here, or its pool is full", key)
+            stream.sendall(first)
+            return
+        try:
+            with self.counted():
+                if self._certificate and first:
+                    stream.sendall(first)
+                    first = b""
+                transport = self.secure(stream, opening.ALPN_DATA)
+                id = _send_id(transport, client.pool, first)
+            client.pool.add(id, transport)
+            owned.pop_all()  # it is the pool's now
+        except (OSError, ProtocolError, PoolClosed) as exc:
+            self._counters.data_connections_refused += 1
+            log.debug("data connection from %s: %s", key, reason(exc))
+            stream.reset()
+
+    def join_v1(self, stream: Stream, expected: bool, whose: Callable[[str], Client | None]) -> None:
+        """Bring a v1 data connection into the pool of its client; hold and then close everybody else's.
+
+        ``expected``: a v1 client, or a candidate, is at its address; ``whose`` says, when it is complete.
+        """
+        key = net.peer_key(stream.peer[0])
+        try:
+            with ExitStack() as owned:
+                owned.enter_context(stream)
+                if expected and not self.full:
+                    with self.counted():
+                        data = self.secure(stream)
+                        client = whose(key)
+                        if client and client.pool.room > 0:
+                            id = _send_id(data, client.pool)
+                            self._ripen(stream)
+                            client.pool.add(id, data)
+                            owned.pop_all()  # it is the pool's now
+                            return
+                self._hold(stream, key)
+        except (OSError, PoolClosed) as exc:
+            self._counters.data_connections_refused += 1
+            log.debug("data connection from %s: %s", key, reason(exc))
+
+    def _hold(self, stream: Stream, key: str) -> None:
+        self._counters.data_connections_refused += 1
+        with suppress(ConnectionAbortedError), self._held.noted(Caller(key, stream, gevent.getcurrent())):
+            gevent.sleep(self._limits.tls_handshake_timeout_s)
+        log.debug("data connection from %s refused: no client is expected there, or its pool is full", key)
+
+    def _ripen(self, stream: Stream) -> None:
+        """Wait until the id is acknowledged, and a moment more."""
+        poll_s = ACK_POLL_S
+        with deadline(self._limits.id_timeout_s, "acknowledgement of the id"):
+            while stream.unacknowledged():
+                if stream.peek() is False:  # a reset connection never acknowledges
+                    raise ConnectionAbortedError("it closed before its id was acknowledged")
+                gevent.sleep(poll_s)
+                poll_s = min(poll_s * 2, ACK_POLL_MAX_S)
+        gevent.sleep(RIPEN_S)
+
+
+def _send_id(data: Transport, pool: AcceptingPool, before: bytes = b"") -> bytes:
+    id = secrets.token_hex(wire.ID_LENGTH // 2).encode()
+    while id in pool:
+        id = secrets.token_hex(wire.ID_LENGTH // 2).encode()
+    data.sendall(before + id)  # in one write: the original's client reads it with one read
+    return id
