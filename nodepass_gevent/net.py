@@ -5,15 +5,16 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import lru_cache
 from typing import NamedTuple
 
 import gevent
-from gevent.socket import wait_read, wait_write
+from gevent.socket import wait_write
 
 from .config import Address, Limits
 from .errors import ConnectError
-from .transport import RawSocket, Stream, deadline, reason
+from .transport import READ, RawSocket, Stream, deadline, reason
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 ACCEPT_BATCH = 64  # connections per wake-up, then everybody else has a turn
@@ -125,19 +126,21 @@ def serve(
     ``on_pause``. Kill the greenlet before the listener is closed.
     """
     pause_s = PAUSE_MIN_S
-    while True:
-        wait_read(listener.fileno())
-        try:
-            for _ in range(min(room(), ACCEPT_BATCH)):
-                handle(_accept(listener))
-        except (BlockingIOError, ConnectionAbortedError):  # all accepted; or the caller is gone again
-            pass
-        except OSError as exc:
-            on_pause(exc)
-            gevent.sleep(pause_s)
-            pause_s = min(pause_s * 2, PAUSE_MAX_S)
-            continue
-        pause_s = PAUSE_MIN_S
+    hub = gevent.get_hub()
+    with closing(hub.loop.io(listener.fileno(), READ)) as arrival:  # one for all waits: only a new one costs a system call
+        while True:
+            hub.wait(arrival)
+            try:
+                for _ in range(min(room(), ACCEPT_BATCH)):
+                    handle(_accept(listener))
+            except (BlockingIOError, ConnectionAbortedError):  # all accepted; or the caller is gone again
+                pass
+            except OSError as exc:
+                on_pause(exc)
+                gevent.sleep(pause_s)
+                pause_s = min(pause_s * 2, PAUSE_MAX_S)
+                continue
+            pause_s = PAUSE_MIN_S
 
 
 def _accept(listener: RawSocket) -> Stream:
@@ -157,8 +160,8 @@ def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits) -> 
     for endpoint in endpoints:
         sock = RawSocket(endpoint.family, _NONBLOCKING)
         try:
+            set_options(sock, limits)  # before: what is to be sent follows the handshake at once
             _connect(sock, endpoint, share_s)
-            set_options(sock, limits)
             return Stream(sock, endpoint.sockaddr)
         except OSError as exc:
             sock.close()

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import gevent
 from gevent.event import AsyncResult, Event
-from gevent.pool import Group
 
+from .crew import Crew
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
-from .transport import ArrivalWatch, Transport, reason
+from .transport import Transport, reason
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class _Idle:
 
     def __init__(self, on_arrival: Callable[[bytes, Transport], None]) -> None:
         self._on_arrival = on_arrival
-        self._by_id: dict[bytes, tuple[Transport, ArrivalWatch]] = {}
+        self._by_id: dict[bytes, Transport] = {}
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -37,15 +37,16 @@ class _Idle:
         return id in self._by_id
 
     def add(self, id: bytes, transport: Transport) -> None:
-        self._by_id[id] = (transport, ArrivalWatch(transport, self._on_arrival, id, transport))
+        self._by_id[id] = transport
+        transport.watch(self._on_arrival, id, transport)
 
     def ignore(self, id: bytes) -> None:
         """Stop watching a connection that stays: what arrived on it is for whoever takes it."""
-        self._by_id[id][1].close()
+        self._by_id[id].unwatch()
 
     def pop(self, id: bytes) -> Transport:
-        transport, watch = self._by_id.pop(id)
-        watch.close()
+        transport = self._by_id.pop(id)
+        transport.watch(transport.unwatch)  # once: its taker watches next, and to go on costs no system call
         return transport
 
     def pop_oldest(self) -> tuple[bytes, Transport]:
@@ -160,7 +161,7 @@ class DialingPool:
         self._maximum = maximum
         self._dial = dial
         self._sleep = sleep
-        self._dials = Group()  # sized by _fill
+        self._dials = Crew()  # sized by _fill
         self._dialling = 0
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
@@ -220,7 +221,7 @@ class DialingPool:
     def close(self) -> None:
         """Reset what is idle, end the dials; whoever waits is told PoolClosed."""
         self._closed = True
-        self._dials.kill(block=False)
+        self._dials.kill()
         self._idle.reset_all()
         self._forget_ended()
         self._forget_ended()

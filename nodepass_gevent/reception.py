@@ -23,7 +23,7 @@ from .metrics import Counters
 from .opening import Data, FirstLine, Hello, Welcome
 from .pool import AcceptingPool
 from .session import Session
-from .transport import ArrivalWatch, Stream, deadline, reason
+from .transport import Stream, deadline, reason
 from .wire import Bye, Need, Ping
 
 log = logging.getLogger(__name__)
@@ -114,13 +114,13 @@ class Reception:
         def arrived() -> None:
             caller.decide("it closed" if stream.peek() is False else SPEAKS)
 
-        watch = ArrivalWatch(stream, arrived)
+        stream.watch(arrived)
         try:
             caller.verdict.wait(timeout_s)
             caller.decide(f"silent for {timeout_s:g} s")
             return caller.verdict.get()
         finally:
-            watch.close()
+            stream.unwatch()
 
     def _read_opening(self, stream: Stream) -> bytes:
         """Read the line in which a caller says what it is, and not a byte more."""

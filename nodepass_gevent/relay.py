@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.hub import Waiter
 
-from .transport import READ, WRITE, Stream, Transport
+from .transport import WRITE, Stream, Transport
 
 BUFFER = 65536  # bytes; one read
 BULKY = 3  # full reads in a row that make a flow bulky
@@ -68,7 +68,7 @@ class _Flow:
     """One direction: what ``source`` says, ``sink`` gets."""
 
     __slots__ = (
-        "_calm", "_done", "_ending", "_full", "_held", "_move", "_pipe", "_reader", "_rest", "_writer",
+        "_calm", "_done", "_ending", "_full", "_held", "_move", "_pipe", "_rest", "_writer",
         "ended", "moved", "sink", "source",
     )  # fmt: skip
 
@@ -83,18 +83,15 @@ class _Flow:
         self._held = 0  # bytes in the pipe
         self._pipe: tuple[int, int] | None = None
         self._move = self._copy
-        loop = gevent.get_hub().loop
-        self._reader = loop.io(source.fileno(), READ)
         self._writer: Any = None  # made when the sink first has to be waited for
 
     def start(self) -> None:
-        self._reader.start(self._guard, self._on_readable)
+        self.source.watch(self._guard, self._on_readable)
         if self.source.buffered:
             self._guard(self._on_readable)
 
     def stop(self) -> None:
-        self._reader.stop()
-        self._reader.close()
+        self.source.unwatch()
         if self._writer is not None:
             self._writer.stop()
             self._writer.close()
@@ -124,7 +121,7 @@ class _Flow:
         if self._ending:
             self._end_now()
             return
-        self._reader.start(self._guard, self._on_readable)
+        self.source.watch(self._guard, self._on_readable)
         if self.source.buffered:
             self._on_readable()
 
@@ -154,7 +151,7 @@ class _Flow:
         self._rest = memoryview(data)[taken:] if taken < len(data) else b""
 
     def _wait_for_sink(self) -> bool:
-        self._reader.stop()
+        self.source.unwatch()
         if self._writer is None:
             self._writer = gevent.get_hub().loop.io(self.sink.fileno(), WRITE)
         self._writer.start(self._guard, self._on_writable)
@@ -162,7 +159,7 @@ class _Flow:
 
     def _end(self) -> bool:
         """Pass the end of stream on, after all bytes before it."""
-        self._reader.stop()
+        self.source.unwatch()
         self._ending = True
         self._drop_pipe()
         self.sink.finish()

@@ -15,7 +15,7 @@ from gevent.event import Event
 
 from . import wire
 from .errors import PolicyError, ProtocolError, SessionLost
-from .transport import Transport, reason
+from .transport import Transport, reason, soon
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory
 
@@ -52,12 +52,25 @@ class Session:
         self._ping_interval_s = ping_interval_s
         self._silence_s = silence_s
         self._due: list[bytes] = []
-        self._wake = Event()
+        self._wake = Event()  # what is due is for the writer: the peer reads slowly, or not at all
 
     def send(self, line: bytes) -> None:
         """Queue a line; all lines of one turn of the event loop go out in one segment. Never blocks."""
         self._due.append(line)
-        self._wake.set()
+        if len(self._due) == 1:
+            soon(self._send_now)
+
+    def _send_now(self) -> None:
+        """Send what is due, without the writer as long as the kernel takes everything."""
+        if self._wake.is_set():
+            return
+        lines, taken, sent = b"".join(self._due), 0, False
+        with suppress(OSError):  # the writer meets it again, and ends
+            taken = self.control.push(lines)
+            sent = self.control.flush() and taken == len(lines)
+        self._due = [] if sent else [lines[taken:]]
+        if not sent:
+            self._wake.set()
 
     def run(self) -> None:
         """Live until the channel or the pool ends, end the other too, and raise SessionLost, or PolicyError."""
@@ -84,7 +97,7 @@ class Session:
             limit_s, data = self._silence_s(), None
             try:
                 with gevent.Timeout(limit_s, False):
-                    data = self.control.recv(CHUNK)
+                    data = self.control.recv_next(CHUNK)
                 if data is None:
                     return f"silent for {limit_s:g} s"
                 if not data:
@@ -99,11 +112,13 @@ class Session:
             if self._ping_interval_s and time.monotonic() >= ping_due:
                 self._due.append(wire.PING)
                 ping_due = time.monotonic() + self._ping_interval_s
-            lines, self._due = b"".join(self._due), []
-            self._wake.clear()
             try:
-                if lines:
+                while self._due or self._wake.is_set():
+                    self._wake.set()  # what comes meanwhile waits its turn
+                    lines, self._due = b"".join(self._due), []
                     self.control.sendall(lines)
+                    if not self._due:
+                        self._wake.clear()
             except OSError as exc:
                 return reason(exc)
             self._wake.wait(self._ping_interval_s and max(ping_due - time.monotonic(), 0))

@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import socket
+from collections.abc import Callable
 
 from cryptography import x509
 from OpenSSL import SSL
@@ -244,6 +245,15 @@ class TLSStream(Transport):
 
     def fileno(self) -> int:
         return self.stream.fileno()
+
+    def watch(self, callback: Callable[..., None], *args: object) -> None:
+        self.stream.watch(callback, *args)
+
+    def unwatch(self) -> None:
+        self.stream.unwatch()
+
+    def wait_for_arrival(self) -> None:
+        self.stream.wait_for_arrival()
 
     def __str__(self) -> str:
         return str(self.stream)

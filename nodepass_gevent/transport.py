@@ -1,4 +1,4 @@
-"""Connections: what a transport is, Stream (a connected TCP socket), and waiting for what arrives.
+"""Connections: what a transport is, and Stream, a connected TCP socket.
 
 A transport (Stream here, TLSStream in ``tls``) has blocking verbs for code that reads from top to bottom
 and, beneath them, a non-blocking engine for the relay's pump. Who opens a transport closes it, in
@@ -14,11 +14,11 @@ import termios
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gevent
 from gevent import monkey
-from gevent.socket import wait_read, wait_write
+from gevent.socket import wait_write
 
 from .config import Address
 from .errors import ProtocolError
@@ -39,6 +39,11 @@ else:
 def deadline(seconds: float, what: str) -> gevent.Timeout:
     """Bound the block: ``TimeoutError("<what>: timed out after <seconds> s")`` at its end."""
     return gevent.Timeout(seconds, TimeoutError(f"{what}: timed out after {seconds:g} s"))
+
+
+def soon(callback: Callable[..., None], *args: object) -> None:
+    """Call ``callback(*args)`` before the event loop looks for more input; it must not block."""
+    gevent.get_hub().loop.run_callback(callback, *args)
 
 
 def reason(exc: BaseException) -> str:
@@ -83,6 +88,21 @@ class Transport(ABC):
         """None while nothing has arrived, True when bytes have, False when the peer has ended."""
 
     @abstractmethod
+    def watch(self, callback: Callable[..., None], *args: object) -> None:
+        """Call ``callback(*args)`` in the event loop whenever bytes, or an end, wait; it must not block.
+
+        It replaces what was called before. Every wait for arrival uses the same watcher: it ends a watch.
+        """
+
+    @abstractmethod
+    def unwatch(self) -> None:
+        """Call nothing any more."""
+
+    @abstractmethod
+    def wait_for_arrival(self) -> None:
+        """Wait until bytes or an end are there."""
+
+    @abstractmethod
     def close(self) -> None:
         """Close with FIN; more than once does no harm."""
 
@@ -96,12 +116,18 @@ class Transport(ABC):
             try:
                 return self.pull(buffer)
             except BlockingIOError:
-                wait_read(self.fileno())
+                self.wait_for_arrival()
 
     def recv(self, size: int) -> bytes:
         """Wait for at most ``size`` bytes; empty at the end of stream."""
         buffer = memoryview(bytearray(size))
         return bytes(buffer[: self.recv_into(buffer)])
+
+    def recv_next(self, size: int) -> bytes:
+        """Receive as ``recv``, for who has just emptied the stream: not tried before something arrives."""
+        if not self.buffered:
+            self.wait_for_arrival()
+        return self.recv(size)
 
     def recv_exactly(self, size: int) -> bytes:
         """Wait for ``size`` bytes; ConnectionError when the stream ends before."""
@@ -155,15 +181,31 @@ class Transport(ABC):
 class Stream(Transport):
     """A connected TCP socket."""
 
-    __slots__ = ("_finished", "peer", "socket")
+    __slots__ = ("_finished", "_reader", "peer", "socket")
 
     def __init__(self, sock: RawSocket, peer: tuple = ("", 0)) -> None:
         self.socket = sock
         self.peer = peer  # sockaddr of the other end
         self._finished = False
+        self._reader: Any = None  # the one watcher for arrival, made when first needed
 
     def fileno(self) -> int:
         return self.socket.fileno()
+
+    def watch(self, callback: Callable[..., None], *args: object) -> None:
+        if self._reader is None:
+            self._reader = gevent.get_hub().loop.io(self.socket.fileno(), READ)
+        self._reader.start(callback, *args)  # on a watcher that runs, this costs no system call
+
+    def unwatch(self) -> None:
+        if self._reader is not None:
+            self._reader.stop()
+
+    def wait_for_arrival(self) -> None:
+        hub = gevent.get_hub()
+        if self._reader is None:
+            self._reader = hub.loop.io(self.socket.fileno(), READ)
+        hub.wait(self._reader)
 
     def pull(self, buffer: memoryview) -> int:
         return self.socket.recv_into(buffer)
@@ -191,19 +233,22 @@ class Stream(Transport):
             return False
 
     def close(self) -> None:
+        if self._reader is not None:  # before its descriptor goes, or libev ends the process
+            self._reader.close()
+            self._reader = None
         self.socket.close()
 
     def reset(self) -> None:
         if self.socket.fileno() >= 0:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self.socket.close()
+            self.close()
 
     def recv(self, size: int) -> bytes:
         while True:
             try:
                 return self.socket.recv(size)
             except BlockingIOError:
-                wait_read(self.fileno())
+                self.wait_for_arrival()
 
     def take_line(self, limit: int) -> bytes | None:
         """Take a line that has arrived whole, as ``read_line`` does; None, and nothing taken, when there is none."""
@@ -220,7 +265,7 @@ class Stream(Transport):
             try:
                 seen = self.socket.recv(limit - len(line), socket.MSG_PEEK)
             except BlockingIOError:
-                wait_read(self.fileno())
+                self.wait_for_arrival()
                 continue
             line += self.socket.recv(seen.find(b"\n") + 1 or len(seen))
             if line.endswith(b"\n"):
@@ -232,10 +277,6 @@ class Stream(Transport):
 
     def __str__(self) -> str:
         return str(Address(*self.peer[:2]))
-
-    def wait_for_arrival(self) -> None:
-        """Wait until bytes or an end are there."""
-        wait_read(self.fileno())
 
     def begins_with(self, start: bytes) -> bool:
         """Whether what has arrived, not consumed, is ``start`` as far as it goes."""
@@ -249,18 +290,3 @@ class Stream(Transport):
     def fail_when_unacknowledged(self, seconds: float) -> None:
         """Let sent bytes without an acknowledgement for ``seconds`` end the connection (RFC 5482)."""
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
-
-
-class ArrivalWatch:
-    """Call ``callback(*args)`` in the event loop whenever bytes, or an end, wait on a transport. It must not block."""
-
-    __slots__ = ("_watcher",)
-
-    def __init__(self, transport: Transport, callback: Callable[..., None], *args: object) -> None:
-        self._watcher = gevent.get_hub().loop.io(transport.fileno(), READ)
-        self._watcher.start(callback, *args)
-
-    def close(self) -> None:
-        """Stop; do so before the transport is closed."""
-        self._watcher.stop()
-        self._watcher.close()

@@ -162,15 +162,15 @@ def test_peek_tells_nothing_yet_from_bytes_and_from_an_end(pair):
     assert stream.peek() is False
 
 
-def test_an_arrival_is_told_until_the_watch_is_closed(pair):
+def test_an_arrival_is_told_until_nobody_watches(pair):
     stream, peer = pair()
     told = []
-    watch = transport.ArrivalWatch(stream, told.append, "bytes")
+    stream.watch(told.append, "bytes")
     gevent.sleep(0)
     assert not told
     peer.sendall(b"x")
     wait_until(lambda: told)
-    watch.close()
+    stream.unwatch()
     told.clear()
     gevent.sleep(0.001)
     assert not told
