@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 
 import gevent
@@ -96,8 +95,8 @@ class Client:
         """Make one data connection of the session that ``data`` names; it is ready when its id is here."""
         limits = self.config.limits
         line = opening.format_data(data)
-        with ExitStack() as owned:
-            stream = owned.enter_context(net.connect([endpoint], limits.connect_timeout_s, limits))
+        stream = net.connect([endpoint], limits.connect_timeout_s, limits)
+        try:
             with deadline(limits.id_timeout_s, "data connection"):
                 if mode == tls.OFF:
                     stream.sendall(line)
@@ -106,9 +105,10 @@ class Client:
                     ready: Transport = stream
                 else:
                     ready = self._secure(stream, mode, context, opening.ALPN_DATA, line)
-                id = wire.parse_id(ready.recv_exactly(wire.ID_LENGTH))
-            owned.pop_all()  # it is the pool's now
-        return id, ready
+                return wire.parse_id(ready.recv_exactly(wire.ID_LENGTH)), ready
+        except BaseException:
+            stream.reset()
+            raise
 
     # Profile v1
 
@@ -133,13 +133,14 @@ class Client:
     def _dial_v1(self, endpoint: Endpoint, mode: int, context, /) -> tuple[bytes, Transport]:
         """Make one data connection; it is ready when its id is here."""
         limits = self.config.limits
-        with ExitStack() as owned:
-            stream = owned.enter_context(net.connect([endpoint], limits.connect_timeout_s, limits))
+        stream = net.connect([endpoint], limits.connect_timeout_s, limits)
+        try:
             data = self._secure(stream, mode, context)
             with deadline(limits.id_timeout_s, "id of a data connection"):
-                id = wire.parse_id(data.recv_exactly(wire.ID_LENGTH))
-            owned.pop_all()  # it is the pool's now
-        return id, data
+                return wire.parse_id(data.recv_exactly(wire.ID_LENGTH)), data
+        except BaseException:
+            stream.reset()
+            raise
 
     # Both
 

@@ -5,7 +5,7 @@ data port is held to a deadline and then closed: closing it at once would make a
 """
 
 import logging
-import secrets
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -66,27 +66,32 @@ class Joining:
         with deadline(self._limits.tls_handshake_timeout_s, "TLS handshake"):
             return tls.accept(stream, self._certificate.contexts[alpn], alpn)
 
-    def join_session(self, stream: Stream, key: str, data: Data, first: bytes, owned: ExitStack) -> None:
-        """Bring a v2 data connection into the pool of the session it names; ``first`` is still to be sent."""
+    def join_session(self, stream: Stream, key: str, data: Data, first: bytes = b"") -> bool:
+        """Bring a v2 data connection into the pool of the session it names; False when it does not belong there.
+
+        What is left to send of the first line goes out with the id. Without TLS there is no wait in here.
+        """
         client = self._clients.get(data.session)
         if client is None or client.key != key or client.pool.closed or client.pool.room <= self._running:
             self._counters.data_connections_refused += 1
             log.debug("data connection from %s refused: no such session here, or its pool is full", key)
             stream.sendall(first)
-            return
+            return False
         try:
-            with self.counted():
-                if self._certificate and first:
-                    stream.sendall(first)
-                    first = b""
-                transport = self.secure(stream, opening.ALPN_DATA)
-                id = _send_id(transport, client.pool, first)
+            if self._certificate:
+                with self.counted():
+                    transport = self.secure(stream, opening.ALPN_DATA)
+                    id = _send_id(transport, client.pool)
+            else:
+                transport = stream
+                id = _send_id(stream, client.pool, first)
             client.pool.add(id, transport)
-            owned.pop_all()  # it is the pool's now
         except (OSError, ProtocolError, PoolClosed) as exc:
             self._counters.data_connections_refused += 1
             log.debug("data connection from %s: %s", key, reason(exc))
             stream.reset()
+            return False
+        return True
 
     def join_v1(self, stream: Stream, expected: bool, whose: Callable[[str], Client | None]) -> None:
         """Bring a v1 data connection into the pool of its client; hold and then close everybody else's.
@@ -131,8 +136,8 @@ class Joining:
 
 
 def _send_id(data: Transport, pool: AcceptingPool, before: bytes = b"") -> bytes:
-    id = secrets.token_hex(wire.ID_LENGTH // 2).encode()
+    id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
     while id in pool:
-        id = secrets.token_hex(wire.ID_LENGTH // 2).encode()
+        id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
     data.sendall(before + id)  # in one write: the original's client reads it with one read
     return id

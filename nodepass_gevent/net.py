@@ -127,7 +127,7 @@ def serve(
     """
     pause_s = PAUSE_MIN_S
     hub = gevent.get_hub()
-    with closing(hub.loop.io(listener.fileno(), READ)) as arrival:  # one for all waits: only a new one costs a system call
+    with closing(hub.loop.io(listener.fileno(), READ)) as arrival:  # for all waits: a new one costs a system call
         while True:
             hub.wait(arrival)
             try:

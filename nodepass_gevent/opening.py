@@ -33,6 +33,8 @@ NEED = b"need"  # a capability
 
 _PORT = re.compile(rb"[1-9][0-9]{0,4}")
 _SESSION = re.compile(rb"[0-9a-f]{16}")
+_DATA = re.compile(rb"//([0-9a-f]{16})\?v=2#data\n")
+DATA_LENGTH = 28  # bytes of such a line
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ def format_first_line(first: FirstLine, nonce: bytes = b"") -> bytes:
     port = b"off" if first.port is None else b"%d" % first.port
     offer = b"?v=%b&n=%b" % (VERSION, _base64(nonce)) if nonce else b""
     return b"//%b%b#%d\n" % (port, offer, first.tls)
+
+
+def parse_data(start: bytes) -> Data | None:
+    """Read a data connection's opening, newline and all, where ``start`` is exactly that; None where it is not."""
+    match = _DATA.fullmatch(start)
+    return Data(bytes.fromhex(match[1].decode())) if match else None
 
 
 def parse_opening(line: bytes) -> Hello | Data:

@@ -50,43 +50,53 @@ class Reception:
 
     # The tunnel port
 
+    def join_at_once(self, stream: Stream) -> bool:
+        """Bring a caller into the pool of its session if that takes no wait, else say False, and nothing is taken."""
+        if self._config.tls or self._config.protocol == "1":
+            return False
+        try:
+            data = opening.parse_data(stream.seen(opening.DATA_LENGTH))
+            if data is None:
+                return False
+            stream.recv(opening.DATA_LENGTH)
+            key = net.peer_key(stream.peer[0])
+            if not self._joining.join_session(stream, key, data, self._first_line(self.data_port)):
+                stream.close()
+        except OSError:
+            stream.close()
+        return True
+
     def greet(self, stream: Stream) -> None:
         """Tell a caller the first line, find out what it is, and serve it to its end."""
         key = net.peer_key(stream.peer[0])
         neighbour = self._clients.at(key)
         # Where a v1 client is, a second one cannot be told from it by its data connections: serve no v1 there.
         port = None if neighbour and neighbour.profile == 1 else self.data_port
-        nonce = b"" if self._config.protocol == "1" else os.urandom(opening.NONCE_LENGTH)
-        first = opening.format_first_line(FirstLine(port, self._config.tls), nonce)
         try:
             with ExitStack() as owned, ExitStack() as unknown:
                 owned.enter_context(stream)
-                line = stream.take_line(opening.MAX_FIRST_LINE)  # of a data connection it is here by now, as a rule
-                if line is None:
-                    stream.sendall(first)
-                    first = b""
-                    verdict = self._listen_to(stream, key, neighbour, port, unknown)
-                    if isinstance(verdict, Client):
-                        unknown.close()
-                        self._clients.serve(verdict)
-                        return
-                    if verdict is not SPEAKS:
-                        self._refuse(f"caller {stream}: {verdict}")
-                        return
-                    line = self._read_opening(stream)
-                try:
-                    said = self._parse_opening(line)
-                except ProtocolError:
-                    stream.sendall(first)
-                    raise
-                if isinstance(said, Data):
+                stream.sendall(self._first_line(port))
+                verdict = self._listen_to(stream, key, neighbour, port, unknown)
+                if isinstance(verdict, Client):
                     unknown.close()
-                    self._joining.join_session(stream, key, said, first, owned)
-                else:
-                    stream.sendall(first)
+                    self._clients.serve(verdict)
+                    return
+                if verdict is not SPEAKS:
+                    self._refuse(f"caller {stream}: {verdict}")
+                    return
+                said = self._parse_opening(self._read_opening(stream))
+                if isinstance(said, Hello):
                     self._serve_hello(stream, key, said, unknown)
+                    return
+                unknown.close()
+                if self._joining.join_session(stream, key, said):
+                    owned.pop_all()  # it is the pool's now
         except (OSError, ProtocolError) as exc:
             self._refuse(f"caller {stream}: {reason(exc)}")
+
+    def _first_line(self, port: int | None) -> bytes:
+        nonce = b"" if self._config.protocol == "1" else os.urandom(opening.NONCE_LENGTH)
+        return opening.format_first_line(FirstLine(port, self._config.tls), nonce)
 
     def _refuse(self, who_and_why: str) -> None:
         self._counters.callers_refused += 1
@@ -98,7 +108,8 @@ class Reception:
         """Wait for what a caller says: SPEAKS, the v1 client that a silent one proved to be, or why it must go."""
         if neighbour and neighbour.profile == 2 and not self._joining.full:
             with self._joining.counted(), deadline(self._limits.opening_timeout_s, "opening"):
-                stream.wait_for_arrival()  # an honest client dials hundreds at once: they count in its own budget
+                if not stream.seen(1):  # an honest client dials hundreds at once: they count in its own budget
+                    stream.wait_for_arrival()
             return SPEAKS
         caller = Caller(key, stream, gevent.getcurrent())
         unknown.enter_context((self._held if port is None else self._callers).noted(caller))
@@ -124,7 +135,7 @@ class Reception:
 
     def _read_opening(self, stream: Stream) -> bytes:
         """Read the line in which a caller says what it is, and not a byte more."""
-        if self._config.protocol == "1" or not stream.begins_with(b"//"):
+        if self._config.protocol == "1" or not b"//".startswith(stream.seen(2)):
             return stream.recv(wire.MAX_LINE)  # no line, but enough of it to name it
         with deadline(self._limits.opening_timeout_s, "opening line"):
             return stream.read_line(opening.MAX_FIRST_LINE)

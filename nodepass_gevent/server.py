@@ -70,17 +70,17 @@ class Server:
         def listen(address: Address) -> RawSocket:
             return stack.enter_context(closing(net.listen(address, config.limits)))
 
-        def serve(listener: RawSocket, handle: Callable[[Stream], None]) -> Callable[[], None]:
-            return partial(net.serve, listener, partial(self._callers.spawn, handle), self._paused)
+        def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
+            return partial(net.serve, listener, handle, self._paused)
 
         tunnel = listen(config.tunnel)
         ports = [f"tunnel {_bound(config.tunnel, tunnel)}"]
-        parts: list[Callable[[], None]] = [serve(tunnel, self._reception.greet), self._reload_for_ever]
+        parts: list[Callable[[], None]] = [serve(tunnel, self._called), self._reload_for_ever]
         if config.protocol != "2":
             data = self._listen_data(listen)
             self._reception.data_port = data.getsockname()[1]
             ports.append(f"data port {self._reception.data_port}")
-            parts.append(serve(data, self._reception.join))
+            parts.append(serve(data, partial(self._callers.spawn, self._reception.join)))
         target = config.target
         if config.network != "udp":
             public = listen(target)
@@ -93,6 +93,10 @@ class Server:
         ports.append(f"public {target} ({config.network.replace('both', 'tcp and udp')})")
         log.info("listening: %s, tls %d", ", ".join(ports), config.tls)
         return parts
+
+    def _called(self, stream: Stream) -> None:
+        if not self._reception.join_at_once(stream):
+            self._callers.spawn(self._reception.greet, stream)
 
     def _listen_data(self, listen: Callable[[Address], RawSocket]) -> RawSocket:
         """Take the data port that is set, or draw until one is free."""

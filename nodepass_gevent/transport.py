@@ -250,13 +250,12 @@ class Stream(Transport):
             except BlockingIOError:
                 self.wait_for_arrival()
 
-    def take_line(self, limit: int) -> bytes | None:
-        """Take a line that has arrived whole, as ``read_line`` does; None, and nothing taken, when there is none."""
+    def seen(self, size: int) -> bytes:
+        """Give what has arrived, at most ``size`` bytes, and leave it there; empty for nothing, and for an end."""
         try:
-            size = self.socket.recv(limit, socket.MSG_PEEK).find(b"\n") + 1
+            return self.socket.recv(size, socket.MSG_PEEK)
         except BlockingIOError:
-            return None
-        return self.socket.recv(size)[:-1] if size else None
+            return b""
 
     def read_line(self, limit: int) -> bytes:
         """Wait for a line of less than ``limit`` bytes; take it without its newline, and not a byte behind it."""
@@ -277,11 +276,6 @@ class Stream(Transport):
 
     def __str__(self) -> str:
         return str(Address(*self.peer[:2]))
-
-    def begins_with(self, start: bytes) -> bool:
-        """Whether what has arrived, not consumed, is ``start`` as far as it goes."""
-        seen = self.socket.recv(len(start), socket.MSG_PEEK)
-        return start.startswith(seen)
 
     def unacknowledged(self) -> int:
         """Count the bytes sent that the peer's kernel has not acknowledged."""

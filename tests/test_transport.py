@@ -6,7 +6,6 @@ import pytest
 from gevent.socket import wait_read
 from support import bounded, is_reset, read_all, read_exactly, reset, wait_until
 
-from nodepass_gevent import transport
 from nodepass_gevent.errors import ProtocolError
 
 
