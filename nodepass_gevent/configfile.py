@@ -11,8 +11,8 @@ from typing import NamedTuple, TextIO
 
 import configargparse
 
-from .config import did_you_mean, printable, shown
 from .errors import ConfigError
+from .values import did_you_mean, printable, shown
 
 MAX_FILE = 1 << 20  # bytes; a thousand tunnels have about 300 KiB
 _BLANK = " \t\r"

@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 import configargparse
 
 from . import configfile
-from .config import Config, did_you_mean, parse_duration, printable, setting_name, setting_text, shown
+from .config import Config, setting_name, setting_text
 from .configfile import Entry
 from .errors import ConfigError
 from .url import FORMS, TunnelURL, parse_url
+from .values import did_you_mean, parse_duration, printable, shown
 
 
 def parse_integer(text: str) -> int:

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-from .config import Address, did_you_mean, printable, shown
 from .errors import ConfigError
+from .values import Address, did_you_mean, printable, shown
 
 ROLES = ("server", "client")
 FORMS = "server://<tunnel_addr>/<target_addr> or client://<tunnel_addr>/<target_addr>"

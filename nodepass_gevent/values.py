@@ -1,0 +1,166 @@
+"""What operators write, and how it is read: addresses and durations; and foreign text in an error.
+
+Knows no setting, no socket and no file. Parse stands beside format; a wrong text raises ConfigError with one line,
+in which foreign text is escaped.
+"""
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .errors import ConfigError
+
+SHOWN = 120  # characters of foreign text in one error line
+
+
+def printable(text: str) -> str:
+    """Escape what would break or disguise a line, and cut what is long."""
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: SHOWN + 1])
+    return escaped if len(escaped) <= SHOWN else escaped[: SHOWN - 3] + "..."
+
+
+def shown(text: object) -> str:
+    """Quote foreign text for an error; what stands before an ``@`` may be a tunnel key and is hidden."""
+    _, at, rest = str(text).rpartition("@")
+    return f"'{printable('***@' + rest if at else rest)}'"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word[:SHOWN].lower(), list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+# Addresses
+
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
+_MAX_NAME = 253  # RFC 1035, without the dot at the end
+_SCOPE = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # an interface name; Linux allows 15 characters
+
+
+@dataclass(frozen=True)
+class Address:
+    """A host and a port; host "" means every interface to a listener."""
+
+    host: str  # a name, an IPv4 address, or an IPv6 address without its brackets
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Parse ``host:port``, ``:port`` or ``[ipv6]:port``; raise ConfigError."""
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if ":" in host and "[" not in text:
+            raise ConfigError(f"{shown(text)} has too many colons; an IPv6 address is written in brackets: [::1]:80")
+        if not colon or "]" in port:
+            raise ConfigError(f"{shown(text)} has no port; allowed: host:port, :port, [ipv6]:port")
+        if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+            raise ConfigError(f"{shown(text)}: the port is not a number from 0 to 65535")
+        if bracketed:
+            host = host[1:-1]
+        problem = _ipv6_problem(host) if bracketed else _host_problem(host)
+        if problem:
+            raise ConfigError(f"{shown(text)}: {problem}")
+        return cls(host, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _ipv6_problem(host: str) -> str:
+    address, percent, scope = host.partition("%")
+    if percent and not _SCOPE.fullmatch(scope):
+        return "what follows % is not an interface"
+    return "" if _is_address(ipaddress.IPv6Address, address) else "what stands in brackets is not an IPv6 address"
+
+
+def _host_problem(host: str) -> str:
+    if not host:
+        return ""
+    if not _NAME.fullmatch(host) or len(host.rstrip(".")) > _MAX_NAME:
+        return "the host is neither a name (ASCII letters, digits, hyphens, dots) nor an address"
+    if host.rstrip(".").rpartition(".")[2].isdigit() and not _is_address(ipaddress.IPv4Address, host):
+        return "the host is not an IPv4 address"  # no name ends in a number
+    return ""
+
+
+def _is_address(family: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], text: str) -> bool:
+    try:
+        family(text)
+    except ValueError:
+        return False
+    return True
+
+
+# Durations, as Go's time.ParseDuration and Duration.String write them
+
+_UNIT_NS = {
+    "ns": 1,
+    "us": 10**3,
+    "\u00b5s": 10**3,  # micro sign
+    "\u03bcs": 10**3,  # Greek mu
+    "ms": 10**6,
+    "s": 10**9,
+    "m": 60 * 10**9,
+    "h": 3600 * 10**9,
+}
+_UNITS = "|".join(_UNIT_NS)
+_DURATION = re.compile(rf"(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:{_UNITS}))+")
+_PART = re.compile(rf"([0-9]*)(?:\.([0-9]*))?({_UNITS})")  # of what matched the whole
+_MAX_DURATION = 100  # characters
+_INT64 = 2**63  # Go counts nanoseconds in 64 bits
+
+
+def parse_duration(text: str) -> float:
+    """Parse a Go duration such as ``5s``, ``1h30m``, ``1.5h`` or ``0`` into seconds; raise ConfigError."""
+    negative = text.startswith("-")
+    unsigned = text[1:] if text.startswith(("+", "-")) else text
+    if unsigned == "0":
+        return 0.0
+    if len(unsigned) > _MAX_DURATION or not _DURATION.fullmatch(unsigned):
+        raise ConfigError(f"{shown(text)} is not a duration such as 5s, 1h30m or 100ms")
+    total_ns = sum(
+        int(whole or 0) * _UNIT_NS[unit] + _fraction_ns(fraction, _UNIT_NS[unit])
+        for whole, fraction, unit in _PART.findall(unsigned)
+    )
+    if total_ns >= _INT64 + negative:
+        raise ConfigError(f"{shown(text)} is a longer duration than 2562047h")
+    return (-total_ns if negative else total_ns) / 10**9
+
+
+def _fraction_ns(digits: str, unit_ns: int) -> int:
+    """Round as Go does: digits past 63 bits are dropped, then one product of floats is cut off."""
+    number, scale = 0, 1.0
+    for digit in digits:
+        longer = number * 10 + int(digit)
+        if number > (_INT64 - 1) // 10 or longer > _INT64:
+            break
+        number, scale = longer, scale * 10
+    return int(number * (unit_ns / scale))
+
+
+def format_duration(seconds: float) -> str:
+    """Format seconds as Go prints a duration: ``1h30m0s``, ``1.5s``, ``100ms``; rounded to nanoseconds."""
+    total_ns = round(Fraction(seconds) * 10**9)
+    sign, total_ns = "-" if total_ns < 0 else "", abs(total_ns)
+    if total_ns == 0:
+        return "0s"
+    for unit, unit_ns in (("ns", 1), ("\u00b5s", 10**3), ("ms", 10**6)):
+        if total_ns < unit_ns * 1000:
+            return f"{sign}{_decimal(total_ns, unit_ns)}{unit}"
+    minutes, rest_ns = divmod(total_ns, _UNIT_NS["m"])
+    text = _decimal(rest_ns, _UNIT_NS["s"]) + "s"
+    if minutes:
+        text = f"{minutes % 60}m{text}"
+    if minutes >= 60:
+        text = f"{minutes // 60}h{text}"
+    return sign + text
+
+
+def _decimal(number: int, unit: int) -> str:
+    whole, rest = divmod(number, unit)
+    return f"{whole}.{rest:0{len(str(unit)) - 1}d}".rstrip("0").rstrip(".") if rest else str(whole)

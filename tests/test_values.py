@@ -1,0 +1,250 @@
+import math
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.values import (
+    SHOWN,
+    Address,
+    did_you_mean,
+    format_duration,
+    parse_duration,
+    printable,
+    shown,
+)
+
+fuzz = settings(max_examples=300, deadline=None, database=None)
+
+
+# Text of errors
+
+
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("plain", "'plain'"),
+        ("a\nb\x1b[31m", r"'a\nb\x1b[31m'"),
+        ("caf\u00e9 \u202e", r"'caf\u00e9 \u202e'".replace(r"\u00e9", "\u00e9")),
+        ("\udcff", r"'\udcff'"),
+        ("np1:secret@host:1", "'***@host:1'"),
+        ("a@b@c", "'***@c'"),
+    ],
+)
+def test_foreign_text_is_escaped_and_what_may_be_a_key_is_hidden(text, escaped):
+    assert shown(text) == escaped
+
+
+@pytest.mark.parametrize("text", ["x" * 5000, "\x00" * 5000])
+def test_long_foreign_text_is_cut(text):
+    assert len(printable(text)) == SHOWN
+    assert printable(text).endswith("...")
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "hint"),
+    [
+        ("semaphor-limit", ["semaphore-limit", "log"], " (did you mean 'semaphore-limit'?)"),
+        ("xyz", ["semaphore-limit", "log"], ""),
+    ],
+)
+def test_a_misspelt_word_gets_a_hint_and_a_strange_one_none(word, known, hint):
+    assert did_you_mean(word, known) == hint
+
+
+# Addresses
+
+ADDRESSES = [
+    ("127.0.0.1:5432", Address("127.0.0.1", 5432)),
+    (":10101", Address("", 10101)),
+    ("0.0.0.0:0", Address("0.0.0.0", 0)),
+    ("localhost:65535", Address("localhost", 65535)),
+    ("my_host-1.example.com:80", Address("my_host-1.example.com", 80)),
+    ("example.com.:80", Address("example.com.", 80)),
+    ("[::]:8080", Address("::", 8080)),
+    ("[::1]:80", Address("::1", 80)),
+    ("[fe80::1%eth0]:80", Address("fe80::1%eth0", 80)),
+    ("[::ffff:10.0.0.1]:80", Address("::ffff:10.0.0.1", 80)),
+    (f"{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 61}:1", Address(f"{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 61}", 1)),
+]
+
+
+@pytest.mark.parametrize(("text", "address"), ADDRESSES)
+def test_an_address_is_parsed_and_printed_back(text, address):
+    assert Address.parse(text) == address
+    assert str(address) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "has no port"),
+        ("localhost", "has no port"),
+        ("[::1]", "has no port"),
+        ("localhost:", "the port is not a number"),
+        ("localhost:65536", "the port is not a number from 0 to 65535"),
+        ("localhost:-1", "the port is not a number"),
+        ("localhost:+1", "the port is not a number"),
+        ("localhost:0x50", "the port is not a number"),
+        ("localhost:\u0661", "the port is not a number"),
+        ("localhost:http", "the port is not a number"),
+        ("localhost:1 ", "the port is not a number"),
+        ("::1:80", "written in brackets: [::1]:80"),
+        ("::1", "written in brackets"),
+        ("::", "written in brackets"),
+        ("a:b:80", "written in brackets"),
+        ("[::1:80", "neither a name"),
+        ("[]:80", "not an IPv6 address"),
+        ("[127.0.0.1]:80", "not an IPv6 address"),
+        ("[::1/64]:80", "not an IPv6 address"),
+        ("[fe80::1%]:80", "not an interface"),
+        ("[fe80::1%a b]:80", "not an interface"),
+        ("256.1.1.1:80", "not an IPv4 address"),
+        ("1.2.3:80", "not an IPv4 address"),
+        ("10.0.0.01:80", "not an IPv4 address"),
+        ("host name:80", "neither a name"),
+        (" localhost:80", "neither a name"),
+        ("local\thost:80", "neither a name"),
+        ("host\n:80", "neither a name"),
+        ("-host:80", "neither a name"),
+        ("host-:80", "neither a name"),
+        ("a..b:80", "neither a name"),
+        (".:80", "neither a name"),
+        ("b\u00fccher.example:80", "neither a name"),
+        (f"{'a' * 64}:80", "neither a name"),
+        (f"{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 62}:1", "neither a name"),
+    ],
+)
+def test_a_wrong_address_is_refused_with_the_reason(text, why):
+    with pytest.raises(ConfigError) as caught:
+        Address.parse(text)
+    assert why in str(caught.value)
+    assert printable(text[:50]) in str(caught.value)
+
+
+labels = st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=20)
+hosts = (
+    st.just("")
+    | st.ip_addresses().map(str)
+    | st.lists(labels, min_size=1, max_size=4).map(lambda parts: ".".join([*parts, "example"]))
+)
+
+
+@fuzz
+@given(hosts, st.integers(0, 65535))
+def test_any_address_survives_printing_and_parsing(host, port):
+    assert Address.parse(str(Address(host, port))) == Address(host, port)
+
+
+@fuzz
+@given(st.text() | st.text("[]:%.01af-_@ "))
+def test_any_text_is_an_address_or_a_config_error(text):
+    try:
+        address = Address.parse(text)
+    except ConfigError as exc:
+        assert str(exc).isprintable()
+    else:
+        assert Address.parse(str(address)) == address
+
+
+# Durations: the rows are those of Go's own tests where they fit
+
+NS, US, MS, S, M, H = 1, 10**3, 10**6, 10**9, 60 * 10**9, 3600 * 10**9
+
+BOTH_WAYS = [
+    ("0s", 0),
+    ("1ns", NS),
+    ("1.1\u00b5s", 1100 * NS),
+    ("2.2ms", 2200 * US),
+    ("3.3s", 3300 * MS),
+    ("100ms", 100 * MS),
+    ("5s", 5 * S),
+    ("4m5s", 4 * M + 5 * S),
+    ("4m5.001s", 4 * M + 5001 * MS),
+    ("1m0s", M),
+    ("1h0m0s", H),
+    ("1h30m0s", H + 30 * M),
+    ("5h6m7.001s", 5 * H + 6 * M + 7001 * MS),
+    ("8m0.000000001s", 8 * M + 1),
+    ("-5s", -5 * S),
+    ("-1h0m0.5s", -H - 500 * MS),
+    ("36h0m0s", 36 * H),
+]
+
+
+@pytest.mark.parametrize(("text", "ns"), BOTH_WAYS)
+def test_a_duration_is_parsed_and_printed_back(text, ns):
+    assert parse_duration(text) == ns / 10**9
+    assert format_duration(ns / 10**9) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "ns"),
+    [
+        ("0", 0),
+        ("-0", 0),
+        ("+0", 0),
+        ("30s", 30 * S),
+        ("1478s", 1478 * S),
+        ("+5s", 5 * S),
+        ("5.0s", 5 * S),
+        ("5.s", 5 * S),
+        (".5s", 500 * MS),
+        ("1.0040s", 1004 * MS),
+        ("100.00100s", 100001 * MS),
+        ("12us", 12 * US),
+        ("12\u00b5s", 12 * US),
+        ("12\u03bcs", 12 * US),
+        ("1.5h", 90 * M),
+        ("1h15m30.918273645s", H + 15 * M + 30918273645),
+        ("1h1h", 2 * H),
+        ("5s1h", H + 5 * S),
+        ("10.5s4m", 4 * M + 10500 * MS),
+        ("52763797000ns", 52763797000),
+        ("0.3333333333333333333h", 20 * M),
+        ("0.11111111111111111111h", 400 * S),
+        ("0.9223372036854775807h", 3320413933267),
+        ("0.100000000000000000000h", 6 * M),
+        ("0.830103483285477580700h", 49 * M + 48 * S + 372539827),
+        ("9223372036854775807ns", 2**63 - 1),
+        ("9223372036854775.807us", 2**63 - 1),
+        ("9223372036s854ms775us807ns", 2**63 - 1),
+        ("-9223372036854775808ns", -(2**63)),
+        ("-2562047h47m16.854775808s", -(2**63)),
+        ("0.00000000000000000001s", 0),
+    ],
+)
+def test_a_duration_is_read_as_go_reads_it(text, ns):
+    assert parse_duration(text) == ns / 10**9
+
+
+NO_DURATIONS = """
+3 - s . -. .s +.s 1d 1w 1S 1Ms 5 1:30 1,5s 5s5 0.5.5s 1h-5m --1s 1e3s inf nan 0x5s 1_0s 00 \u0661s
+3000000h 9223372036854775808ns 9223372036854775.808us -9223372036854775809ns
+"""
+
+
+@pytest.mark.parametrize("text", [*NO_DURATIONS.split(), "", "1 s", " 1s", "1s ", "1s\n", "1" * 5000 + "s"])
+def test_what_go_refuses_is_no_duration(text):
+    with pytest.raises(ConfigError, match="duration"):
+        parse_duration(text)
+
+
+@fuzz
+@given(st.integers(0, 104 * 24 * H))
+def test_any_duration_survives_printing_and_parsing(ns):
+    assert parse_duration(format_duration(ns / 10**9)) == ns / 10**9
+
+
+@fuzz
+@given(st.text() | st.text("0123456789.hmsnu+-\u00b5"))
+def test_any_text_is_a_duration_or_a_config_error(text):
+    try:
+        seconds = parse_duration(text)
+    except ConfigError as exc:
+        assert str(exc).isprintable()
+    else:
+        assert math.isfinite(seconds)
+        assert parse_duration(format_duration(seconds)) == seconds
