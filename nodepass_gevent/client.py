@@ -22,7 +22,6 @@ from .wire import Bye, Launch, Need, Ping
 
 log = logging.getLogger(__name__)
 
-DEAD_AFTER = 3  # keep-alive intervals of silence
 CHUNK = 1024  # bytes per read while the welcome is awaited
 CAPABILITIES = frozenset((opening.NEED,))
 
@@ -55,7 +54,7 @@ class Client:
                 raise PolicyError(
                     f"the server offers tls {first.tls}, and this client accepts no less than {config.tls}"
                 )
-            control.fail_when_unacknowledged(limits.user_timeout_s)
+            control.fail_when_unacknowledged(limits.tcp_user_timeout_s)
             if opening.offers_v2(first) and config.protocol != "1":
                 self._run_v2(control, first)
             else:
@@ -83,7 +82,8 @@ class Client:
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
         pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most)
         signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, pool.dial_more)
-        session = Session(transport, pool, signals.receive, silence_s=lambda: DEAD_AFTER * welcome.ping_interval_s)
+        silence_s = self.config.limits.dead_intervals * welcome.ping_interval_s
+        session = Session(transport, pool, signals.receive, silence_s=lambda: silence_s)
         signals.on_ping = partial(session.send, wire.PING)
         lines.limit = wire.MAX_LINE  # the welcome alone may be longer
         signals.lines = lines
@@ -192,7 +192,7 @@ class _Silence:
     """How long a v1 server may be silent: its own interval tells, for an old one may have set it long."""
 
     def __init__(self, limits: Limits) -> None:
-        self._least_s = limits.control_dead_s
+        self._limits = limits
         self._last_ping = 0.0
         self._interval_s = 0.0  # the longest between two keep-alives; 0 while unknown
 
@@ -203,7 +203,9 @@ class _Silence:
         self._last_ping = now
 
     def limit_s(self) -> float | None:
-        return max(DEAD_AFTER * self._interval_s, self._least_s) if self._interval_s else None
+        if not self._interval_s:
+            return None
+        return max(self._limits.dead_intervals * self._interval_s, self._limits.dead_timeout_s)
 
 
 def _read_lines(transport: Transport, lines: wire.Lines) -> list[bytes]:

@@ -14,33 +14,44 @@ from .values import Address, did_you_mean, format_duration, shown
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")  # the most detailed first
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Deadlines and sizes that no setting changes yet."""
-
-    connect_timeout_s: float = 5.0  # a dial; a second SYN goes out after 1 s, a third after 3 s
-    first_line_timeout_s: float = 30.0  # the original's server can take 20 s to come back
-    opening_timeout_s: float = 5.0  # a caller that has begun to say what it is
-    caller_timeout_s: float = 10.0  # a caller on the tunnel port that says nothing
-    tls_handshake_timeout_s: float = 5.0  # the original's deadline
-    id_timeout_s: float = 10.0  # the client waits for the 8-byte id of a data connection
-    pool_wait_s: float = 10.0  # a user waits for a data connection
-    half_closed_timeout_s: float = 60.0  # one direction ended and the other is silent
-    control_dead_s: float = 15.0  # least silence of a v1 server that counts as dead (the rule: 3 observed intervals)
-    drain_linger_s: float = 2.0  # after our FIN, the wait for the peer's
-    callers: int = 64  # connections on the tunnel port that are not known yet
-    keepalive_idle_s: int = 20  # below the 30 s after which the shortest NATs forget
-    keepalive_interval_s: int = 8
-    keepalive_count: int = 3  # with idle and interval: a dead peer is known after 44 s
-    user_timeout_s: float = 20.0  # unacknowledged bytes; TCP alone would wait 15 min
-
-
 def _within(low: float, high: float, default: float | None) -> Any:
     return field(default=default, metadata={"range": (low, high)})
 
 
 def _one_of(*choices: Any, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"choices": choices})
+
+
+def _deadline(default_s: float) -> Any:
+    return _within(0.001, 24 * 3600, default_s)
+
+
+def _whole_seconds(default_s: int) -> Any:
+    return field(default=default_s, metadata={"range": (1, 32767), "whole": True})  # what Linux takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Deadlines and sizes; each is a setting. Those that can be off are off at 0."""
+
+    connect_timeout_s: float = _deadline(5.0)  # a second SYN goes out after 1 s, a third after 3 s
+    target_timeout_s: float = _deadline(5.0)
+    first_line_timeout_s: float = _deadline(30.0)  # the original's server can take 20 s to come back
+    opening_timeout_s: float = _deadline(5.0)  # a caller that has begun to say what it is
+    caller_timeout_s: float = _deadline(10.0)  # a caller on the tunnel port that says nothing
+    tls_handshake_timeout_s: float = _deadline(5.0)  # the original's deadline
+    id_timeout_s: float = _deadline(10.0)  # the client waits for the 8-byte id of a data connection
+    pool_wait_s: float = _deadline(10.0)  # a user waits for a data connection
+    half_closed_timeout_s: float = _deadline(60.0)  # one direction ended and the other is silent
+    idle_timeout_s: float = _within(0, 8760 * 3600, 0)  # off: TCP itself knows no such limit, and SSH users rely on it
+    drain_linger_s: float = _deadline(2.0)  # after our FIN, the wait for the peer's
+    dead_intervals: int = _within(1, 1000, 3)  # of silence; a single lost ping proves little
+    dead_timeout_s: float = _deadline(15.0)  # towards a v1 server, whose interval is not known from the start
+    callers: int = _within(1, 1 << 16, 64)  # connections on the tunnel port that are not known yet
+    keepalive_idle_s: int = _whole_seconds(20)  # below the 30 s after which the shortest NATs forget
+    keepalive_interval_s: int = _whole_seconds(8)
+    keepalive_count: int = _within(1, 127, 3)  # with idle and interval: a dead peer is known after 44 s
+    tcp_user_timeout_s: float = _deadline(20.0)  # unacknowledged bytes; TCP alone would wait 15 min
 
 
 def setting_name(field_name: str) -> str:
@@ -81,7 +92,7 @@ class Config:
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
+        for each in (*fields(self), *fields(self.limits)):
             self._check_field(each.name, each.metadata)
         if self.min_pool_capacity > self.max_pool_capacity:
             most = f"{self.max_pool_capacity} (from {self.source('max-pool-capacity')})"
@@ -97,23 +108,29 @@ class Config:
         """The tunnel without its settings."""
         return f"{self.role}://{self.tunnel}/{self.target}"
 
+    def value(self, field_name: str) -> Any:
+        """Give the value of a field, its own or one of its limits."""
+        return getattr(self if hasattr(self, field_name) else self.limits, field_name)
+
     def source(self, setting: str) -> str:
         """Name where a setting, by its dashed name, came from."""
         return self.sources.get(setting, "default")
 
     def fault(self, field_name: str, why: str) -> ConfigError:
         """Make the error for a field: its name, its value, what is wrong, its source."""
-        name, value = (setting_name(field_name), setting_text(field_name, getattr(self, field_name)))
+        name, value = (setting_name(field_name), setting_text(field_name, self.value(field_name)))
         return ConfigError(f"{name}: {shown(value)} {why} [from {self.source(name)}]")
 
     def _check_field(self, name: str, rule: Mapping[str, Any]) -> None:
-        value = getattr(self, name)
+        value = self.value(name)
         if "choices" in rule and value not in rule["choices"]:
             hint = did_you_mean(value, rule["choices"]) if isinstance(value, str) else ""
             raise self.fault(name, f"is not one of {', '.join(map(str, rule['choices']))}{hint}")
         if "range" in rule and value is not None and not rule["range"][0] <= value <= rule["range"][1]:
             low, high = (setting_text(name, bound) for bound in rule["range"])
             raise self.fault(name, f"is not within {low} to {high}")
+        if "whole" in rule and value % 1:
+            raise self.fault(name, "is not a whole number of seconds")
 
     def _check_certificate(self) -> None:
         if self.role == "client" and (self.crt or self.key):

@@ -176,7 +176,7 @@ class Egress:
         self._counters.tcp_exchanges += 1
         limits = self._config.limits
         try:
-            target = connect(self._target(), limits.connect_timeout_s, limits)
+            target = connect(self._target(), limits.target_timeout_s, limits)
         except ConnectError:
             self._endpoints = []  # the name may have moved
             raise

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import configargparse
 
 from . import configfile
-from .config import Config, setting_name, setting_text
+from .config import Config, Limits, setting_name, setting_text
 from .configfile import Entry
 from .errors import ConfigError
 from .url import FORMS, TunnelURL, parse_url
@@ -26,14 +26,15 @@ def parse_integer(text: str) -> int:
     return int(text)
 
 
-_FIELDS = {each.name: each for each in fields(Config)}
+_LIMITS = [each.name for each in fields(Limits)]
+_FIELDS = {each.name: each for each in (*fields(Config), *fields(Limits))}
 
 
 @dataclass(frozen=True)
 class Setting:
     """One row of the table."""
 
-    field: str  # of Config
+    field: str  # of Config or of its Limits
     env: str
     read: Callable[[str], Any]  # text -> the field's value, or ConfigError
     value: str  # what the help calls the value, where Config has no list of choices
@@ -59,6 +60,7 @@ class Setting:
 
 _ADDRESSES, _TLS, _POOL = "addresses and mode", "TLS", "pool and limits"
 _TIMING, _LOGS, _CONFIGURATION = "timing", "logs", "configuration"
+_DEADLINES, _SOCKETS = "deadlines (seldom changed)", "sockets (seldom changed)"
 
 # fmt: off
 SETTINGS = (
@@ -75,12 +77,48 @@ SETTINGS = (
     Setting("min_pool_capacity", "MIN_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, least"),
     Setting("max_pool_capacity", "MAX_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, most"),
     Setting("udp_data_buf_size", "UDP_DATA_BUF_SIZE", parse_integer, "BYTES", _POOL, "largest datagram"),
+    Setting("callers", "NODEPASS_CALLERS", parse_integer, "N", _POOL,
+            "server: callers on the tunnel port that are not known yet"),
     Setting("udp_read_timeout_s", "UDP_READ_TIMEOUT", parse_duration, "TIME", _TIMING, "wait for a datagram's reply"),
     Setting("report_interval_s", "REPORT_INTERVAL", parse_duration, "TIME", _TIMING, "between two keep-alives"),
     Setting("reload_interval_s", "RELOAD_INTERVAL", parse_duration, "TIME", _TIMING, "between looks at crt and key"),
     Setting("service_cooldown_s", "SERVICE_COOLDOWN", parse_duration, "TIME", _TIMING, "longest pause before a retry"),
     Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
     Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
+    Setting("connect_timeout_s", "NODEPASS_CONNECT_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: a dial of the server"),
+    Setting("target_timeout_s", "NODEPASS_TARGET_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: a dial of the target"),
+    Setting("first_line_timeout_s", "NODEPASS_FIRST_LINE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: wait for the server's first line"),
+    Setting("opening_timeout_s", "NODEPASS_OPENING_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "server: for a caller that has begun to say what it is; client: for the welcome"),
+    Setting("caller_timeout_s", "NODEPASS_CALLER_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "server: for a caller that is silent and proves nothing"),
+    Setting("tls_handshake_timeout_s", "NODEPASS_TLS_HANDSHAKE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "a TLS handshake"),
+    Setting("id_timeout_s", "NODEPASS_ID_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: wait for a data connection's id; server: for its acknowledgement by a v1 client"),
+    Setting("pool_wait_s", "NODEPASS_POOL_WAIT", parse_duration, "TIME", _DEADLINES,
+            "a user waits for a data connection, and a launch for the one it names"),
+    Setting("half_closed_timeout_s", "NODEPASS_HALF_CLOSED_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "silence of an exchange that has ended in one direction"),
+    Setting("idle_timeout_s", "NODEPASS_IDLE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "silence of an exchange in both directions; 0: for ever"),
+    Setting("drain_linger_s", "NODEPASS_DRAIN_LINGER", parse_duration, "TIME", _DEADLINES,
+            "wait for the peer's end behind our last word"),
+    Setting("dead_intervals", "NODEPASS_DEAD_INTERVALS", parse_integer, "N", _DEADLINES,
+            "keep-alive intervals of silence after which a control channel is dead"),
+    Setting("dead_timeout_s", "NODEPASS_DEAD_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: and at least that long, towards a v1 server"),
+    Setting("keepalive_idle_s", "NODEPASS_KEEPALIVE_IDLE", parse_duration, "TIME", _SOCKETS,
+            "silence before the first TCP keepalive"),
+    Setting("keepalive_interval_s", "NODEPASS_KEEPALIVE_INTERVAL", parse_duration, "TIME", _SOCKETS,
+            "between two TCP keepalives without an answer"),
+    Setting("keepalive_count", "NODEPASS_KEEPALIVE_COUNT", parse_integer, "N", _SOCKETS,
+            "TCP keepalives without an answer that end a connection"),
+    Setting("tcp_user_timeout_s", "NODEPASS_TCP_USER_TIMEOUT", parse_duration, "TIME", _SOCKETS,
+            "bytes of a control channel without an acknowledgement end it"),
 )
 LATER_KEYS = frozenset(("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "sni", "notcp",
                         "noudp", "type", "quic", "pool"))
@@ -271,7 +309,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
         return ", an option of the command line only"
     if name in LATER_KEYS:
         return ", which belongs to a later NodePass release"
-    return did_you_mean(name, known) or f"; allowed: {', '.join(known)}"
+    return did_you_mean(name, known) or "; nodepass --help shows all of them"
 
 
 def _merge(
@@ -299,6 +337,7 @@ def _merge(
 def _make_config(name: str, url: TunnelURL, given: Mapping[str, Entry], warnings: list[str]) -> Config:
     values = {BY_NAME[each].field: _convert(BY_NAME[each], entry) for each, entry in given.items() if each != "url"}
     sources = {each: entry.source for each, entry in given.items()}
+    values["limits"] = Limits(**{field: values.pop(field) for field in _LIMITS if field in values})
     config = Config(role=url.role, tunnel=url.tunnel, target=url.target, name=name, sources=sources, **values)
     if config.crt and config.tls == 0:
         warnings.append(f"crt and key are not used, as tls is 0 [from {config.source('tls')}]: nothing is encrypted")
@@ -322,7 +361,7 @@ def show(configs: Iterable[Config]) -> str:
 def _show_one(config: Config) -> str:
     lines = [f"[tunnel {config.name}]\n"] if config.name else []
     for setting in SETTINGS:
-        value, source = getattr(config, setting.field), config.source(setting.name)
+        value, source = config.value(setting.field), config.source(setting.name)
         if value is None:
             lines.append(configfile.format_line(f"# {setting.name} =", f"{source}: {setting.unset}"))
         else:

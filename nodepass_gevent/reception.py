@@ -28,7 +28,6 @@ from .wire import Bye, Need, Ping
 
 log = logging.getLogger(__name__)
 
-DEAD_AFTER = 3  # ping intervals of silence
 CAPABILITIES = frozenset((opening.NEED,))
 SPEAKS = "it speaks"  # the verdict on a caller that is not silent
 
@@ -169,7 +168,7 @@ class Reception:
             pool,
             self._count_signals(),
             ping_interval_s=self._config.report_interval_s,
-            silence_s=lambda: DEAD_AFTER * interval_s,
+            silence_s=lambda: self._limits.dead_intervals * interval_s,
         )
         client = Client(2, key, stream, session, pool)
         id = self._clients.admit(client)

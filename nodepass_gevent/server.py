@@ -38,7 +38,7 @@ class Server:
         self.counters = Counters()
         self.exchanges = Pool(config.semaphore_limit)
         self._certificate = tls.ServerCertificate(config.crt, config.key) if config.tls else None
-        self._clients = Clients(config.limits.user_timeout_s)
+        self._clients = Clients(config.limits.tcp_user_timeout_s)
         self._reception = Reception(config, self._certificate, self._clients, self.counters)
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool

@@ -295,7 +295,7 @@ def free_port():
 
 
 def test_a_server_that_pinged_and_falls_silent_is_declared_dead(server):
-    server.run(control_dead_s=0.5).greet()
+    server.run(dead_timeout_s=0.5).greet()
     server.say(b"\n")
     gevent.sleep(0.001)  # its interval
     server.say(b"\n")
@@ -305,7 +305,7 @@ def test_a_server_that_pinged_and_falls_silent_is_declared_dead(server):
 
 
 def test_a_server_with_long_intervals_is_given_three_of_them(server):
-    server.run(control_dead_s=0.01).greet()
+    server.run(dead_timeout_s=0.01).greet()
     for _ in range(3):
         server.say(b"\n")
         gevent.sleep(0.1)
@@ -314,7 +314,7 @@ def test_a_server_with_long_intervals_is_given_three_of_them(server):
 
 
 def test_a_server_that_never_pings_is_believed(server):
-    server.run(control_dead_s=0.001).greet()
+    server.run(dead_timeout_s=0.001).greet()
     data = server.join(b"0123abcd")
     gevent.sleep(0.05)
     server.say(b"//0123abcd#1\n")

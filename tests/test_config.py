@@ -12,6 +12,11 @@ def server(**values):
     return Config(role="server", tunnel=TUNNEL, target=TARGET, **values)
 
 
+def of_server(field, value, **values):
+    """Set one field, which may be a limit."""
+    return server(**({"limits": Limits(**{field: value})} if hasattr(Limits, field) else {field: value}), **values)
+
+
 def client(**values):
     return Config(role="client", tunnel=TUNNEL, target=TARGET, **values)
 
@@ -48,6 +53,7 @@ def test_a_config_cannot_be_changed_but_replaced():
         config.tls = 1
     short = dataclasses.replace(config, limits=dataclasses.replace(config.limits, pool_wait_s=0.1))
     assert short.limits == Limits(pool_wait_s=0.1)
+    assert short.value("pool_wait_s") == 0.1
     assert short != config
 
 
@@ -70,18 +76,66 @@ def test_a_config_names_its_tunnel_by_a_url():
         ("reload_interval_s", 0.01, 31536000),
         ("service_cooldown_s", 0.001, 86400),
         ("shutdown_timeout_s", 0, 86400),
+        ("connect_timeout_s", 0.001, 86400),
+        ("target_timeout_s", 0.001, 86400),
+        ("first_line_timeout_s", 0.001, 86400),
+        ("opening_timeout_s", 0.001, 86400),
+        ("caller_timeout_s", 0.001, 86400),
+        ("tls_handshake_timeout_s", 0.001, 86400),
+        ("id_timeout_s", 0.001, 86400),
+        ("pool_wait_s", 0.001, 86400),
+        ("half_closed_timeout_s", 0.001, 86400),
+        ("idle_timeout_s", 0, 31536000),
+        ("drain_linger_s", 0.001, 86400),
+        ("dead_intervals", 1, 1000),
+        ("dead_timeout_s", 0.001, 86400),
+        ("callers", 1, 65536),
+        ("keepalive_idle_s", 1, 32767),
+        ("keepalive_interval_s", 1, 32767),
+        ("keepalive_count", 1, 127),
+        ("tcp_user_timeout_s", 0.001, 86400),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_source_and_the_range(field, least, most):
     name = setting_name(field)
     for value in (least, most):
-        assert getattr(server(**{field: value}), field) == value
+        assert of_server(field, value).value(field) == value
     for value in (least - 0.0005 if field.endswith("_s") else least - 1, most + 1):
         with pytest.raises(ConfigError) as caught:
-            server(**{field: value}, sources={name: "environment variable X"})
+            of_server(field, value, sources={name: "environment variable X"})
         allowed = f"{setting_text(field, least)} to {setting_text(field, most)}"
         value_text = setting_text(field, value)
         assert str(caught.value) == f"{name}: '{value_text}' is not within {allowed} [from environment variable X]"
+
+
+@pytest.mark.parametrize("field", ["keepalive_idle_s", "keepalive_interval_s"])
+def test_a_keepalive_is_in_whole_seconds(field):
+    with pytest.raises(ConfigError) as caught:
+        of_server(field, 1.5)
+    assert str(caught.value) == f"{setting_name(field)}: '1.5s' is not a whole number of seconds [from default]"
+
+
+def test_the_default_limits_are_those_of_the_protocol():
+    assert dataclasses.asdict(Limits()) == {
+        "connect_timeout_s": 5,
+        "target_timeout_s": 5,
+        "first_line_timeout_s": 30,
+        "opening_timeout_s": 5,
+        "caller_timeout_s": 10,
+        "tls_handshake_timeout_s": 5,
+        "id_timeout_s": 10,
+        "pool_wait_s": 10,
+        "half_closed_timeout_s": 60,
+        "idle_timeout_s": 0,
+        "drain_linger_s": 2,
+        "dead_intervals": 3,
+        "dead_timeout_s": 15,
+        "callers": 64,
+        "keepalive_idle_s": 20,
+        "keepalive_interval_s": 8,
+        "keepalive_count": 3,
+        "tcp_user_timeout_s": 20,
+    }
 
 
 @pytest.mark.parametrize(("least", "most"), [(0, 1), (1, 65537), (65537, 65537), (17, 16)])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodepass_gevent import options
-from nodepass_gevent.config import Address, Config
+from nodepass_gevent.config import Address, Config, Limits
 from nodepass_gevent.errors import ConfigError
 
 fuzz = settings(max_examples=300, deadline=None, database=None)
@@ -60,6 +60,24 @@ TEXTS = {  # a value other than the default, as written and in Config
     "service-cooldown": ("12s", 12),
     "shutdown-timeout": ("0", 0),
     "log": ("warn", "warn"),
+    "callers": ("13", 13),
+    "connect-timeout": ("1ms", 0.001),
+    "target-timeout": ("2ms", 0.002),
+    "first-line-timeout": ("3ms", 0.003),
+    "opening-timeout": ("4ms", 0.004),
+    "caller-timeout": ("6ms", 0.006),
+    "tls-handshake-timeout": ("7ms", 0.007),
+    "id-timeout": ("8ms", 0.008),
+    "pool-wait": ("11ms", 0.011),
+    "half-closed-timeout": ("1h", 3600),
+    "idle-timeout": ("12h", 43200),
+    "drain-linger": ("14ms", 0.014),
+    "dead-intervals": ("15", 15),
+    "dead-timeout": ("16s", 16),
+    "keepalive-idle": ("17s", 17),
+    "keepalive-interval": ("18s", 18),
+    "keepalive-count": ("19", 19),
+    "tcp-user-timeout": ("21s", 21),
 }
 PARTNER = {"crt": "key", "key": "crt"}  # refused one without the other
 # fmt: off
@@ -71,7 +89,7 @@ LATER_KEYS = ("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "bl
 
 
 def test_every_setting_of_config_is_in_the_table():
-    fields = {each.name for each in dataclasses.fields(Config)}
+    fields = {each.name for group in (Config, Limits) for each in dataclasses.fields(group)}
     settable = fields - {"role", "tunnel", "target", "name", "limits", "sources"}
     assert {setting.field for setting in options.SETTINGS} == settable | {"url"}
     assert set(TEXTS) == set(options.BY_NAME) - {"url"}
@@ -80,16 +98,7 @@ def test_every_setting_of_config_is_in_the_table():
 def test_environment_names_are_the_original_ones_or_have_the_prefix():
     own = [s for s in options.SETTINGS if s.env.startswith("NODEPASS_")]
     assert sorted(s.env for s in options.SETTINGS if s not in own) == sorted(ORIGINAL_NAMES)
-    assert {s.name: s.env for s in own} == {
-        "url": "NODEPASS_URL",
-        "network": "NODEPASS_NETWORK",
-        "protocol": "NODEPASS_PROTOCOL",
-        "data-port": "NODEPASS_DATA_PORT",
-        "tls": "NODEPASS_TLS",
-        "crt": "NODEPASS_CRT",
-        "key": "NODEPASS_KEY",
-        "log": "NODEPASS_LOG",
-    }
+    assert all(s.env == "NODEPASS_" + s.name.upper().replace("-", "_") for s in own)
 
 
 def query(texts):
@@ -115,7 +124,7 @@ def test_every_setting_comes_from_every_source(name, source, write):
     else:
         path, label = write("".join(f"{key} = {each}\n" for key, each in texts.items()))
         config, named = parse_one("-c", path, URL), f"{label}:1"
-    assert getattr(config, options.BY_NAME[name].field) == value
+    assert config.value(options.BY_NAME[name].field) == value
     assert config.source(name) == named
     assert config.source("url") == "command line"
 
@@ -258,7 +267,7 @@ def test_a_file_without_a_url_is_refused(write):
         ([URL + "?tsl=1"], {}, "unknown key 'tsl' (did you mean 'tls'?) [from URL query]"),
         ([URL + "?TLS=1"], {}, "unknown key 'TLS' (did you mean 'tls'?) [from URL query]"),
         ([URL + "?semaphor_limit=1"], {}, "unknown key 'semaphor_limit' (did you mean 'semaphore-limit'?)"),
-        ([URL + "?zz=1"], {}, "unknown key 'zz'; allowed: network, protocol, data-port, tls, crt, key, "),
+        ([URL + "?zz=1"], {}, "unknown key 'zz'; nodepass --help shows all of them [from URL query]"),
         ([URL + "?url=x"], {}, "unknown key 'url'"),
         ([URL + "?config=x"], {}, "unknown key 'config', an option of the command line only [from URL query]"),
         ([URL + "?tls=1&tls=1"], {}, "tls: given twice; first in URL query [from URL query]"),
@@ -428,8 +437,8 @@ def test_the_help_shows_every_option_with_environment_default_and_choices():
     for setting in options.SETTINGS:
         assert f"--{setting.name} {setting.metavar} " in text
         assert f"(environment: {setting.env}, default: {setting.default})" in text
-    for group in ("addresses and mode:", "TLS:", "pool and limits:", "timing:", "logs:", "configuration:"):
-        assert group in text
+    for group in (*dict.fromkeys(setting.group for setting in options.SETTINGS), "configuration"):
+        assert f" {group}: " in text
     for part in ("--log debug|info|warn|error|fatal", "--tls 0|1|2", "default: 1h0m0s)", "default: any free one)"):
         assert part in text
     assert "goo.gl" not in text
@@ -452,12 +461,30 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "min-pool-capacity = 16                   # default",
         "max-pool-capacity = 1024                 # default",
         "udp-data-buf-size = 8192                 # default",
+        "callers = 64                             # default",
         "udp-read-timeout = 5s                    # default",
         f"report-interval = 1m0s                   # {label}:1",
         "reload-interval = 1h0m0s                 # default",
         "service-cooldown = 5s                    # default",
         "shutdown-timeout = 5s                    # default",
         "log = warn                               # command line",
+        "connect-timeout = 5s                     # default",
+        "target-timeout = 5s                      # default",
+        "first-line-timeout = 30s                 # default",
+        "opening-timeout = 5s                     # default",
+        "caller-timeout = 10s                     # default",
+        "tls-handshake-timeout = 5s               # default",
+        "id-timeout = 10s                         # default",
+        "pool-wait = 10s                          # default",
+        "half-closed-timeout = 1m0s               # default",
+        "idle-timeout = 0s                        # default",
+        "drain-linger = 2s                        # default",
+        "dead-intervals = 3                       # default",
+        "dead-timeout = 15s                       # default",
+        "keepalive-idle = 20s                     # default",
+        "keepalive-interval = 8s                  # default",
+        "keepalive-count = 3                      # default",
+        "tcp-user-timeout = 20s                   # default",
     ]
 
 
