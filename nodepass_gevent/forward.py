@@ -218,7 +218,8 @@ class Egress:
 def _relay(id: bytes, user_side: Transport, target_side: Transport, config: Config, counters: Counters) -> None:
     """Copy both ways, count, and pass a failure of one side on to the other as a reset."""
     started = time.monotonic()
-    outcome = relay.exchange(user_side, target_side, config.limits.half_closed_timeout_s)
+    limits = config.limits
+    outcome = relay.exchange(user_side, target_side, limits.half_closed_timeout_s, limits.idle_timeout_s)
     counters.bytes_up += outcome.a_to_b
     counters.bytes_down += outcome.b_to_a
     if outcome.error is not None:

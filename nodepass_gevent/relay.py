@@ -22,6 +22,7 @@ BUFFER = 65536  # bytes; one read
 BULKY = 3  # full reads in a row that make a flow bulky
 PIPE = 262144  # bytes; what one splice moves
 SMALL, SMALL_IN_A_ROW = (16384, 16)  # bytes and moves after which a bulky flow gives its pipe back
+LOOKS = 4  # at the counters within the time that an exchange may be silent: bytes cost no timer
 MAX_PIPES = 64  # kept ready: 128 descriptors and, while they hold bytes, 16 MiB
 
 _buffer = memoryview(bytearray(BUFFER))
@@ -219,49 +220,76 @@ class _Flow:
         self._move = self._copy
 
 
+class _Silence:
+    """Calls ``end`` when nothing has moved for ``timeout_s``, or up to one LOOKS-th of it later."""
+
+    def __init__(self, flows: tuple[_Flow, ...], timeout_s: float, end: Callable[[], None]) -> None:
+        self._flows, self._end = flows, end
+        self._moved = self._count()
+        self._quiet_looks = 0
+        self._timer = gevent.get_hub().loop.timer(timeout_s / LOOKS, timeout_s / LOOKS)
+        self._timer.start(self._look)
+
+    def close(self) -> None:
+        self._timer.stop()
+        self._timer.close()
+
+    def _count(self) -> int:
+        return sum(flow.moved for flow in self._flows)
+
+    def _look(self) -> None:
+        moved = self._count()
+        self._quiet_looks = self._quiet_looks + 1 if moved == self._moved else 0
+        self._moved = moved
+        if self._quiet_looks >= LOOKS:
+            self._end()
+
+
 class _Exchange:
     """Both flows, and the greenlet that waits for their end."""
 
-    def __init__(self, a: Transport, b: Transport, half_closed_timeout_s: float) -> None:
+    def __init__(self, a: Transport, b: Transport, half_closed_timeout_s: float, idle_timeout_s: float) -> None:
         self._flows = _Flow(a, b, self._done), _Flow(b, a, self._done)
         self._ended = Waiter()
         self._half_closed_timeout_s = half_closed_timeout_s
-        self._timer: Any = None  # runs while one direction has ended and the other has not
-        self._moved_before = 0
+        self._idle_timeout_s = idle_timeout_s
+        self._half_closed: _Silence | None = None  # while one direction has ended and the other has not
+        self._idle: _Silence | None = None
 
     def run(self) -> Outcome:
         there, back = self._flows
         try:
             there.start()
             back.start()
+            if self._idle_timeout_s:
+                self._idle = _Silence(self._flows, self._idle_timeout_s, self._end_idle)
             error = self._ended.get()
         finally:
             there.stop()
             back.stop()
-            if self._timer is not None:
-                self._timer.stop()
-                self._timer.close()
+            for silence in (self._half_closed, self._idle):
+                if silence is not None:
+                    silence.close()
         return Outcome(there.moved, back.moved, error)
 
     def _done(self, error: Exception | None) -> None:
         if error is not None or all(flow.ended for flow in self._flows):
             if not self._ended.ready():
                 self._ended.switch(error)
-        elif self._timer is None:
-            every_s = self._half_closed_timeout_s
-            self._timer = gevent.get_hub().loop.timer(every_s, every_s)
-            self._timer.start(self._check_half_closed)
+        elif self._half_closed is None:
+            self._half_closed = _Silence(self._flows, self._half_closed_timeout_s, self._end_half_closed)
 
-    def _check_half_closed(self) -> None:
-        moved = sum(flow.moved for flow in self._flows)
-        if moved == self._moved_before:
-            self._done(TimeoutError(f"half-closed and idle for {self._half_closed_timeout_s:g} s"))
-        self._moved_before = moved
+    def _end_half_closed(self) -> None:
+        self._done(TimeoutError(f"half-closed and idle for {self._half_closed_timeout_s:g} s"))
+
+    def _end_idle(self) -> None:
+        self._done(TimeoutError(f"idle for {self._idle_timeout_s:g} s"))
 
 
-def exchange(a: Transport, b: Transport, half_closed_timeout_s: float) -> Outcome:
+def exchange(a: Transport, b: Transport, half_closed_timeout_s: float, idle_timeout_s: float = 0) -> Outcome:
     """Copy both ways until both sides have ended, or one fails; the caller closes both.
 
-    Half-closed, an exchange in which nothing moves for ``half_closed_timeout_s`` ends with TimeoutError.
+    An exchange in which nothing moves for ``idle_timeout_s`` (0: no limit), or, half-closed, for
+    ``half_closed_timeout_s``, ends with TimeoutError.
     """
-    return _Exchange(a, b, half_closed_timeout_s).run()
+    return _Exchange(a, b, half_closed_timeout_s, idle_timeout_s).run()

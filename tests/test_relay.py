@@ -5,6 +5,7 @@ import hashlib
 import os
 import random
 import socket
+import time
 
 import gevent
 import pytest
@@ -23,10 +24,10 @@ MIB = 1 << 20
 class Exchange:
     """A running exchange between a user and a target; ``a`` and ``b`` are the relay's own ends."""
 
-    def __init__(self, kinds, half_closed_timeout_s):
+    def __init__(self, kinds, *timeouts):
         self.a, self.user = transports(kinds[0])
         self.b, self.target = transports(kinds[1])
-        self.greenlet = gevent.spawn(relay.exchange, self.a, self.b, half_closed_timeout_s)
+        self.greenlet = gevent.spawn(relay.exchange, self.a, self.b, *timeouts)
 
     def directions(self):
         return (self.user, self.target), (self.target, self.user)
@@ -44,8 +45,8 @@ class Exchange:
 def start(no_leaks):
     with contextlib.ExitStack() as stack, bounded(20):
 
-        def make(kinds=("plain", "plain"), half_closed_timeout_s=NEVER_S):
-            exchange = Exchange(kinds, half_closed_timeout_s)
+        def make(kinds=("plain", "plain"), half_closed_timeout_s=NEVER_S, idle_timeout_s=0):
+            exchange = Exchange(kinds, half_closed_timeout_s, idle_timeout_s)
             stack.callback(exchange.close)
             return exchange
 
@@ -278,6 +279,43 @@ def test_an_open_exchange_may_be_silent(start):
     timed_out.user.shutdown_write()
     assert isinstance(timed_out.outcome().error, TimeoutError)
     assert not idle.greenlet.ready()
+
+
+def test_an_exchange_in_which_nothing_moves_ends_where_there_is_a_limit(start):
+    for kinds in KINDS:
+        started = time.monotonic()
+        exchange = start(kinds, idle_timeout_s=0.02)
+        *counts, error = exchange.outcome()
+        assert time.monotonic() - started >= 0.02
+        assert counts == [0, 0]
+        assert isinstance(error, TimeoutError) and str(error) == "idle for 0.02 s"
+
+
+@pytest.mark.parametrize("direction", [0, 1])
+def test_bytes_in_one_direction_are_enough_to_be_no_idle_exchange(start, direction):
+    moving, idle = start(idle_timeout_s=0.2), start(idle_timeout_s=0.2)
+    sender, receiver = moving.directions()[direction]
+    while not idle.greenlet.ready():
+        sender.sendall(b"x")
+        assert receiver.recv(1) == b"x"
+        gevent.sleep(0.01)
+    assert not moving.greenlet.ready()
+
+
+def test_a_stalled_exchange_is_idle(start):
+    exchange = start(idle_timeout_s=0.1)
+    push_until_blocked(exchange.user, bytes(16 * MIB))
+    assert isinstance(exchange.outcome().error, TimeoutError)
+
+
+def test_an_idle_limit_costs_no_timer_per_byte(start):
+    exchange = start(idle_timeout_s=NEVER_S)
+    gevent.sleep(0)
+    watching = gevent.get_hub().loop.activecnt
+    for _ in range(100):
+        exchange.user.sendall(b"x")
+        assert exchange.target.recv(1) == b"x"
+    assert gevent.get_hub().loop.activecnt == watching
 
 
 @pytest.mark.parametrize("moment", ["idle", "half-closed", "stalled"])
