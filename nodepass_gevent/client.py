@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 import gevent
-from gevent.pool import Pool
 
 from . import net, opening, tls, wire
 from .config import Config, Limits
+from .crew import Crew
 from .errors import PolicyError, ProtocolError
 from .forward import Egress
 from .metrics import Counters
@@ -32,7 +32,7 @@ class Client:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.counters = Counters()
-        self.exchanges = Pool(config.semaphore_limit)
+        self.exchanges = Crew(config.semaphore_limit)
 
     def __str__(self) -> str:
         return f"client of {self.config.tunnel}"

@@ -4,35 +4,70 @@ from collections.abc import Callable
 
 import gevent
 from gevent.hub import Waiter
-from gevent.pool import Group
+from gevent.pool import Pool
 
 SPARE = 64  # greenlets that wait for work, at most
 
+Work = tuple[Callable[..., object] | None, tuple]  # nothing to do: the greenlet ends
+
 
 class Crew:
-    """Runs functions, each in a greenlet that is its own until it returns. They must not raise."""
+    """Runs functions, each in a greenlet that is its own until it returns; ``limit`` of them at once (None: no limit).
 
-    def __init__(self) -> None:
-        self._greenlets = Group()
+    They must not raise.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        self._greenlets = Pool(limit)
         self._spare: list[Waiter] = []
+        self._spares = SPARE  # that many may wait
         self._killed = False
 
+    def __len__(self) -> int:
+        """Count those that run."""
+        return len(self._greenlets) - len(self._spare)
+
+    def full(self) -> bool:
+        """Whether ``spawn`` would wait."""
+        return not self._spare and self._greenlets.full()
+
+    def free_count(self) -> int:
+        """Count those that may be spawned without a wait."""
+        return len(self._spare) + self._greenlets.free_count()
+
+    def wait_available(self) -> None:
+        """Wait until there is room for one."""
+        if not self._spare:
+            self._greenlets.wait_available()
+
     def spawn(self, function: Callable[..., object], *args: object) -> None:
-        """Start ``function(*args)`` soon; never blocks."""
+        """Start ``function(*args)`` soon; waits for room when there is none."""
         if self._spare:
-            gevent.get_hub().loop.run_callback(self._spare.pop().switch, (function, args))
+            self._wake((function, args))
         else:
-            self._greenlets.spawn(self._work, function, args)
+            self._greenlets.spawn(self._work, (function, args))
 
-    def kill(self) -> None:
-        """End all of them soon, and start no more."""
+    def join(self, timeout_s: float) -> None:
+        """Wait until none runs, for ``timeout_s`` at most; from now on greenlets end with what they do."""
+        self._spares = 0
+        while self._spare:
+            self._wake((None, ()))
+        self._greenlets.join(timeout_s)
+
+    def kill(self, *, block: bool = True) -> None:
+        """End all of them, and start no more."""
         self._killed = True
-        self._greenlets.kill(block=False)
+        self._spare.clear()
+        self._greenlets.kill(block=block)
 
-    def _work(self, function: Callable[..., object], args: tuple) -> None:
-        while not self._killed:
+    def _wake(self, work: Work) -> None:
+        gevent.get_hub().loop.run_callback(self._spare.pop().switch, work)
+
+    def _work(self, work: Work) -> None:
+        function, args = work
+        while function and not self._killed:
             function(*args)
-            if len(self._spare) >= SPARE:
+            if len(self._spare) >= self._spares or self._greenlets.full():  # a spawn may wait for this one's place
                 return
             waiter = Waiter()
             self._spare.append(waiter)

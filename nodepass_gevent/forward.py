@@ -14,6 +14,7 @@ from gevent.pool import Pool
 
 from . import relay, wire
 from .config import Config
+from .crew import Crew
 from .errors import ConnectError, NodePassError, TunnelError
 from .metrics import Counters
 from .net import Endpoint, connect, resolve
@@ -55,7 +56,7 @@ class Link(Protocol):
 class Ingress:
     """Users of the public port. ``link(timeout_s)`` waits for a peer, or raises NoDataConnection."""
 
-    def __init__(self, link: Callable[[float], Link], exchanges: Pool, config: Config, counters: Counters) -> None:
+    def __init__(self, link: Callable[[float], Link], exchanges: Crew, config: Config, counters: Counters) -> None:
         self._link = link
         self._exchanges = exchanges
         self._config = config
@@ -140,7 +141,7 @@ class Ingress:
 class Egress:
     """Launches of one session, each brought to the target; beyond the limit they wait, and none is lost."""
 
-    def __init__(self, pool: ById, exchanges: Pool, config: Config, counters: Counters) -> None:
+    def __init__(self, pool: ById, exchanges: Crew, config: Config, counters: Counters) -> None:
         self._pool = pool
         self._exchanges = exchanges
         self._config = config

@@ -221,7 +221,7 @@ class DialingPool:
     def close(self) -> None:
         """Reset what is idle, end the dials; whoever waits is told PoolClosed."""
         self._closed = True
-        self._dials.kill()
+        self._dials.kill(block=False)
         self._idle.reset_all()
         self._forget_ended()
         self._forget_ended()

@@ -11,6 +11,8 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import gevent
@@ -65,11 +67,15 @@ class Pipes:
 pipes = Pipes(MAX_PIPES)
 
 
+def _nobody(_error: Exception | None) -> None:
+    """Tell nobody: the exchange is over."""
+
+
 class _Flow:
     """One direction: what ``source`` says, ``sink`` gets."""
 
     __slots__ = (
-        "_calm", "_done", "_ending", "_full", "_held", "_move", "_pipe", "_rest", "_writer",
+        "_calm", "_done", "_ending", "_full", "_held", "_pipe", "_rest", "_writer",
         "ended", "moved", "sink", "source",
     )  # fmt: skip
 
@@ -83,7 +89,6 @@ class _Flow:
         self._calm = 0  # small splices in a row
         self._held = 0  # bytes in the pipe
         self._pipe: tuple[int, int] | None = None
-        self._move = self._copy
         self._writer: Any = None  # made when the sink first has to be waited for
 
     def start(self) -> None:
@@ -97,6 +102,7 @@ class _Flow:
             self._writer.stop()
             self._writer.close()
         self._drop_pipe()
+        self._done = _nobody  # who holds this flow, and would live on with it until the next garbage collection
 
     def _guard(self, step: Callable[[], None]) -> None:
         """Run one step in the event loop, which must not see an exception."""
@@ -108,7 +114,7 @@ class _Flow:
             self._done(exc)
 
     def _on_readable(self) -> None:
-        while self._move() and self.source.buffered:
+        while (self._splice() if self._pipe else self._copy()) and self.source.buffered:
             pass
 
     def _on_writable(self) -> None:
@@ -176,11 +182,8 @@ class _Flow:
     def _start_splicing(self) -> None:
         self._full = self._calm = 0
         if type(self.source) is Stream and type(self.sink) is Stream and hasattr(os, "splice"):
-            try:
+            with suppress(OSError):  # out of descriptors: copying needs none
                 self._pipe = pipes.take()
-            except OSError:  # out of descriptors: copying needs none
-                return
-            self._move = self._splice
 
     def _splice(self) -> bool:
         """Move one pipeful, as ``_copy`` does with the buffer."""
@@ -217,73 +220,82 @@ class _Flow:
             pipes.give_back(self._pipe, self._held)
             self._pipe = None
             self._held = 0
-        self._move = self._copy
 
 
-class _Silence:
-    """Calls ``end`` when nothing has moved for ``timeout_s``, or up to one LOOKS-th of it later."""
+class _Silences:
+    """Ends each exchange in which nothing moves for ``timeout_s``, or up to one LOOKS-th of it later.
 
-    def __init__(self, flows: tuple[_Flow, ...], timeout_s: float, end: Callable[[], None]) -> None:
-        self._flows, self._end = flows, end
-        self._moved = self._count()
-        self._quiet_looks = 0
-        self._timer = gevent.get_hub().loop.timer(timeout_s / LOOKS, timeout_s / LOOKS)
-        self._timer.start(self._look)
+    One timer looks at the counters of all: neither a byte nor an exchange costs one.
+    """
 
-    def close(self) -> None:
-        self._timer.stop()
-        self._timer.close()
+    def __init__(self, timeout_s: float, what: str) -> None:
+        self._what = f"{what} for {timeout_s:g} s"
+        self._looked_at: dict[_Exchange, tuple[int, int]] = {}  # bytes moved, and looks since they last did
+        self._timer = gevent.get_hub().loop.timer(timeout_s / LOOKS, timeout_s / LOOKS, ref=False)
 
-    def _count(self) -> int:
-        return sum(flow.moved for flow in self._flows)
+    def add(self, exchange: "_Exchange") -> None:
+        if not self._looked_at:
+            self._timer.start(self._look)
+        self._looked_at[exchange] = exchange.moved, 0
+
+    def remove(self, exchange: "_Exchange") -> None:
+        self._looked_at.pop(exchange, None)
 
     def _look(self) -> None:
-        moved = self._count()
-        self._quiet_looks = self._quiet_looks + 1 if moved == self._moved else 0
-        self._moved = moved
-        if self._quiet_looks >= LOOKS:
-            self._end()
+        if not self._looked_at:
+            self._timer.stop()
+        for exchange, (moved_before, looks) in list(self._looked_at.items()):
+            moved = exchange.moved
+            looks = looks + 1 if moved == moved_before else 0
+            self._looked_at[exchange] = moved, looks
+            if looks > LOOKS:  # the first may have come right after the last byte
+                exchange.end(TimeoutError(self._what))
+
+
+_silences = lru_cache(64)(_Silences)  # by timeout
 
 
 class _Exchange:
     """Both flows, and the greenlet that waits for their end."""
 
-    def __init__(self, a: Transport, b: Transport, half_closed_timeout_s: float, idle_timeout_s: float) -> None:
-        self._flows = _Flow(a, b, self._done), _Flow(b, a, self._done)
-        self._ended = Waiter()
-        self._half_closed_timeout_s = half_closed_timeout_s
-        self._idle_timeout_s = idle_timeout_s
-        self._half_closed: _Silence | None = None  # while one direction has ended and the other has not
-        self._idle: _Silence | None = None
+    __slots__ = ("_ended", "_flows", "_half_closed")
 
-    def run(self) -> Outcome:
+    def __init__(self, a: Transport, b: Transport, half_closed_timeout_s: float) -> None:
+        self._flows = _Flow(a, b, self.end), _Flow(b, a, self.end)
+        self._ended = Waiter()
+        self._half_closed: _Silences = _silences(half_closed_timeout_s, "half-closed and idle")
+
+    @property
+    def moved(self) -> int:
+        """Bytes moved in both directions."""
         there, back = self._flows
+        return there.moved + back.moved
+
+    def run(self, idle_timeout_s: float) -> Outcome:
+        there, back = self._flows
+        idle: _Silences | None = _silences(idle_timeout_s, "idle") if idle_timeout_s else None
         try:
             there.start()
             back.start()
-            if self._idle_timeout_s:
-                self._idle = _Silence(self._flows, self._idle_timeout_s, self._end_idle)
+            if idle:
+                idle.add(self)
             error = self._ended.get()
         finally:
             there.stop()
             back.stop()
-            for silence in (self._half_closed, self._idle):
-                if silence is not None:
-                    silence.close()
+            self._half_closed.remove(self)
+            if idle:
+                idle.remove(self)
         return Outcome(there.moved, back.moved, error)
 
-    def _done(self, error: Exception | None) -> None:
-        if error is not None or all(flow.ended for flow in self._flows):
+    def end(self, error: Exception | None) -> None:
+        """Note that one flow has ended, or why both must."""
+        there, back = self._flows
+        if error is not None or (there.ended and back.ended):
             if not self._ended.ready():
                 self._ended.switch(error)
-        elif self._half_closed is None:
-            self._half_closed = _Silence(self._flows, self._half_closed_timeout_s, self._end_half_closed)
-
-    def _end_half_closed(self) -> None:
-        self._done(TimeoutError(f"half-closed and idle for {self._half_closed_timeout_s:g} s"))
-
-    def _end_idle(self) -> None:
-        self._done(TimeoutError(f"idle for {self._idle_timeout_s:g} s"))
+        else:
+            self._half_closed.add(self)
 
 
 def exchange(a: Transport, b: Transport, half_closed_timeout_s: float, idle_timeout_s: float = 0) -> Outcome:
@@ -292,4 +304,4 @@ def exchange(a: Transport, b: Transport, half_closed_timeout_s: float, idle_time
     An exchange in which nothing moves for ``idle_timeout_s`` (0: no limit), or, half-closed, for
     ``half_closed_timeout_s``, ends with TimeoutError.
     """
-    return _Exchange(a, b, half_closed_timeout_s, idle_timeout_s).run()
+    return _Exchange(a, b, half_closed_timeout_s).run(idle_timeout_s)

@@ -12,11 +12,12 @@ from dataclasses import replace
 from functools import partial
 
 import gevent
-from gevent.pool import Group, Pool
+from gevent.pool import Group
 
 from . import net, tls
 from .clients import Clients
 from .config import Address, Config
+from .crew import Crew
 from .forward import Ingress
 from .metrics import Counters
 from .reception import Reception
@@ -36,7 +37,7 @@ class Server:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.counters = Counters()
-        self.exchanges = Pool(config.semaphore_limit)
+        self.exchanges = Crew(config.semaphore_limit)
         self._certificate = tls.ServerCertificate(config.crt, config.key) if config.tls else None
         self._clients = Clients(config.limits.tcp_user_timeout_s)
         self._reception = Reception(config, self._certificate, self._clients, self.counters)

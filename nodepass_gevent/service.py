@@ -1,5 +1,6 @@
 """Running roles: start, pause, start again, drain, and the signals of the process. Knows no role by name."""
 
+import gc
 import logging
 import os
 import resource
@@ -11,10 +12,11 @@ from typing import Protocol
 import gevent
 from gevent import monkey
 from gevent.event import Event
-from gevent.pool import Group, Pool
+from gevent.pool import Group
 
 from . import log as log_lines
 from .config import Config
+from .crew import Crew
 from .errors import NodePassError, PolicyError, SessionLost
 from .metrics import Counters
 from .transport import reason
@@ -22,6 +24,7 @@ from .transport import reason
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
+GC_THRESHOLD = 20_000  # objects more than there were: a tunnel that grows, or a leak
 REPEAT_S = 60.0  # a reason that stays the same is logged that often
 HEALTHY_PER_PAUSE = 12  # a session that lived this many pauses ends the row: a minute at a pause of 5 s
 
@@ -31,7 +34,7 @@ class Role(Protocol):
 
     config: Config
     counters: Counters
-    exchanges: Pool
+    exchanges: Crew
 
     def run(self) -> None:
         """Work until something fails, and raise it."""
@@ -111,6 +114,7 @@ def run(roles: Sequence[Role]) -> int:
     if not monkey.is_module_patched("socket"):
         raise RuntimeError("gevent.monkey.patch_all() must run before a service starts")
     _raise_descriptor_limit()
+    _calm_garbage_collection()
     gevent.get_hub().print_exception = _log_exception
     services = [Service(role) for role in roles]
     stop = Event()
@@ -155,6 +159,13 @@ def _handle_signals(stop: Event, services: Sequence[Service]) -> None:
     gevent.signal_handler(signal.SIGTERM, end, signal.SIGTERM)
     gevent.signal_handler(signal.SIGINT, end, signal.SIGINT)
     gevent.signal_handler(signal.SIGHUP, hang_up)
+
+
+def _calm_garbage_collection() -> None:
+    """Look for cycles seldom, and not among what stays: exchanges leave none, and a full search holds up everybody."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
 
 
 def _raise_descriptor_limit() -> None:

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from gevent.pool import Pool
 from support import LIMITS, LOOPBACK, wait_until
 
 from nodepass_gevent.config import Address, Config
+from nodepass_gevent.crew import Crew
 from nodepass_gevent.metrics import Counters
 
 LIMIT = 2000  # bytes of a datagram here
@@ -41,7 +41,7 @@ class Side:
     def __init__(self, settings):
         self.config = configure(**settings)
         self.counters = Counters()
-        self.exchanges = Pool(self.config.semaphore_limit)
+        self.exchanges = Crew(self.config.semaphore_limit)
 
     def end(self):
         """End what is left."""

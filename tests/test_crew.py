@@ -1,7 +1,7 @@
 import gevent
 import pytest
 from gevent.event import Event
-from support import wait_until
+from support import bounded, wait_until
 
 from nodepass_gevent.crew import SPARE, Crew
 
@@ -62,6 +62,45 @@ def test_kill_ends_what_runs_and_starts_nothing_more(crew):
     gevent.idle()
     crew.spawn(started.append, 1)  # begins only in the next turn
     crew.kill()
-    gevent.idle()
     assert ended == [True, True]
     assert not started
+
+
+def test_beyond_the_limit_a_spawn_waits(spawn):
+    crew, gates, began = Crew(2), [Event(), Event(), Event()], []
+
+    def work(number):
+        began.append(number)
+        gates[number].wait()
+
+    crew.spawn(list)  # leaves a spare one behind
+    gevent.idle()
+    assert (len(crew), crew.free_count(), crew.full()) == (0, 2, False)
+    crew.spawn(work, 0)
+    crew.spawn(work, 1)
+    gevent.idle()
+    assert (len(crew), crew.free_count(), crew.full()) == (2, 0, True)
+    waits, spawns = spawn(crew.wait_available), spawn(crew.spawn, work, 2)
+    gevent.idle()
+    assert began == [0, 1]
+    assert not waits.ready()
+    gates[0].set()
+    waits.get(timeout=5)
+    spawns.get(timeout=5)
+    wait_until(lambda: began == [0, 1, 2])
+    crew.kill()
+    assert len(crew) == 0
+
+
+def test_join_waits_for_those_that_run_and_for_no_spare_one(crew):
+    gate = Event()
+    crew.spawn(list)
+    gevent.idle()
+    crew.spawn(list)
+    crew.spawn(gate.wait)
+    crew.join(0.01)
+    assert len(crew) == 1
+    gate.set()
+    with bounded():
+        crew.join(5)
+    assert len(crew) == 0

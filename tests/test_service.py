@@ -9,9 +9,9 @@ import sys
 import gevent
 import pytest
 from gevent.event import Event
-from gevent.pool import Pool
 
 from nodepass_gevent.config import Address, Config
+from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import ConnectError, PolicyError, SessionLost
 from nodepass_gevent.metrics import Counters
 from nodepass_gevent.service import Backoff, Service
@@ -25,7 +25,7 @@ class Failing:
     def __init__(self, *ends, cooldown_s=0.15):
         self.config = Config(**CONFIG, service_cooldown_s=cooldown_s)
         self.counters = Counters()
-        self.exchanges = Pool()
+        self.exchanges = Crew()
         self.ends = list(ends)
         self.works = Event()
         self.reloads = 0
@@ -137,9 +137,9 @@ SCRIPT = """
 import logging, resource, sys
 {patch}
 import gevent
-from gevent.pool import Pool
 from gevent.socket import wait_read
 from nodepass_gevent import log as lines, service
+from nodepass_gevent.crew import Crew
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import PolicyError
 from nodepass_gevent.metrics import Counters
@@ -147,7 +147,7 @@ from nodepass_gevent.metrics import Counters
 log = logging.getLogger("nodepass_gevent.script")
 
 class Role:
-    exchanges = Pool()
+    exchanges = Crew()
     counters = Counters()
     runs = 0
 
