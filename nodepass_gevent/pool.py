@@ -13,12 +13,13 @@ from gevent.event import AsyncResult, Event
 
 from .crew import Crew
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
-from .transport import Transport, reason
+from .transport import Transport, reason, soon
 
 log = logging.getLogger(__name__)
 
 ROUND_S = 1.0  # after each round the capacity follows the demand
 SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
+GATHER_S = 0.001  # dials in a batch cost both sides less: fewer wake-ups
 DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
 RETRY_MIN_S, RETRY_MAX_S = (0.05, 5.0)  # pause after a failed dial, doubled for each further one
 
@@ -65,9 +66,10 @@ class _Idle:
 class AcceptingPool:
     """Data connections that a peer dialled. Nothing may arrive on one before it is launched."""
 
-    def __init__(self, capacity: int, on_shortage: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, capacity: int, on_shortage: Callable[[int], None] = lambda takers: None) -> None:
         self.capacity = capacity
-        self._on_shortage = on_shortage  # a taker has to wait
+        self._on_shortage = on_shortage  # told, once a turn of the event loop, how many more takers have to wait
+        self._short = 0
         self._idle = _Idle(self._drop)
         self._takers: deque[AsyncResult] = deque()
         self._closed = Event()
@@ -109,13 +111,19 @@ class AcceptingPool:
             raise PoolClosed("the session has ended")
         taker = AsyncResult()
         self._takers.append(taker)
-        self._on_shortage()
+        self._short += 1
+        if self._short == 1:
+            soon(self._tell_shortage)
         try:
             with gevent.Timeout(timeout_s, NoDataConnection(f"no data connection within {timeout_s:g} s")):
                 return taker.get()
         except BaseException:
             self._give_up(taker)
             raise
+
+    def _tell_shortage(self) -> None:
+        self._short, takers = 0, self._short
+        self._on_shortage(takers)
 
     def _give_up(self, taker: AsyncResult) -> None:
         if taker in self._takers:
@@ -166,6 +174,7 @@ class DialingPool:
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
+        self._gathering = gevent.get_hub().loop.timer(GATHER_S, ref=False)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
         self._idle = _Idle(self._look)
@@ -193,7 +202,7 @@ class DialingPool:
         self._taken += 1
         if id in self._idle:
             transport = self._idle.pop(id)
-            self._fill()
+            self._fill_soon()
             return transport
         for ended in (self._ended, self._ended_before):
             if id in ended:
@@ -221,6 +230,8 @@ class DialingPool:
     def close(self) -> None:
         """Reset what is idle, end the dials; whoever waits is told PoolClosed."""
         self._closed = True
+        self._gathering.stop()
+        self._gathering.close()
         self._dials.kill(block=False)
         self._idle.reset_all()
         self._forget_ended()
@@ -230,6 +241,13 @@ class DialingPool:
 
     def _missing(self) -> int:
         return self.capacity + len(self._takers) - len(self._idle) - self._dialling
+
+    def _fill_soon(self) -> None:
+        """Dial for what is used, together with what else is used in this moment while there is enough left."""
+        if 2 * len(self._idle) < self.capacity:
+            self._fill()
+        elif not self._gathering.active:
+            self._gathering.start(self._fill)
 
     def _fill(self) -> None:
         if self._refusal:

@@ -161,7 +161,9 @@ class Reception:
         interval_s = math.ceil(self._config.report_interval_s)
         pool = AcceptingPool(
             self._config.max_pool_capacity,
-            (lambda: session.send(wire.format_need(Need(1)))) if opening.NEED in agreed else (lambda: None),
+            (lambda users: session.send(wire.format_need(Need(users))))
+            if opening.NEED in agreed
+            else (lambda users: None),
         )
         session = Session(
             control,

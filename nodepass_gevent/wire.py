@@ -32,6 +32,7 @@ _WORD = rb"[A-Za-z0-9._~,%-]"
 _LINE = re.compile(rb"//(%b*)(?:\?(%b+=%b*(?:&%b+=%b*)*))?#(%b*)" % ((_WORD,) * 6))
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ID = re.compile(rb"[0-9a-f]{8}")
+_LAUNCH = re.compile(rb"//([0-9a-f]{8})#([12])")
 NUMBER = re.compile(rb"[0-9]{1,9}")
 
 
@@ -49,6 +50,9 @@ class Kind(Enum):
 
     TCP = b"1"
     UDP = b"2"
+
+
+_KINDS = {kind.value: kind for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,8 @@ def parse_line(line: bytes) -> Line:
 
 def parse_signal(line: bytes) -> Ping | Launch | Need | Bye | Unknown:
     """Read one line of a control channel that is up."""
+    if match := _LAUNCH.fullmatch(line):  # nearly every line
+        return Launch(match[1], _KINDS[match[2]])
     if not line:
         return Ping()
     if line == b"//?#bye":  # a query without keys, which no other line has

@@ -121,3 +121,15 @@ def test_a_closed_pool_neither_takes_nor_gives(accepting, added):
         accepting.take(5)
     with pytest.raises(PoolClosed):
         added(b"0000000b")
+
+
+def test_takers_that_have_to_wait_are_told_once_a_turn(spawn):
+    told = []
+    pool = AcceptingPool(4, told.append)
+    for _ in range(3):
+        spawn(pool.take, 5)
+    gevent.idle()
+    spawn(pool.take, 5)
+    gevent.idle()
+    assert told == [3, 1]
+    pool.close()
