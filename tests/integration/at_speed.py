@@ -1,8 +1,8 @@
 """Users and a target at full speed: random sizes, chunks and ends at once, and every byte checked at both ends.
 
 A program of plain asyncio, run in processes of its own; each says at once, in a line that begins with WRONG, what
-came otherwise than it was sent. The streams of an exchange are made from a seed that its user draws, so bytes of another
-user are told from its own wherever they turn up; comparing them all finds whatever a hash would, and says where.
+came otherwise than it was sent. The streams of an exchange are made from a seed that its user draws, so that bytes of
+another user are told from its own wherever they turn up; comparing them all finds what a hash would, and says where.
 
     at_speed.py target                        prints its port, serves until it is ended
     at_speed.py users PORT SECONDS SEED       200 users at once, each comes again and again
@@ -25,6 +25,7 @@ CHATTY = 100
 PERIOD = 65521  # bytes after which a stream repeats; a prime, so no buffer is as long
 LARGEST = 22  # log2 of bytes
 EXCHANGE_S = 60.0  # none here needs more than a few
+SMALL_BUFFER = 16384  # bytes that the kernel keeps for a reader, so that a slow one is felt by the tunnel
 SLOW_PIECE, SLOW_PIECES, SLOW_S = 2048, 100, 0.005  # how a slow reader begins
 
 
@@ -155,10 +156,19 @@ async def together(*jobs) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def connect(port: int, buffer: int = 0) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    sock = socket.socket()
+    sock.setblocking(False)
+    if buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    await asyncio.get_running_loop().sock_connect(sock, (HOST, port))
+    return await asyncio.open_connection(sock=sock, limit=buffer or 1 << 16)
+
+
 async def use(port: int, rng: random.Random) -> int:
     """Be one user; give the number of bytes that were to go, both ways."""
     plan = Plan.draw(rng)
-    reader, writer = await asyncio.open_connection(HOST, port, limit=rng.choice((1024, 1 << 16)))
+    reader, writer = await connect(port, rng.choice((0, SMALL_BUFFER)))
     up, down = Stream(plan.seed, b"up"), Stream(plan.seed, b"down")
     try:
         writer.write(plan.pack())
@@ -247,8 +257,10 @@ async def answer(plan: Plan, reader, writer, rng: random.Random) -> None:
 
 
 async def run_target() -> None:
-    server = await asyncio.start_server(serve, HOST, 0, backlog=1024)
-    print(f"port {server.sockets[0].getsockname()[1]}", flush=True)
+    listener = socket.create_server((HOST, 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER)  # those accepted inherit it
+    server = await asyncio.start_server(serve, sock=listener, backlog=1024, limit=SMALL_BUFFER)
+    print(f"port {listener.getsockname()[1]}", flush=True)
     await server.serve_forever()
 
 
@@ -268,7 +280,7 @@ async def run_users(port: int, seconds: float, seed: int) -> None:
 
 
 async def open_chat(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection(HOST, port)
+    reader, writer = await connect(port)
     writer.write(Plan(bytes(16), Course.CHAT, ENDLESS, ENDLESS, 0).pack())
     return reader, writer
 
