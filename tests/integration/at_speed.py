@@ -23,10 +23,11 @@ HOST = "127.0.0.1"
 AT_ONCE = 200  # users
 CHATTY = 100
 PERIOD = 65521  # bytes after which a stream repeats; a prime, so no buffer is as long
-LARGEST = 22  # log2 of bytes
+USUAL = 21  # log2 of bytes, at most
+LARGE = 4 << 20, 12 << 20  # bytes; more than the kernel keeps on loopback when a reader is slow
 EXCHANGE_S = 60.0  # none here needs more than a few
 SMALL_BUFFER = 16384  # bytes that the kernel keeps for a reader, so that a slow one is felt by the tunnel
-SLOW_PIECE, SLOW_PIECES, SLOW_S = 2048, 100, 0.005  # how a slow reader begins
+SLOW_PIECE, SLOW_PIECES, SLOW_S = 2048, 100, 0.01  # how a slow reader begins
 
 
 class Course(enum.IntEnum):
@@ -59,7 +60,7 @@ class Plan:
     @classmethod
     def draw(cls, rng: random.Random) -> "Plan":
         course = rng.choice([*Course][: Course.CHAT])
-        up, down = (int(2 ** rng.uniform(0, LARGEST)) for _ in range(2))
+        up, down = (rng.randint(*LARGE) if rng.random() < 0.05 else int(2 ** rng.uniform(0, USUAL)) for _ in range(2))
         return cls(rng.randbytes(16), course, up, down, rng.randrange(down if course >= Course.TARGET_RESETS else up))
 
     def pack(self) -> bytes:
@@ -113,8 +114,8 @@ async def send(writer: asyncio.StreamWriter, stream: Stream, size: int, rng: ran
 
 
 async def receive(reader: asyncio.StreamReader, stream: Stream, size: int, rng: random.Random) -> None:
-    """Read just ``size`` bytes and check them; now and then slowly at first."""
-    slow = rng.random() < 0.2
+    """Read just ``size`` bytes and check them; now and then, and more often of many, slowly at first."""
+    slow = rng.random() < (0.8 if size >= LARGE[0] else 0.2)
     received = pieces = 0
     while received < size:
         data = await reader.read(min(size - received, SLOW_PIECE if slow else 1 << 18))
