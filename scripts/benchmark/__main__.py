@@ -1,6 +1,7 @@
 """Command line of the benchmark. Everything on loopback, on ports found free, bounded in count and time."""
 
 import argparse
+import contextlib
 import signal
 import sys
 import tempfile
@@ -53,12 +54,12 @@ def _parse() -> argparse.Namespace:
 
 def _within(low: float, high: float):
     def parse(text: str) -> float:
-        value = type(low)(text)
-        if not low <= value <= high:
-            raise ValueError(text)
-        return value
+        with contextlib.suppress(ValueError):
+            value = type(low)(text)
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: not a number from {low} to {high}")
 
-    parse.__name__ = "number"  # in argparse's message
     return parse
 
 

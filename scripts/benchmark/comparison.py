@@ -159,7 +159,8 @@ def _other_commit(revision: str, ways: list[tunnels.Tunnel]) -> Iterator[dict[st
     git = ["git", "-C", str(tunnels.ROOT), "worktree"]
     with tempfile.TemporaryDirectory(prefix="nodepass-bench-") as directory:
         tree = Path(directory) / "tree"
-        subprocess.run([*git, "add", "--quiet", "--detach", str(tree), revision], check=True)
+        if subprocess.run([*git, "add", "--quiet", "--detach", str(tree), revision], check=False).returncode:
+            sys.exit(f"--against {revision}: git could not check it out")
         try:
             names = {way.name for way in ways}
             ours = [tunnels.nodepass(tls) for tls in (0, 1)]
