@@ -8,6 +8,8 @@ import itertools
 import os
 import random
 import socket
+import struct
+import termios
 
 import gevent
 import pytest
@@ -22,13 +24,18 @@ MIB = 1 << 20
 BULK = random.Random(7).randbytes(4 * MIB) * 4  # more than the kernel holds
 
 
+def bytes_in(pipe):
+    """Ask the kernel how many bytes a pipe holds."""
+    return struct.unpack("i", fcntl.ioctl(pipe[0], termios.FIONREAD, bytes(4)))[0]
+
+
 class WatchedPipes(relay.Pipes):
     """The relay's pipes, counted; ``kept`` are ready for the next flow."""
 
     def __init__(self, limit=relay.MAX_PIPES):
         super().__init__(limit)
         self.taken = 0
-        self.returned = []  # bytes each one held
+        self.returned = []  # bytes each one held, by the kernel's account
 
     @property
     def in_use(self):
@@ -44,7 +51,7 @@ class WatchedPipes(relay.Pipes):
         return pipe
 
     def give_back(self, pipe, held):
-        self.returned.append(held)
+        self.returned.append(bytes_in(pipe))
         super().give_back(pipe, held)
 
     def close(self):
@@ -74,12 +81,12 @@ def pipes(monkeypatch):
 def start(no_leaks, pipes):
     with contextlib.ExitStack() as stack, bounded(20):
 
-        def make(kinds=("plain", "plain")):
+        def make(kinds=("plain", "plain"), half_closed_timeout_s=NEVER_S):
             a, user = transports(kinds[0])
             b, target = transports(kinds[1])
             for transport in (a, user, b, target):
                 stack.callback(transport.close)
-            greenlet = gevent.spawn(relay.exchange, a, b, NEVER_S)
+            greenlet = gevent.spawn(relay.exchange, a, b, half_closed_timeout_s)
             stack.callback(greenlet.kill)
             return user, target, greenlet
 
@@ -191,6 +198,41 @@ def test_the_bytes_of_a_cut_exchange_never_reach_another_one(start, pipes, cut):
     assert pipes.returned[0] > 0, "the pipe held nothing, so this test shows nothing"
     assert pipes.kept == []
     for _ in range(3):
+        user, target, greenlet = start()
+        assert carries(user, target)
+        assert end(user, target, greenlet) == (len(BULK), 0, None)
+
+
+def test_a_half_closed_exchange_that_times_out_in_mid_write_leaves_no_byte_for_another_one(start, pipes):
+    user, target, greenlet = start(half_closed_timeout_s=0.2)
+    stall(user, b"foreign " * 100_000)
+    target.shutdown_write()
+    assert isinstance(greenlet.get().error, TimeoutError)
+    assert pipes.returned[0] > 0, "the pipe held nothing, so this test shows nothing"
+    assert pipes.kept == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pipes_are_empty_whenever_their_exchanges_are_cut(start, pipes, seed):
+    """Several at once, each at a moment of its own, and then the same number through what pipes are left."""
+    rng = random.Random(seed)
+    exchanges = [start() for _ in range(4)]
+
+    def use_and_cut(user, target, greenlet):
+        sending = gevent.spawn(user.sendall, BULK)
+        gevent.sleep(0.001 * rng.randrange(10))
+        for _ in range(rng.randrange(30)):
+            target.recv(rng.randrange(1, 1 << 18))
+        sending.kill()
+        cut = rng.choice((greenlet.kill, user.reset, target.reset))
+        cut()
+        target.reset()  # or the relay waits for it to read
+        greenlet.join()
+
+    gevent.joinall([gevent.spawn(use_and_cut, *each) for each in exchanges], raise_error=True)
+    assert pipes.in_use == 0
+    assert not any(bytes_in(pipe) for pipe in pipes.kept)
+    for _ in exchanges:
         user, target, greenlet = start()
         assert carries(user, target)
         assert end(user, target, greenlet) == (len(BULK), 0, None)
@@ -329,10 +371,10 @@ def test_a_spliced_flow_moves_one_pipeful_in_a_round_of_the_event_loop(start, mo
     assert most_at_once(samples) <= 2 * relay.PIPE  # in, and out
 
 
-@pytest.mark.parametrize("kind", ["plain", "1.3"])
-def test_one_bulky_flow_does_not_starve_a_hundred_chatty_ones(start, spawn, kind):
+@pytest.mark.parametrize("kinds", [("plain", "plain"), ("1.3", "plain"), ("plain", "1.3")], ids="-".join)
+def test_one_bulky_flow_does_not_starve_a_hundred_chatty_ones(start, spawn, kinds):
     """Each chatty exchange needs four rounds of the loop for a question and its answer; many may share a round."""
-    bulk_user, bulk_target, _ = start((kind, "plain"))
+    bulk_user, bulk_target, _ = start(kinds)
     spawn(lambda: [bulk_user.sendall(BULK) for _ in range(1000)])
     spawn(lambda: [bulk_target.recv(1 << 18) for _ in range(1_000_000)])
     chatty = [start() for _ in range(100)]
