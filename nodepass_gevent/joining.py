@@ -71,8 +71,9 @@ class Joining:
         except CertificateRefused as exc:
             self._counters.certificates_refused += 1
             if alpn:  # a v1 client would call again at once: it is told later
-                stream.push(exc.alert)
-                stream.linger(self._limits.drain_linger_s)
+                with suppress(OSError):
+                    stream.push(exc.alert)
+                    stream.linger(self._limits.drain_linger_s)
             raise
 
     def join_session(self, stream: Stream, key: str, data: Data, first: bytes = b"") -> bool:
@@ -129,7 +130,8 @@ class Joining:
                     level = logging.WARNING if warn else logging.DEBUG
                     log.log(level, "refused data connection from %s: %s", key, why)
                 self._hold(stream, key, why)
-                stream.push(alert)
+                if alert:
+                    stream.push(alert)
         except (OSError, PoolClosed) as exc:
             self._counters.data_connections_refused += 1
             log.debug("data connection from %s: %s", key, reason(exc))
