@@ -8,16 +8,19 @@ import shutil
 import gevent
 import pytest
 import trustme
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, x25519
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from OpenSSL import crypto
 from secure import client_context, stream_pair
 from support import bounded
 
 from nodepass_gevent import tls
 from nodepass_gevent.certificates import load_certificate, make_certificate
+from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import ConfigError, PolicyError
-from nodepass_gevent.tls_context import SELF_SIGNED, VERIFIED, ServerCertificate
+from nodepass_gevent.tls_context import SELF_SIGNED, VERIFIED, ServerCertificate, check_files
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 DAY = datetime.timedelta(days=1)
@@ -344,3 +347,57 @@ def test_a_bad_certificate_at_the_start_is_an_error(files):
     os.unlink(files[1])
     with pytest.raises(ConfigError):
         ServerCertificate(*files)
+
+
+# Before anything runs
+
+
+def check(**settings):
+    config = Config(role="client", tunnel=Address("h", 1), target=Address("h", 2), **settings)
+    try:
+        return check_files(config)
+    except ConfigError as exc:
+        assert str(exc).isprintable()
+        return str(exc)
+
+
+def test_files_that_can_be_used_pass_and_nothing_is_logged(authority, files, tmp_path, log):
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    assert check(crt=files[0], key=files[1], ca=str(tmp_path / "ca.pem")) is None
+    assert check() is None
+    assert not log.records
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "cannot read '{}': no such file or directory"),
+        (b"", "'{}' is not a certificate in PEM form"),
+        (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "'{}' is not a certificate in PEM form"),
+        (bytes(1 << 20) + b"x", "'{}' is larger than 1048576 bytes"),
+    ],
+)
+def test_a_file_of_authorities_that_cannot_be_used_is_named(tmp_path, content, why):
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    assert check(ca=str(path)) == "ca: " + why.format(path)
+
+
+def test_a_key_that_signs_nothing_is_named(authority, tmp_path):
+    key = x25519.X25519PrivateKey.generate()
+    leaf = make_certificate()
+    odd = (
+        x509.CertificateBuilder()
+        .subject_name(leaf.chain[0].subject)
+        .issuer_name(leaf.chain[0].subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW)
+        .not_valid_after(NOW + DAY)
+        .sign(leaf.key, hashes.SHA256())
+    )
+    crt, path = tmp_path / "crt.pem", tmp_path / "key.pem"
+    crt.write_bytes(odd.public_bytes(Encoding.PEM))
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    assert check(crt=str(crt), key=str(path)).startswith(f"crt: '{crt}' cannot be used for TLS: ")
