@@ -1,18 +1,58 @@
-"""Certificates and their keys: read from PEM files, or made. What TLS does with them stands in ``tls``."""
+"""Certificates and their keys: read from PEM files, and again when these change, or made. Knows no TLS."""
 
 import datetime
+import hashlib
+import logging
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .errors import ConfigError
 
+log = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
 SELF_SIGNED_DAYS = 365
 MAX_FILE = 1 << 20  # bytes of a certificate or key file
+
+
+class FromFiles(Generic[Value]):
+    """What was read from files, and is read again when they change."""
+
+    def __init__(self, read: Callable[..., Value], *paths: str) -> None:
+        self._read, self._paths = read, paths
+        self._seen = self._stamp()
+        self.value = read(*paths)
+
+    def reload(self) -> bool:
+        """Read the files again if they changed; keep what was there, and say so, if they are bad."""
+        stamp = self._stamp()
+        if stamp == self._seen:
+            return False
+        self._seen = stamp
+        try:
+            self.value = self._read(*self._paths)
+        except ConfigError as exc:
+            log.error("not reloaded, the old one stays in use: %s", exc)
+            return False
+        return True
+
+    def _stamp(self) -> tuple:
+        def one(path: str) -> tuple:
+            try:
+                status = os.stat(path)
+            except (OSError, ValueError):
+                return ()
+            return status.st_ino, status.st_mtime_ns, status.st_size
+
+        return tuple(map(one, self._paths))
 
 
 @dataclass(frozen=True)
@@ -28,8 +68,21 @@ class Certificate:
         return self.chain[0].fingerprint(hashes.SHA256()).hex(":").upper()
 
     @property
+    def key_digest(self) -> bytes:
+        """SHA-256 of the public key, which is what a pin names."""
+        return digest_key(self.chain[0])
+
+    @property
     def expires(self) -> datetime.datetime:
         return self.chain[0].not_valid_after_utc
+
+
+def digest_key(certificate: x509.Certificate) -> bytes:
+    """Give SHA-256 of the public key as a SubjectPublicKeyInfo in DER; ValueError, UnsupportedAlgorithm."""
+    key = certificate.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return hashlib.sha256(key).digest()
 
 
 def load_certificate(crt: str, key: str) -> Certificate:
@@ -37,27 +90,44 @@ def load_certificate(crt: str, key: str) -> Certificate:
 
     Raises ConfigError when a file cannot be read or parsed, or when the two do not fit.
     """
-    try:
-        chain = tuple(x509.load_pem_x509_certificates(_read("crt", crt)))
-    except ValueError as exc:
-        raise ConfigError(f"crt: {crt!r} is not a certificate in PEM form") from exc
+    chain = _load_certificates("crt", crt)
     try:
         private = serialization.load_pem_private_key(_read("key", key), password=None)
     except TypeError as exc:
         raise ConfigError(f"key: {key!r} is protected by a passphrase; a key without one is needed") from exc
-    except ValueError as exc:
+    except (ValueError, UnsupportedAlgorithm) as exc:
         raise ConfigError(f"key: {key!r} is not a private key in PEM form") from exc
-    if private.public_key() != chain[0].public_key():
+    try:
+        fits = private.public_key() == chain[0].public_key()
+    except (ValueError, UnsupportedAlgorithm) as exc:
+        raise ConfigError(f"crt: the key in {crt!r} is of an unknown kind") from exc
+    if not fits:
         raise ConfigError(f"key: {key!r} does not fit the certificate {crt!r}")
     return Certificate(chain, private)
+
+
+def load_authorities(path: str) -> tuple[x509.Certificate, ...]:
+    """Read the certificates of authorities, at least one, from a PEM file; raise ConfigError."""
+    return _load_certificates("ca", path)
+
+
+def _load_certificates(setting: str, path: str) -> tuple[x509.Certificate, ...]:
+    try:
+        return tuple(x509.load_pem_x509_certificates(_read(setting, path)))
+    except ValueError as exc:
+        raise ConfigError(f"{setting}: {path!r} is not a certificate in PEM form") from exc
 
 
 def _read(setting: str, path: str) -> bytes:
     try:
         with open(path, "rb") as file:
-            return file.read(MAX_FILE)
-    except OSError as exc:
-        raise ConfigError(f"{setting}: cannot read {path!r}: {(exc.strerror or str(exc)).lower()}") from exc
+            data = file.read(MAX_FILE + 1)
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
+        why = (isinstance(exc, OSError) and exc.strerror) or str(exc)
+        raise ConfigError(f"{setting}: cannot read {path!r}: {why.lower()}") from exc
+    if len(data) > MAX_FILE:
+        raise ConfigError(f"{setting}: {path!r} is larger than {MAX_FILE} bytes")
+    return data
 
 
 def make_certificate() -> Certificate:

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from . import __version__, options, service
 from . import log as logs
-from .certificates import load_certificate
 from .client import Client
 from .config import LOG_LEVELS, Config
 from .errors import ConfigError
 from .server import Server
+from .tls_context import check_files
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if parsed.action != "run":
             return _print(parsed)
         for config in parsed.configs:
-            _check_certificate(config)
+            _check_files(config)
     except ConfigError as exc:
         print(f"nodepass: error: {exc}", file=sys.stderr)
         return USAGE_ERROR
@@ -56,15 +56,14 @@ def _print(parsed: options.Parsed) -> int:
     return 0
 
 
-def _check_certificate(config: Config) -> None:
-    """Refuse a certificate that cannot be used before anything runs."""
-    if config.crt is None or config.key is None:
-        return
+def _check_files(config: Config) -> None:
+    """Refuse certificate files that cannot be used before anything runs."""
     try:
-        load_certificate(config.crt, config.key)
+        check_files(config)
     except ConfigError as exc:
-        sources = ", ".join(dict.fromkeys((config.source("crt"), config.source("key"))))
-        raise ConfigError(f"{exc} [from {sources}]") from exc
+        names = ("ca",) if str(exc).startswith("ca:") else ("crt", "key")
+        sources = [config.source(name) for name in names]
+        raise ConfigError(f"{exc} [from {', '.join(dict.fromkeys(sources))}]") from exc
 
 
 def _most_detailed(configs: Iterable[Config]) -> str:

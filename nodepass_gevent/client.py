@@ -17,6 +17,7 @@ from .net import Endpoint
 from .opening import Data, FirstLine, Hello
 from .pool import DialingPool
 from .session import Session
+from .tls_context import OFF, VERIFIED, ClientPolicy
 from .transport import Stream, Transport, deadline
 from .wire import Bye, Launch, Need, Ping
 
@@ -33,16 +34,22 @@ class Client:
         self.config = config
         self.counters = Counters()
         self.exchanges = Crew(config.semaphore_limit)
+        self._policy = ClientPolicy(
+            config.tunnel.host, sni=config.sni, ca=config.ca, pin=config.pin, crt=config.crt, key=config.key
+        )
+        self._warned = False  # of what a v1 control channel leaves open
 
     def __str__(self) -> str:
         return f"client of {self.config.tunnel}"
 
     def reload(self) -> None:
-        """Nothing of a client stands in files that change."""
+        """Read certificate files again if they changed."""
+        self._policy.reload()
 
     def run(self) -> None:
         """Call the server and serve its launches; raises OSError or NodePassError when that ends."""
         config, limits = self.config, self.config.limits
+        self.reload()
         with net.connect(net.resolve(config.tunnel), limits.connect_timeout_s, limits) as control:
             with gevent.Timeout(min(limits.connect_timeout_s, limits.first_line_timeout_s), False):
                 control.wait_for_arrival()
@@ -50,10 +57,9 @@ class Client:
                 log.warning("%s took the call and is silent: is it the tunnel port of a NodePass 1.0 server?", control)
             with deadline(limits.first_line_timeout_s, "first line"):
                 first = opening.parse_first_line(control.read_line(opening.MAX_FIRST_LINE))
-            if first.tls < config.tls:
-                raise PolicyError(
-                    f"the server offers tls {first.tls}, and this client accepts no less than {config.tls}"
-                )
+            least, setting = config.tls_demanded
+            if first.tls < least:
+                raise PolicyError(f"the server offers tls {first.tls}, and {setting} accepts no less than {least}")
             control.fail_when_unacknowledged(limits.tcp_user_timeout_s)
             if opening.offers_v2(first) and config.protocol != "1":
                 self._run_v2(control, first)
@@ -68,17 +74,14 @@ class Client:
         hello = opening.format_hello(Hello(self.config.name, CAPABILITIES))
         control.sendall(hello)
         with deadline(self.config.limits.opening_timeout_s, "welcome"):
-            transport = self._secure(
-                control, first.tls, self._context(first.tls, opening.ALPN_CONTROL), opening.ALPN_CONTROL
-            )
+            transport = self._secure(control, first.tls, opening.ALPN_CONTROL)
             lines = wire.Lines(opening.MAX_FIRST_LINE)
             answer, *early = _read_lines(transport, lines)
             welcome = opening.parse_welcome(answer)
         if isinstance(welcome, Bye):
             raise PolicyError(f"the server takes no client now: {wire.printable(welcome.why)}")
         endpoint = Endpoint(control.socket.family, control.peer)
-        context = self._context(first.tls, opening.ALPN_DATA)
-        dial = partial(self._dial_v2, endpoint, first.tls, context, Data(welcome.session))
+        dial = partial(self._dial_v2, endpoint, first.tls, Data(welcome.session))
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
         pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most)
         signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, pool.dial_more)
@@ -91,20 +94,20 @@ class Client:
         log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
         session.run()
 
-    def _dial_v2(self, endpoint: Endpoint, mode: int, context, data: Data, /) -> tuple[bytes, Transport]:
+    def _dial_v2(self, endpoint: Endpoint, mode: int, data: Data, /) -> tuple[bytes, Transport]:
         """Make one data connection of the session that ``data`` names; it is ready when its id is here."""
         limits = self.config.limits
         line = opening.format_data(data)
         stream = net.connect([endpoint], limits.connect_timeout_s, limits)
         try:
             with deadline(limits.id_timeout_s, "data connection"):
-                if mode == tls.OFF:
+                if mode == OFF:
                     stream.sendall(line)
                     stream.wait_for_arrival()
                     stream.read_line(opening.MAX_FIRST_LINE)
                     ready: Transport = stream
                 else:
-                    ready = self._secure(stream, mode, context, opening.ALPN_DATA, line)
+                    ready = self._secure(stream, mode, opening.ALPN_DATA, line)
                 return wire.parse_id(ready.recv_exactly(wire.ID_LENGTH)), ready
         except BaseException:
             stream.reset()
@@ -117,9 +120,10 @@ class Client:
             raise PolicyError("the server does not speak profile v2, and protocol=2 accepts no other")
         if first.port is None:
             raise PolicyError("the server takes no client from here now; perhaps another one is connected")
+        self._warn_of_plain_text(first.tls)
         host, _, *scope = control.peer
         endpoint = Endpoint(control.socket.family, (host, first.port, *scope))
-        dial = partial(self._dial_v1, endpoint, first.tls, self._context(first.tls))
+        dial = partial(self._dial_v1, endpoint, first.tls)
         pool = DialingPool(dial, self.config.min_pool_capacity, self.config.max_pool_capacity)
         silence = _Silence(self.config.limits)
         signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters)
@@ -130,12 +134,21 @@ class Client:
         )  # fmt: skip
         Session(control, pool, signals.receive, silence_s=silence.limit_s).run()
 
-    def _dial_v1(self, endpoint: Endpoint, mode: int, context, /) -> tuple[bytes, Transport]:
+    def _warn_of_plain_text(self, mode: int) -> None:
+        """Say once what a policy does not cover in profile v1."""
+        if not self._warned and (mode == VERIFIED or self.config.pin):
+            self._warned = True
+            log.warning(
+                "profile v1: the server's certificate is checked on data connections, but the control channel is plain"
+                " text, so that whoever is on the path can start or stop exchanges; protocol=2 accepts no such server"
+            )
+
+    def _dial_v1(self, endpoint: Endpoint, mode: int, /) -> tuple[bytes, Transport]:
         """Make one data connection; it is ready when its id is here."""
         limits = self.config.limits
         stream = net.connect([endpoint], limits.connect_timeout_s, limits)
         try:
-            data = self._secure(stream, mode, context)
+            data = self._secure(stream, mode)
             with deadline(limits.id_timeout_s, "id of a data connection"):
                 return wire.parse_id(data.recv_exactly(wire.ID_LENGTH)), data
         except BaseException:
@@ -144,14 +157,11 @@ class Client:
 
     # Both
 
-    def _context(self, mode: int, alpn: bytes = b""):
-        return tls.client_context(mode, alpn) if mode else None
-
-    def _secure(self, stream: Stream, mode: int, context, alpn: bytes = b"", line: bytes = b"") -> Transport:
-        if mode == tls.OFF:
+    def _secure(self, stream: Stream, mode: int, alpn: bytes = b"", line: bytes = b"") -> Transport:
+        if mode == OFF:
             return stream
         with deadline(self.config.limits.tls_handshake_timeout_s, "TLS handshake"):
-            return tls.dial(stream, context, mode, self.config.tunnel.host, alpn, line)
+            return tls.dial(stream, self._policy.context(mode, alpn), line)
 
 
 class _Signals:

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from .errors import ConfigError
-from .values import Address, did_you_mean, format_duration, shown
+from .values import Address, Pins, did_you_mean, format_duration, is_host, shown
 
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")  # the most detailed first
 
@@ -76,6 +76,9 @@ class Config:
     tls: int = _one_of(0, 1, 2, default=0)  # a client's is the least mode it accepts
     crt: str | None = None  # a file
     key: str | None = None  # a file
+    ca: str | None = None  # a file
+    sni: str | None = None
+    pin: Pins | None = None
     data_port: int | None = _within(1, 65535, None)  # None: any free one
     network: str = _one_of("tcp", "udp", "both", default="both")
     protocol: str = _one_of("auto", "1", "2", default="auto")
@@ -97,7 +100,7 @@ class Config:
         if self.min_pool_capacity > self.max_pool_capacity:
             most = f"{self.max_pool_capacity} (from {self.source('max-pool-capacity')})"
             raise self.fault("min_pool_capacity", f"is above max-pool-capacity, {most}")
-        self._check_certificate()
+        self._check_pair()
         if self.role == "client":
             self._check_client()
         else:
@@ -111,6 +114,13 @@ class Config:
     def value(self, field_name: str) -> Any:
         """Give the value of a field, its own or one of its limits."""
         return getattr(self if hasattr(self, field_name) else self.limits, field_name)
+
+    @property
+    def tls_demanded(self) -> tuple[int, str]:
+        """The least TLS mode that a client accepts, and the setting that demands it."""
+        checks = ((2, "ca", self.ca), (2, "sni", self.sni), (1, "pin", self.pin), (1, "crt", self.crt))
+        demands = [(self.tls, f"tls={self.tls}"), *((mode, name) for mode, name, value in checks if value)]
+        return max(demands, key=lambda demand: demand[0])
 
     def source(self, setting: str) -> str:
         """Name where a setting, by its dashed name, came from."""
@@ -132,9 +142,7 @@ class Config:
         if "whole" in rule and value % 1:
             raise self.fault(name, "is not a whole number of seconds")
 
-    def _check_certificate(self) -> None:
-        if self.role == "client" and (self.crt or self.key):
-            raise self.fault("crt" if self.crt else "key", "belongs to the server; a client has none")
+    def _check_pair(self) -> None:
         if self.crt and not self.key:
             raise self.fault("crt", "has no key that belongs to it; give both crt and key, or neither")
         if self.key and not self.crt:
@@ -143,11 +151,18 @@ class Config:
     def _check_client(self) -> None:
         if self.data_port is not None:
             raise self.fault("data_port", "belongs to the server; a client has none")
+        if self.sni is not None and not is_host(self.sni):
+            raise self.fault("sni", "is neither a name (ASCII letters, digits, hyphens, dots) nor an address")
         for address in (self.tunnel, self.target):
             if address.port == 0:
                 raise self.fault("url", f"dials {shown(address)}; a client needs ports from 1 to 65535")
 
     def _check_server(self) -> None:
+        for name in ("sni", "pin"):
+            if getattr(self, name) is not None:
+                raise self.fault(name, "belongs to the client; a server has none")
+        if self.tls == 0 and self.ca:
+            raise self.fault("ca", "demands certificates of clients, and needs tls; allowed then: 1, 2")
         if self.tls == 2 and not self.crt:
             raise self.fault("tls", "needs crt and key; without them allowed: 0, 1")
         if self.data_port is not None and self.data_port == self.tunnel.port:

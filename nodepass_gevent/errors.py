@@ -4,6 +4,8 @@
     ├── ConfigError         the operator's settings: one line, exit code 2
     ├── ProtocolError       a peer sent what the wire protocol does not allow
     ├── PolicyError         a peer is understood, and refused: TLS mode, certificate, name
+    │   ├── CertificateRefused  by this side, within the TLS handshake
+    │   └── RefusedByPeer       the other way round; it is also the ConnectionError that it looks like
     └── TunnelError         a wait ended without what it waited for
         ├── ConnectError        no connection to the named address
         ├── SessionLost         the control channel ended
@@ -28,6 +30,18 @@ class ProtocolError(NodePassError):
 
 class PolicyError(NodePassError):
     """A peer asks for less security than this side accepts."""
+
+
+class CertificateRefused(PolicyError):
+    """This side does not accept a peer's certificate; ``alert`` says so to the peer, and is still to be sent."""
+
+    def __init__(self, text: str, alert: bytes) -> None:
+        super().__init__(text)
+        self.alert = alert
+
+
+class RefusedByPeer(PolicyError, ConnectionAbortedError):
+    """The peer does not accept this side's certificate, or misses one, and has ended the connection."""
 
 
 class TunnelError(NodePassError):

@@ -15,15 +15,17 @@ from . import net, opening, tls, wire
 from .callers import Caller, Callers
 from .clients import Client, Clients
 from .config import Config
-from .errors import PoolClosed, ProtocolError
+from .errors import CertificateRefused, PoolClosed, ProtocolError
 from .metrics import Counters
 from .opening import Data
 from .pool import AcceptingPool
+from .tls_context import ServerCertificate
 from .transport import Stream, Transport, deadline, reason
 
 log = logging.getLogger(__name__)
 
 RIPEN_S = 0.005  # the original's client drops a launch that comes right behind its id (protocol v1)
+REFUSALS_PER_WARNING = 60  # an original without a certificate calls again and again
 ACK_POLL_S, ACK_POLL_MAX_S = 0.001, 0.05  # the kernel does not tell when an acknowledgement is in
 
 
@@ -33,7 +35,7 @@ class Joining:
     def __init__(
         self,
         config: Config,
-        certificate: tls.ServerCertificate | None,
+        certificate: ServerCertificate | None,
         clients: Clients,
         held: Callers,
         counters: Counters,
@@ -63,8 +65,16 @@ class Joining:
         """Make the TLS handshake where the mode has one."""
         if not self._certificate:
             return stream
-        with deadline(self._limits.tls_handshake_timeout_s, "TLS handshake"):
-            return tls.accept(stream, self._certificate.contexts[alpn], alpn)
+        try:
+            with deadline(self._limits.tls_handshake_timeout_s, "TLS handshake"):
+                return tls.accept(stream, self._certificate.contexts[alpn], alpn)
+        except CertificateRefused as exc:
+            self._counters.certificates_refused += 1
+            if alpn:  # a v1 client would call again at once: it is told later
+                with suppress(OSError):
+                    stream.push(exc.alert)
+                    stream.linger(self._limits.drain_linger_s)
+            raise
 
     def join_session(self, stream: Stream, key: str, data: Data, first: bytes = b"") -> bool:
         """Bring a v2 data connection into the pool of the session it names; False when it does not belong there.
@@ -102,26 +112,35 @@ class Joining:
         try:
             with ExitStack() as owned:
                 owned.enter_context(stream)
-                if expected and not self.full:
-                    with self.counted():
-                        data = self.secure(stream)
-                        client = whose(key)
-                        if client and client.pool.room > 0:
-                            id = _send_id(data, client.pool)
-                            self._ripen(stream)
-                            client.pool.add(id, data)
-                            owned.pop_all()  # it is the pool's now
-                            return
-                self._hold(stream, key)
+                why, alert = "no client is expected there, or its pool is full", b""
+                try:
+                    if expected and not self.full:
+                        with self.counted():
+                            data = self.secure(stream)
+                            client = whose(key)
+                            if client and client.pool.room > 0:
+                                id = _send_id(data, client.pool)
+                                self._ripen(stream)
+                                client.pool.add(id, data)
+                                owned.pop_all()  # it is the pool's now
+                                return
+                except CertificateRefused as exc:
+                    why, alert = str(exc), exc.alert
+                    warn = self._counters.certificates_refused % REFUSALS_PER_WARNING == 1
+                    level = logging.WARNING if warn else logging.DEBUG
+                    log.log(level, "refused data connection from %s: %s", key, why)
+                self._hold(stream, key, why)
+                if alert:
+                    stream.push(alert)
         except (OSError, PoolClosed) as exc:
             self._counters.data_connections_refused += 1
             log.debug("data connection from %s: %s", key, reason(exc))
 
-    def _hold(self, stream: Stream, key: str) -> None:
+    def _hold(self, stream: Stream, key: str, why: str) -> None:
         self._counters.data_connections_refused += 1
         with suppress(ConnectionAbortedError), self._held.noted(Caller(key, stream, gevent.getcurrent())):
             gevent.sleep(self._limits.tls_handshake_timeout_s)
-        log.debug("data connection from %s refused: no client is expected there, or its pool is full", key)
+        log.debug("data connection from %s refused: %s", key, why)
 
     def _ripen(self, stream: Stream) -> None:
         """Wait until the id is acknowledged, and a moment more."""

@@ -20,6 +20,7 @@ class Counters:
     datagrams_unanswered: int = 0
     callers_refused: int = 0
     data_connections_refused: int = 0
+    certificates_refused: int = 0  # of clients
     accept_pauses: int = 0  # out of descriptors or memory
 
     def __str__(self) -> str:

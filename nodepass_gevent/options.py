@@ -16,7 +16,7 @@ from .config import Config, Limits, setting_name, setting_text
 from .configfile import Entry
 from .errors import ConfigError
 from .url import FORMS, TunnelURL, parse_url
-from .values import did_you_mean, parse_duration, printable, shown
+from .values import Pins, did_you_mean, parse_duration, printable, shown
 
 
 def parse_integer(text: str) -> int:
@@ -71,8 +71,12 @@ SETTINGS = (
             "server: port of v1 data connections", unset="any free one"),
     Setting("tls", "NODEPASS_TLS", parse_integer, "", _TLS,
             "0 plain, 1 encrypted, 2 with a certificate that is verified; client: the least it accepts"),
-    Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "server: certificate chain, PEM"),
-    Setting("key", "NODEPASS_KEY", str, "FILE", _TLS, "server: private key, PEM"),
+    Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "own certificate and its chain, PEM"),
+    Setting("key", "NODEPASS_KEY", str, "FILE", _TLS, "the private key that fits it, PEM"),
+    Setting("ca", "NODEPASS_CA", str, "FILE", _TLS,
+            "authorities, PEM; client: in place of the system's; server: clients need a certificate of theirs"),
+    Setting("sni", "NODEPASS_SNI", str, "NAME", _TLS, "client: name in the certificate, unless that of the URL"),
+    Setting("pin", "NODEPASS_PIN", Pins.parse, "SHA256,...", _TLS, "client: digests of public keys, one the server's"),
     Setting("semaphore_limit", "SEMAPHORE_LIMIT", parse_integer, "N", _POOL, "users served at once"),
     Setting("min_pool_capacity", "MIN_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, least"),
     Setting("max_pool_capacity", "MAX_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, most"),
@@ -81,7 +85,7 @@ SETTINGS = (
             "server: callers on the tunnel port that are not known yet"),
     Setting("udp_read_timeout_s", "UDP_READ_TIMEOUT", parse_duration, "TIME", _TIMING, "wait for a datagram's reply"),
     Setting("report_interval_s", "REPORT_INTERVAL", parse_duration, "TIME", _TIMING, "between two keep-alives"),
-    Setting("reload_interval_s", "RELOAD_INTERVAL", parse_duration, "TIME", _TIMING, "between looks at crt and key"),
+    Setting("reload_interval_s", "RELOAD_INTERVAL", parse_duration, "TIME", _TIMING, "between looks at crt, key, ca"),
     Setting("service_cooldown_s", "SERVICE_COOLDOWN", parse_duration, "TIME", _TIMING, "longest pause before a retry"),
     Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
     Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
@@ -120,7 +124,7 @@ SETTINGS = (
     Setting("tcp_user_timeout_s", "NODEPASS_TCP_USER_TIMEOUT", parse_duration, "TIME", _SOCKETS,
             "bytes of a control channel without an acknowledgement end it"),
 )
-LATER_KEYS = frozenset(("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "sni", "notcp",
+LATER_KEYS = frozenset(("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "notcp",
                         "noudp", "type", "quic", "pool"))
 # fmt: on
 BY_NAME = {setting.name: setting for setting in SETTINGS}
@@ -339,7 +343,7 @@ def _make_config(name: str, url: TunnelURL, given: Mapping[str, Entry], warnings
     sources = {each: entry.source for each, entry in given.items()}
     values["limits"] = Limits(**{field: values.pop(field) for field in _LIMITS if field in values})
     config = Config(role=url.role, tunnel=url.tunnel, target=url.target, name=name, sources=sources, **values)
-    if config.crt and config.tls == 0:
+    if config.role == "server" and config.crt and config.tls == 0:
         warnings.append(f"crt and key are not used, as tls is 0 [from {config.source('tls')}]: nothing is encrypted")
     return config
 

@@ -13,16 +13,17 @@ from contextlib import ExitStack
 
 import gevent
 
-from . import net, opening, tls, wire
+from . import net, opening, wire
 from .callers import Caller, Callers
 from .clients import Client, Clients
 from .config import Config
-from .errors import ProtocolError
+from .errors import CertificateRefused, ProtocolError
 from .joining import Joining
 from .metrics import Counters
 from .opening import Data, FirstLine, Hello, Welcome
 from .pool import AcceptingPool
 from .session import Session
+from .tls_context import ServerCertificate
 from .transport import Stream, deadline, reason
 from .wire import Bye, Need, Ping
 
@@ -36,7 +37,7 @@ class Reception:
     """Turns callers into clients, and their data connections into the clients' pools."""
 
     def __init__(
-        self, config: Config, certificate: tls.ServerCertificate | None, clients: Clients, counters: Counters
+        self, config: Config, certificate: ServerCertificate | None, clients: Clients, counters: Counters
     ) -> None:
         self.data_port: int | None = config.data_port  # where v1 data connections are taken; None: nowhere
         self._config = config
@@ -90,7 +91,7 @@ class Reception:
                 unknown.close()
                 if self._joining.join_session(stream, key, said):
                     owned.pop_all()  # it is the pool's now
-        except (OSError, ProtocolError) as exc:
+        except (OSError, ProtocolError, CertificateRefused) as exc:
             self._refuse(f"caller {stream}: {reason(exc)}")
 
     def _first_line(self, port: int | None) -> bytes:

@@ -14,13 +14,14 @@ from functools import partial
 import gevent
 from gevent.pool import Group
 
-from . import net, tls
+from . import net
 from .clients import Clients
 from .config import Address, Config
 from .crew import Crew
 from .forward import Ingress
 from .metrics import Counters
 from .reception import Reception
+from .tls_context import ServerCertificate
 from .transport import RawSocket, Stream, reason
 from .udp import PublicSocket
 
@@ -38,7 +39,7 @@ class Server:
         self.config = config
         self.counters = Counters()
         self.exchanges = Crew(config.semaphore_limit)
-        self._certificate = tls.ServerCertificate(config.crt, config.key) if config.tls else None
+        self._certificate = ServerCertificate(config.crt, config.key, config.ca) if config.tls else None
         self._clients = Clients(config.limits.tcp_user_timeout_s)
         self._reception = Reception(config, self._certificate, self._clients, self.counters)
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
@@ -76,7 +77,7 @@ class Server:
 
         tunnel = listen(config.tunnel)
         ports = [f"tunnel {_bound(config.tunnel, tunnel)}"]
-        parts: list[Callable[[], None]] = [serve(tunnel, self._called), self._reload_for_ever]
+        parts: list[Callable[[], None]] = [serve(tunnel, self._called)]
         if config.protocol != "2":
             data = self._listen_data(listen)
             self._reception.data_port = data.getsockname()[1]
@@ -110,11 +111,6 @@ class Server:
                 if exc.errno != errno.EADDRINUSE:
                     raise
         raise OSError(errno.EADDRINUSE, f"no free data port in {DATA_PORTS.start}-{DATA_PORTS.stop - 1}")
-
-    def _reload_for_ever(self) -> None:
-        while True:
-            gevent.sleep(self.config.reload_interval_s)
-            self.reload()
 
     def _paused(self, exc: OSError) -> None:
         warn = self.counters.accept_pauses % PAUSES_PER_WARNING == 0

@@ -81,6 +81,12 @@ class Service:
         self.role.reload()
         self._retry_now.set()
 
+    def reload_for_ever(self) -> None:
+        """Let the role look at its files every RELOAD_INTERVAL."""
+        while True:
+            gevent.sleep(self.role.config.reload_interval_s)
+            self.role.reload()
+
     def _try(self) -> float:
         """Run the role once, say how it ended, and give the pause before the next time."""
         lived_s = 0.0
@@ -122,6 +128,7 @@ def run(roles: Sequence[Role]) -> int:
     running = Group()
     for service in services:
         running.spawn(service.run)
+        running.spawn(service.reload_for_ever)
     stop.wait()
     _drain(roles, running)
     return 0

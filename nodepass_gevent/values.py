@@ -1,9 +1,10 @@
-"""What operators write, and how it is read: addresses and durations; and foreign text in an error.
+"""What operators write, and how it is read: addresses, pins and durations; and foreign text in an error.
 
 Knows no setting, no socket and no file. Parse stands beside format; a wrong text raises ConfigError with one line,
 in which foreign text is escaped.
 """
 
+import base64
 import difflib
 import ipaddress
 import re
@@ -88,12 +89,53 @@ def _host_problem(host: str) -> str:
     return ""
 
 
+def is_host(text: str) -> bool:
+    """Say whether a text is a name, or an address without brackets."""
+    return bool(text) and (_is_address(ipaddress.IPv6Address, text) or not _host_problem(text))
+
+
 def _is_address(family: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], text: str) -> bool:
     try:
         family(text)
     except ValueError:
         return False
     return True
+
+
+# Pins
+
+_PIN_PREFIX = re.compile("sha-?256(://|//|:|/)", re.IGNORECASE)
+_PIN_HEX, _PIN_BASE64 = re.compile("[0-9A-Fa-f]{64}"), re.compile("[A-Za-z0-9+/_-]{43}=?")
+
+
+def format_pin(digest: bytes) -> str:
+    """Format a public key's digest in the form that survives shells and URLs."""
+    return f"sha256:{digest.hex()}"
+
+
+@dataclass(frozen=True)
+class Pins:
+    """SHA-256 digests of public keys (SubjectPublicKeyInfo), of which a server has to have one."""
+
+    digests: tuple[bytes, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Pins":
+        """Parse pins as curl (``sha256//<base64>``) and openssl (hex) have them; raise ConfigError."""
+        return cls(tuple(cls._parse_one(each.strip()) for each in re.split("[,;]", text)))
+
+    @staticmethod
+    def _parse_one(text: str) -> bytes:
+        prefix = _PIN_PREFIX.match(text)
+        digest = text[prefix.end() if prefix else 0 :].replace(":", "")
+        if _PIN_HEX.fullmatch(digest):
+            return bytes.fromhex(digest)
+        if _PIN_BASE64.fullmatch(digest):
+            return base64.urlsafe_b64decode(digest[:43].replace("+", "-").replace("/", "_") + "=")
+        raise ConfigError(f"{shown(text)} is not a pin: sha256: and 64 hexadecimal digits, or sha256// and base64")
+
+    def __str__(self) -> str:
+        return ",".join(map(format_pin, self.digests))
 
 
 # Durations, as Go's time.ParseDuration and Duration.String write them

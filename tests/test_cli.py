@@ -30,11 +30,13 @@ class Recorder:
         self.order.append("log")
         self.level = level
 
-    def load_certificate(self, crt, key):
+    def check_files(self, config):
         self.order.append("certificate")
-        self.loaded.append((crt, key))
-        if crt == "bad":
+        self.loaded.append((config.crt, config.key))
+        if config.crt == "bad":
             raise ConfigError("key: 'k' does not fit the certificate 'bad'")
+        if config.ca == "bad":
+            raise ConfigError("ca: 'bad' is not a certificate in PEM form")
 
     def run(self, roles):
         self.order.append("service")
@@ -48,7 +50,7 @@ def world(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(cli.logs, "setup", recorder.setup)
-    monkeypatch.setattr(cli, "load_certificate", recorder.load_certificate)
+    monkeypatch.setattr(cli, "check_files", recorder.check_files)
     monkeypatch.setattr(cli, "ROLES", {name: partial(FakeRole, name) for name in cli.ROLES})
     monkeypatch.setattr(cli.service, "run", recorder.run)
     return recorder
@@ -58,7 +60,7 @@ def test_a_url_runs_the_service_and_its_exit_code_is_returned(world):
     assert cli.main([URL + "?log=debug"]) == 7
     assert [(role.name, role.config.url) for role in world.ran] == [("server", URL)]
     assert world.level == "debug"
-    assert world.loaded == []
+    assert world.loaded == [(None, None)]
 
 
 def test_the_arguments_and_environment_of_the_process_are_the_default(world, monkeypatch):
@@ -99,6 +101,10 @@ def test_warnings_are_logged_once_the_log_is_set_up(world, caplog):
         (
             [URL + "?crt=bad&tls=2", "--key", "k"],
             "nodepass: error: key: 'k' does not fit the certificate 'bad' [from URL query, command line]",
+        ),
+        (
+            [URL + "?tls=1", "--ca", "bad"],
+            "nodepass: error: ca: 'bad' is not a certificate in PEM form [from command line]",
         ),
         (
             [URL + "?crt=bad&tls=2&key=k"],

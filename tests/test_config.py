@@ -4,7 +4,9 @@ import pytest
 
 from nodepass_gevent.config import Address, Config, Limits, setting_name, setting_text
 from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.values import Pins
 
+PIN = Pins((bytes(32),))
 TUNNEL, TARGET = Address("", 10101), Address("127.0.0.1", 8080)
 
 
@@ -32,6 +34,9 @@ def test_the_defaults_are_those_of_the_original():
         "tls": 0,
         "crt": None,
         "key": None,
+        "ca": None,
+        "sni": None,
+        "pin": None,
         "data-port": None,
         "network": "both",
         "protocol": "auto",
@@ -188,11 +193,51 @@ def test_tls_2_needs_a_certificate_on_the_server_only():
     assert client(tls=2).tls == 2
 
 
-@pytest.mark.parametrize("values", [{"crt": "a", "key": "b"}, {"data_port": 1}])
-def test_what_belongs_to_the_server_is_refused_for_a_client(values):
-    assert server(**values)
+def test_what_belongs_to_the_server_is_refused_for_a_client():
+    assert server(data_port=1)
     with pytest.raises(ConfigError, match="belongs to the server"):
-        client(**values)
+        client(data_port=1)
+
+
+@pytest.mark.parametrize("values", [{"sni": "a.example"}, {"pin": PIN}])
+def test_what_belongs_to_the_client_is_refused_for_a_server(values):
+    assert client(**values)
+    (name,) = values
+    with pytest.raises(ConfigError, match=f"^{name}: '.*' belongs to the client; a server has none"):
+        server(tls=1, **values)
+
+
+def test_authorities_of_clients_need_tls_on_the_server():
+    assert server(tls=1, ca="a").ca == client(ca="a").ca == "a"
+    with pytest.raises(ConfigError, match=r"^ca: 'a' demands certificates of clients, and needs tls; allowed"):
+        server(ca="a")
+
+
+@pytest.mark.parametrize("name", ["a.example", "A_b.example.", "127.0.0.1", "::1", "2001:db8::1"])
+def test_the_expected_name_is_a_host(name):
+    assert client(sni=name).sni == name
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a..b", "-a", "[::1]", "1.2.3", "a:1", "\u00e9.example", "a" * 300])
+def test_what_is_no_host_is_no_expected_name(name):
+    with pytest.raises(ConfigError, match=r"^sni: '.*' is neither a name"):
+        client(sni=name)
+
+
+@pytest.mark.parametrize(
+    ("values", "demanded"),
+    [
+        ({}, (0, "tls=0")),
+        ({"tls": 1}, (1, "tls=1")),
+        ({"pin": PIN}, (1, "pin")),
+        ({"tls": 2, "pin": PIN, "ca": "a"}, (2, "tls=2")),
+        ({"tls": 1, "ca": "a"}, (2, "ca")),
+        ({"sni": "a.example", "pin": PIN}, (2, "sni")),
+        ({"crt": "a", "key": "b"}, (1, "crt")),
+    ],
+)
+def test_a_check_demands_the_mode_in_which_it_is_made(values, demanded):
+    assert client(**values).tls_demanded == demanded
 
 
 @pytest.mark.parametrize(("tunnel", "target"), [(0, 80), (80, 0)])

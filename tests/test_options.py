@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nodepass_gevent import options
 from nodepass_gevent.config import Address, Config, Limits
 from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.values import Pins
 
 fuzz = settings(max_examples=300, deadline=None, database=None)
 URL = "server://:10101/127.0.0.1:8080"
@@ -50,6 +51,9 @@ TEXTS = {  # a value other than the default, as written and in Config
     "tls": ("1", 1),
     "crt": ("/etc/a%b.pem", "/etc/a%b.pem"),
     "key": ("/etc/a b.pem", "/etc/a b.pem"),
+    "ca": ("/etc/ca.pem", "/etc/ca.pem"),
+    "sni": ("a.example", "a.example"),
+    "pin": (f"sha256//{'+/' * 21}8=", Pins((b"\xfb\xff\xbf" * 10 + b"\xfb\xff",))),
     "semaphore-limit": ("5", 5),
     "min-pool-capacity": ("6", 6),
     "max-pool-capacity": ("70", 70),
@@ -79,11 +83,12 @@ TEXTS = {  # a value other than the default, as written and in Config
     "keepalive-count": ("19", 19),
     "tcp-user-timeout": ("21s", 21),
 }
+CLIENTS = ("ca", "sni", "pin")  # a server has none, or not without tls
 PARTNER = {"crt": "key", "key": "crt"}  # refused one without the other
 # fmt: off
 ORIGINAL_NAMES = ("SEMAPHORE_LIMIT", "MIN_POOL_CAPACITY", "MAX_POOL_CAPACITY", "UDP_DATA_BUF_SIZE", "UDP_READ_TIMEOUT",
                   "REPORT_INTERVAL", "RELOAD_INTERVAL", "SERVICE_COOLDOWN", "SHUTDOWN_TIMEOUT")
-LATER_KEYS = ("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "sni", "notcp", "noudp",
+LATER_KEYS = ("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "notcp", "noudp",
               "type", "quic", "pool")
 # fmt: on
 
@@ -101,8 +106,8 @@ def test_environment_names_are_the_original_ones_or_have_the_prefix():
     assert all(s.env == "NODEPASS_" + s.name.upper().replace("-", "_") for s in own)
 
 
-def query(texts):
-    return URL + "?" + "&".join(f"{k}={v.replace('%', '%25').replace(' ', '%20')}" for k, v in texts.items())
+def query(url, texts):
+    return url + "?" + "&".join(f"{k}={v.replace('%', '%25').replace(' ', '%20')}" for k, v in texts.items())
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -110,20 +115,21 @@ def query(texts):
 def test_every_setting_comes_from_every_source(name, source, write):
     text, value = TEXTS[name]
     texts = {name: text}
+    url = "client://h:1/:2" if name in CLIENTS else URL
     if name in PARTNER:
         texts[PARTNER[name]] = "/x"
     if source.startswith("underscored"):
         texts = {key.replace("-", "_"): each for key, each in texts.items()}
     if source == "flag":
-        config, named = parse_one(URL, *(f"--{key}={each}" for key, each in texts.items())), "command line"
+        config, named = parse_one(url, *(f"--{key}={each}" for key, each in texts.items())), "command line"
     elif source.endswith("query"):
-        config, named = parse_one(query(texts)), "URL query"
+        config, named = parse_one(query(url, texts)), "URL query"
     elif source == "environment":
         environ = {options.BY_NAME[key].env: each for key, each in texts.items()}
-        config, named = parse_one(URL, **environ), f"environment variable {options.BY_NAME[name].env}"
+        config, named = parse_one(url, **environ), f"environment variable {options.BY_NAME[name].env}"
     else:
         path, label = write("".join(f"{key} = {each}\n" for key, each in texts.items()))
-        config, named = parse_one("-c", path, URL), f"{label}:1"
+        config, named = parse_one("-c", path, url), f"{label}:1"
     assert config.value(options.BY_NAME[name].field) == value
     assert config.source(name) == named
     assert config.source("url") == "command line"
@@ -276,7 +282,13 @@ def test_a_file_without_a_url_is_refused(write):
         ([URL + "?udp_read_timeout=1s&udp-read-timeout=1s"], {}, "udp-read-timeout: given twice"),
         ([URL + "?crt=a&cert=b"], {}, "crt: given twice"),
         ([URL + "?crt=a"], {}, "crt: 'a' has no key that belongs to it; give both crt and key, or neither [from URL"),
-        (["client://a:1/b:2?crt=a&key=b"], {}, "crt: 'a' belongs to the server; a client has none [from URL query]"),
+        ([URL + "?tls=1&sni=a"], {}, "sni: 'a' belongs to the client; a server has none [from URL query]"),
+        (
+            [URL, "--ca", "a"],
+            {},
+            "ca: 'a' demands certificates of clients, and needs tls; allowed then: 1, 2 [from com",
+        ),
+        ([URL], {"NODEPASS_PIN": "ab"}, "pin: 'ab' is not a pin: sha256: and 64 hexadecimal digits, or sha256// and b"),
         (["client://a:1/b:0"], {}, "url: 'client://a:1/b:0' dials 'b:0'; a client needs ports from 1 to 65535 [from c"),
         ([URL, "--sem-limit", "5"], {}, "unknown option or argument '--sem-limit' (did you mean '--semaphore-limit'?)"),
         (
@@ -414,6 +426,7 @@ def test_cert_is_read_as_crt_with_a_warning(write):
 
 
 def test_a_certificate_without_tls_is_warned_about():
+    assert options.parse(["client://h:1/:2?crt=a&key=b"], {}).warnings == ()  # it demands tls of the server
     assert options.parse([URL + "?crt=a&key=b"], {}).warnings == (
         "crt and key are not used, as tls is 0 [from default]: nothing is encrypted",
     )
@@ -457,6 +470,9 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "tls = 1                                  # URL query",
         "# crt =                                  # default: none",
         "# key =                                  # default: none",
+        "# ca =                                   # default: none",
+        "# sni =                                  # default: none",
+        "# pin =                                  # default: none",
         "semaphore-limit = 9                      # environment variable SEMAPHORE_LIMIT",
         "min-pool-capacity = 16                   # default",
         "max-pool-capacity = 1024                 # default",
@@ -488,7 +504,14 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
     ]
 
 
-@pytest.mark.parametrize("text", [FILE, 'url = server://[::1]:1/h:2\ntls = 1\nkey = \'\ncrt = "/a # b"\ndata_port = 9'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        FILE,
+        f"url = client://h:1/:2\nsni = ::1\npin = {'0' * 64};sha256//{'B' * 43}=\nca = c",
+        'url = server://[::1]:1/h:2\ntls = 1\nkey = \'\ncrt = "/a # b"\ndata_port = 9',
+    ],
+)
 def test_what_is_shown_reads_back_as_a_file(write, text):
     path, _ = write(text)
     configs = options.parse(["-c", path], {}).configs

@@ -5,10 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import gevent
 import pytest
 from gevent.event import Event
+from support import wait_until
 
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
@@ -120,6 +122,16 @@ def test_an_unexpected_error_is_logged_with_its_traceback_and_survived(serve, ca
     (record,) = [record for record in caplog.records if record.exc_info]
     assert record.levelname == "ERROR"
     assert record.exc_info[0] is ZeroDivisionError
+
+
+def test_files_are_looked_at_again_and_again_and_no_pause_is_cut_short_by_that(spawn):
+    role = Failing(PolicyError("no"), cooldown_s=3600)
+    role.config = replace(role.config, reload_interval_s=0.01)
+    service = Service(role)
+    spawn(service.run)
+    spawn(service.reload_for_ever)
+    wait_until(lambda: role.reloads >= 3)
+    assert not role.works.is_set()
 
 
 def test_a_reload_cuts_the_pause_short(spawn, caplog):

@@ -1,5 +1,7 @@
 """TLSStream: the byte stream over TLS, against itself and against Python's own ssl module."""
 
+from dataclasses import replace
+
 import gevent
 import pytest
 from OpenSSL import SSL
@@ -234,7 +236,7 @@ def test_a_server_that_does_not_speak_tls_is_an_error(raw):
     stream, stranger = raw
     stranger.sendall(b"deadbeef")
     with pytest.raises(ConnectionAbortedError, match="TLS: "):
-        tls.dial(stream, tls.client_context(1), 1, "localhost")
+        tls.dial(stream, client_context("1.3"))
 
 
 @pytest.mark.parametrize("greeting", [b"", b"\x16\x03\x01\x01\x00"])
@@ -266,7 +268,8 @@ def test_tls_1_1_is_refused(no_leaks, spawn, ours):
     near, far = stream_pair()
     with bounded(), near, far:
         accepting = spawn(swallow, tls.accept, near, presented().context if ours == "server" else old)
-        dialling = spawn(swallow, tls.dial, far, old if ours == "server" else client_context("1.3"), 1, "localhost")
+        how = client_context("1.3")
+        dialling = spawn(swallow, tls.dial, far, replace(how, context=old) if ours == "server" else how)
         assert "unsupported protocol" in str(accepting.get())
         assert "alert protocol version" in str(dialling.get())  # the client is told why
 

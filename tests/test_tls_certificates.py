@@ -8,15 +8,19 @@ import shutil
 import gevent
 import pytest
 import trustme
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, x25519
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from OpenSSL import crypto
 from secure import client_context, stream_pair
 from support import bounded
 
 from nodepass_gevent import tls
+from nodepass_gevent.certificates import load_certificate, make_certificate
+from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import ConfigError, PolicyError
-from nodepass_gevent.tls import ServerCertificate, load_certificate, make_certificate
+from nodepass_gevent.tls_context import SELF_SIGNED, VERIFIED, ServerCertificate, check_files
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 DAY = datetime.timedelta(days=1)
@@ -53,13 +57,13 @@ def dial(no_leaks):
     """Make the client's handshake with a server; give its transport."""
     opened = []
 
-    def shake(server, host, mode=tls.VERIFIED, version="1.3"):
+    def shake(server, host, mode=VERIFIED, version="1.3"):
         near, far = stream_pair()
         opened.extend((near, far))
         accepting = gevent.spawn(swallow, tls.accept, near, server.context)
         with bounded():
             try:
-                return tls.dial(far, client_context(version, mode), mode, host)
+                return tls.dial(far, client_context(version, mode, host))
             finally:
                 far.reset() if accepting.ready() else None
                 accepting.kill()
@@ -96,7 +100,7 @@ def test_the_fingerprint_is_the_one_that_openssl_shows():
 
 
 def test_the_fingerprint_and_the_end_of_validity_are_logged(caplog):
-    caplog.set_level(logging.INFO, "nodepass_gevent.tls")
+    caplog.set_level(logging.INFO, "nodepass_gevent")
     certificate = ServerCertificate(None, None).certificate
     assert certificate.fingerprint in caplog.text
     assert str(certificate.expires.date()) in caplog.text
@@ -182,7 +186,10 @@ def test_a_certificate_of_a_known_authority_for_the_right_name_is_taken(
 )
 def test_a_certificate_for_another_name_is_refused(authority, dial, tmp_path, identity, host):
     server = ServerCertificate(*write(authority.issue_cert(identity), tmp_path))
-    with pytest.raises(PolicyError, match=f"^certificate of {host} refused: it is for another name$"):
+    with pytest.raises(
+        PolicyError,
+        match=rf"^certificate of {host} refused by tls=2: it is for .*, and not for {host} \(fingerprint [0-9A-F:]+\)$",
+    ):
         dial(server, host)
 
 
@@ -196,13 +203,13 @@ def test_a_common_name_alone_is_no_name(authority, dial, tmp_path):
 @pytest.mark.usefixtures("trusted")
 def test_an_unknown_authority_is_refused(dial, tmp_path):
     server = ServerCertificate(*write(trustme.CA().issue_cert("localhost"), tmp_path))
-    with pytest.raises(PolicyError, match=r"^certificate of localhost refused: .*issuer"):
+    with pytest.raises(PolicyError, match="localhost refused by tls=2: no authority known here has issued it"):
         dial(server, "localhost")
 
 
 @pytest.mark.usefixtures("trusted")
 def test_a_self_signed_certificate_is_refused(dial):
-    with pytest.raises(PolicyError, match="self signed"):
+    with pytest.raises(PolicyError, match="it is self-signed, and not known here"):
         dial(ServerCertificate(None, None), "localhost")
 
 
@@ -210,13 +217,13 @@ def test_a_self_signed_certificate_is_refused(dial):
 @pytest.mark.parametrize(
     ("validity", "why"),
     [
-        ({"not_before": NOW - 2 * DAY, "not_after": NOW - DAY}, "expired"),
-        ({"not_before": NOW + DAY, "not_after": NOW + 2 * DAY}, "not yet valid"),
+        ({"not_before": NOW - 2 * DAY, "not_after": NOW - DAY}, f"has expired on {(NOW - DAY).date()}"),
+        ({"not_before": NOW + DAY, "not_after": NOW + 2 * DAY}, f"is not yet valid: it begins on {(NOW + DAY).date()}"),
     ],
 )
 def test_a_certificate_out_of_its_time_is_refused_with_the_reason(authority, dial, tmp_path, validity, why):
     server = ServerCertificate(*write(authority.issue_cert("localhost", **validity), tmp_path))
-    with pytest.raises(PolicyError, match=f"^certificate of localhost refused: .*{why}"):
+    with pytest.raises(PolicyError, match=f"^certificate of localhost refused by tls=2: it {why}"):
         dial(server, "localhost")
 
 
@@ -232,7 +239,7 @@ def test_a_chain_without_its_middle_is_refused(authority, dial, tmp_path):
     with open(crt, "r+b") as file:
         leaf, end, _ = file.read().partition(b"-----END CERTIFICATE-----\n")
         file.truncate(len(leaf + end))
-    with pytest.raises(PolicyError, match="issuer"):
+    with pytest.raises(PolicyError, match="no authority known here has issued it, or a certificate between is missing"):
         dial(ServerCertificate(crt, key), "localhost")
 
 
@@ -250,17 +257,17 @@ def test_the_directory_of_authorities_is_honoured(authority, dial, files, tmp_pa
 
 
 def test_without_the_settings_a_private_authority_is_unknown(dial, files):
-    with pytest.raises(PolicyError, match="issuer"):
+    with pytest.raises(PolicyError, match="no authority known here has issued it, or a certificate between is missing"):
         dial(ServerCertificate(*files), "localhost")
 
 
 def test_mode_1_takes_any_certificate(dial):
-    assert dial(ServerCertificate(None, None), "example.org", mode=tls.SELF_SIGNED)
+    assert dial(ServerCertificate(None, None), "example.org", mode=SELF_SIGNED)
 
 
 @pytest.fixture
 def log(caplog):
-    caplog.set_level(logging.INFO, "nodepass_gevent.tls")
+    caplog.set_level(logging.INFO, "nodepass_gevent")
     return caplog
 
 
@@ -329,7 +336,7 @@ def test_a_made_certificate_outlives_a_reload():
 
 def test_a_reload_leaves_connections_as_they_are(authority, dial, files, tmp_path):
     server = ServerCertificate(*files)
-    transport = dial(server, "localhost", mode=tls.SELF_SIGNED)
+    transport = dial(server, "localhost", mode=SELF_SIGNED)
     write(authority.issue_cert("localhost"), tmp_path)
     server.reload()
     transport.sendall(b"x")
@@ -340,3 +347,57 @@ def test_a_bad_certificate_at_the_start_is_an_error(files):
     os.unlink(files[1])
     with pytest.raises(ConfigError):
         ServerCertificate(*files)
+
+
+# Before anything runs
+
+
+def check(**settings):
+    config = Config(role="client", tunnel=Address("h", 1), target=Address("h", 2), **settings)
+    try:
+        return check_files(config)
+    except ConfigError as exc:
+        assert str(exc).isprintable()
+        return str(exc)
+
+
+def test_files_that_can_be_used_pass_and_nothing_is_logged(authority, files, tmp_path, log):
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    assert check(crt=files[0], key=files[1], ca=str(tmp_path / "ca.pem")) is None
+    assert check() is None
+    assert not log.records
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "cannot read '{}': no such file or directory"),
+        (b"", "'{}' is not a certificate in PEM form"),
+        (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "'{}' is not a certificate in PEM form"),
+        (bytes(1 << 20) + b"x", "'{}' is larger than 1048576 bytes"),
+    ],
+)
+def test_a_file_of_authorities_that_cannot_be_used_is_named(tmp_path, content, why):
+    path = tmp_path / "ca.pem"
+    if content is not None:
+        path.write_bytes(content)
+    assert check(ca=str(path)) == "ca: " + why.format(path)
+
+
+def test_a_key_that_signs_nothing_is_named(authority, tmp_path):
+    key = x25519.X25519PrivateKey.generate()
+    leaf = make_certificate()
+    odd = (
+        x509.CertificateBuilder()
+        .subject_name(leaf.chain[0].subject)
+        .issuer_name(leaf.chain[0].subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW)
+        .not_valid_after(NOW + DAY)
+        .sign(leaf.key, hashes.SHA256())
+    )
+    crt, path = tmp_path / "crt.pem", tmp_path / "key.pem"
+    crt.write_bytes(odd.public_bytes(Encoding.PEM))
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    assert check(crt=str(crt), key=str(path)).startswith(f"crt: '{crt}' cannot be used for TLS: ")

@@ -81,7 +81,7 @@ def test_python_reads_what_we_send_and_we_read_its_late_answer(no_leaks, pem, th
         if theirs == "client":
             transport = tls.accept(stream, presented().context)
         else:
-            transport = tls.dial(stream, client_context(version), tls.SELF_SIGNED, "localhost")
+            transport = tls.dial(stream, client_context(version))
         digest, data = ask(transport)
         assert (digest, data) == (hashlib.sha256(DATA).digest(), DATA)
         assert process.stdout.read() == b"%d\n" % len(DATA)

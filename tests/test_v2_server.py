@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from dataclasses import replace
 
 import gevent
 import pytest
@@ -10,6 +11,7 @@ from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line
 
 from nodepass_gevent import opening, tls
 from nodepass_gevent.errors import ProtocolError
+from nodepass_gevent.tls_context import SELF_SIGNED, ClientPolicy
 
 HELLO = b"//?v=2&c=need,later&x=1#hello\n"
 WELCOME = re.compile(rb"//([0-9a-f]{16})\?c=([a-z,]*)&i=(\d+)&p=(\d+)#welcome")
@@ -234,8 +236,8 @@ def secured(running, alpn, opening, expected=None):
     """Call with an opening and the TLS handshake right behind it; give the transport."""
     stream = as_stream(dial(running.tunnel))
     try:
-        context = tls.client_context(tls.SELF_SIGNED, alpn)
-        return tls.dial(stream, context, tls.SELF_SIGNED, HERE, alpn if expected is None else expected, opening)
+        how = ClientPolicy(HERE).context(SELF_SIGNED, alpn)
+        return tls.dial(stream, how if expected is None else replace(how, alpn=expected), opening)
     except BaseException:
         stream.close()
         raise
@@ -268,4 +270,4 @@ def test_a_handshake_without_the_profile_is_refused_by_the_client(serve, connect
     connect(running, "caller")
     stream = as_stream(dial(running.data))
     with bounded(10), stream, pytest.raises(ProtocolError, match="not one of profile v2"):
-        tls.dial(stream, tls.client_context(tls.SELF_SIGNED), tls.SELF_SIGNED, HERE, opening.ALPN_DATA)
+        tls.dial(stream, replace(ClientPolicy(HERE).context(SELF_SIGNED), alpn=opening.ALPN_DATA))

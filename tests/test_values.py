@@ -9,6 +9,7 @@ from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.values import (
     SHOWN,
     Address,
+    Pins,
     did_you_mean,
     format_duration,
     parse_duration,
@@ -16,6 +17,8 @@ from nodepass_gevent.values import (
     shown,
 )
 
+HEX = "4e07408562bedb8b60ce05c1decfe3ad16b72230967de01f640b7e4729b49fce"
+BASE64 = "TgdAhWK+24tgzgXB3s/jrRa3IjCWfeAfZAt+Rym0n84="  # the same bytes
 fuzz = settings(max_examples=300, deadline=None, database=None)
 
 
@@ -248,3 +251,36 @@ def test_any_text_is_a_duration_or_a_config_error(text):
     else:
         assert math.isfinite(seconds)
         assert parse_duration(format_duration(seconds)) == seconds
+
+
+# Pins
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HEX, HEX.upper(), f"sha256:{HEX}", f"SHA256:{HEX}", f"sha256//{HEX}", BASE64, f"sha256//{BASE64}",
+        f"sha256:{BASE64}", f"sha256/{BASE64}", f"SHA-256:{BASE64.rstrip('=')}", BASE64.translate({43: 45, 47: 95}),
+        bytes.fromhex(HEX).hex(":"), f"sha256:{bytes.fromhex(HEX).hex(':').upper()}", f"sha256://{BASE64}",
+    ],
+)  # fmt: skip
+def test_a_pin_is_read_as_openssl_and_curl_write_it(text):
+    assert Pins.parse(text).digests == (bytes.fromhex(HEX),)
+
+
+def test_several_pins_are_separated_by_commas_or_as_curl_does():
+    other = "0" * 64
+    pins = Pins((bytes.fromhex(HEX), bytes(32)))
+    assert Pins.parse(f"sha256:{HEX},sha256:{other}") == Pins.parse(f"sha256//{BASE64};{other}") == pins
+    assert str(pins) == f"sha256:{HEX},sha256:{other}"
+    assert Pins.parse(str(pins)) == pins
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", f"{HEX},", HEX[:-1], HEX + "0", BASE64 + "=", BASE64[:-2], "sha1:" + HEX, "sha256:", "x" * 500, "\n"],
+)
+def test_what_is_no_pin_is_refused(text):
+    with pytest.raises(ConfigError, match="is not a pin: sha256: and 64 hexadecimal digits") as caught:
+        Pins.parse(text)
+    assert str(caught.value).isprintable()
