@@ -61,13 +61,13 @@ class Joining:
         finally:
             self._running -= 1
 
-    def secure(self, stream: Stream, alpn: bytes = b"") -> Transport:
-        """Make the TLS handshake where the mode has one."""
+    def secure(self, stream: Stream, alpn: bytes = b"", before: bytes = b"") -> Transport:
+        """Make the TLS handshake where the mode has one, with ``before``, in clear, ahead of it."""
         if not self._certificate:
             return stream
         try:
             with deadline(self._limits.tls_handshake_timeout_s, "TLS handshake"):
-                return tls.accept(stream, self._certificate.contexts[alpn], alpn)
+                return tls.accept(stream, self._certificate.contexts[alpn], alpn, before)
         except CertificateRefused as exc:
             self._counters.certificates_refused += 1
             if alpn:  # a v1 client would call again at once: it is told later
@@ -79,7 +79,7 @@ class Joining:
     def join_session(self, stream: Stream, key: str, data: Data, first: bytes = b"") -> bool:
         """Bring a v2 data connection into the pool of the session it names; False when it does not belong there.
 
-        What is left to send of the first line goes out with the id. Without TLS there is no wait in here.
+        What is left to send of the first line goes out with what follows. Without TLS there is no wait in here.
         """
         client = self._clients.get(data.session)
         if client is None or client.key != key or client.pool.closed or client.pool.room <= self._running:
@@ -90,7 +90,10 @@ class Joining:
         try:
             if self._certificate:
                 with self.counted():
-                    transport = self.secure(stream, opening.ALPN_DATA)
+                    if not stream.seen(1):  # the ClientHello comes later, and perhaps after the first line
+                        stream.sendall(first)
+                        first = b""
+                    transport = self.secure(stream, opening.ALPN_DATA, first)
                     id = _send_id(transport, client.pool)
             else:
                 transport = stream

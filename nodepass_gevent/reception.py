@@ -9,7 +9,7 @@ data port is held to a deadline and then closed: closing it at once would make a
 import logging
 import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import gevent
 
@@ -50,21 +50,28 @@ class Reception:
 
     # The tunnel port
 
-    def join_at_once(self, stream: Stream) -> bool:
-        """Bring a caller into the pool of its session if that takes no wait, else say False, and nothing is taken."""
-        if self._config.tls or self._config.protocol == "1":
-            return False
+    def take_data(self, stream: Stream) -> Data | None:
+        """Take the opening of a v2 data connection, if that is what has arrived; of anything else nothing."""
+        if self._config.protocol == "1":
+            return None
         try:
             data = opening.parse_data(stream.seen(opening.DATA_LENGTH))
-            if data is None:
-                return False
-            stream.recv(opening.DATA_LENGTH)
-            key = net.peer_key(stream.peer[0])
-            if not self._joining.join_session(stream, key, data, self._first_line(self.data_port)):
+            if data:
+                stream.recv(opening.DATA_LENGTH)
+            return data
+        except OSError:  # whoever greets it meets it again
+            return None
+
+    def join_session(self, stream: Stream, data: Data) -> None:
+        """Bring a v2 data connection, which has not been greeted, into its pool. Waits only where there is TLS."""
+        joined = False
+        try:
+            with suppress(OSError):
+                key = net.peer_key(stream.peer[0])
+                joined = self._joining.join_session(stream, key, data, self._first_line(self.data_port))
+        finally:
+            if not joined:
                 stream.close()
-        except OSError:
-            stream.close()
-        return True
 
     def greet(self, stream: Stream) -> None:
         """Tell a caller the first line, find out what it is, and serve it to its end."""

@@ -44,6 +44,7 @@ class Server:
         self._reception = Reception(config, self._certificate, self._clients, self.counters)
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool
+        self._joiners = Crew()  # for data connections, where joining takes a handshake
 
     def __str__(self) -> str:
         return f"server {self.config.tunnel}"
@@ -60,6 +61,8 @@ class Server:
             self._clients.open()
             stack.callback(self._clients.close)
             stack.callback(self._callers.kill)
+            self._joiners = Crew()
+            stack.callback(self._joiners.kill)
             running = Group()
             stack.callback(running.kill)
             first = gevent.wait([running.spawn(part) for part in parts], count=1)[0]
@@ -97,8 +100,14 @@ class Server:
         return parts
 
     def _called(self, stream: Stream) -> None:
-        if not self._reception.join_at_once(stream):
+        """Serve a caller of the tunnel port; of a data connection the opening is here by now, as a rule."""
+        data = self._reception.take_data(stream)
+        if data is None:
             self._callers.spawn(self._reception.greet, stream)
+        elif self.config.tls:
+            self._joiners.spawn(self._reception.join_session, stream, data)
+        else:
+            self._reception.join_session(stream, data)
 
     def _listen_data(self, listen: Callable[[Address], RawSocket]) -> RawSocket:
         """Take the data port that is set, or draw until one is free."""

@@ -32,15 +32,16 @@ _REFUSALS = {  # of a certificate, as alerts of TLS name them
 _NO_CERTIFICATE = "peer did not return a certificate"
 
 
-def accept(stream: Stream, context: SSL.Context, alpn: bytes = b"") -> "TLSStream":
-    """Make the server's handshake; the caller sets its deadline.
+def accept(stream: Stream, context: SSL.Context, alpn: bytes = b"", before: bytes = b"") -> "TLSStream":
+    """Make the server's handshake, with ``before``, in clear, ahead of its first flight; the caller sets the deadline.
 
     Raises OSError, ProtocolError, and CertificateRefused, whose alert the caller sends when it likes.
     """
     connection = SSL.Connection(context, None)
     connection.set_app_data(Verdict())
     connection.set_accept_state()
-    transport = _handshake(TLSStream(stream, connection))
+    transport = TLSStream(stream, connection)
+    transport.finish_handshake(before)
     _check_profile(connection, alpn)
     return transport
 
@@ -58,11 +59,12 @@ def dial(stream: Stream, how: ClientContext, opening: bytes = b"") -> "TLSStream
     if how.sni:
         connection.set_tlsext_host_name(how.sni)
     transport = TLSStream(stream, connection)
+    transport.advance(opening)
     if opening:
-        transport.start(opening)
+        stream.wait_for_arrival()
         stream.read_line(MAX_FIRST_LINE)
     try:
-        _handshake(transport)
+        transport.finish_handshake()
     except CertificateRefused as exc:
         stream.sendall(exc.alert)
         raise
@@ -78,12 +80,6 @@ def _check_profile(connection: SSL.Connection, alpn: bytes) -> None:
         return
     if connection.get_protocol_version() != SSL.TLS1_3_VERSION or connection.get_alpn_proto_negotiated() != alpn:
         raise ProtocolError(f"the TLS handshake is not one of profile v2 ({alpn.decode()}, TLS 1.3)")
-
-
-def _handshake(transport: "TLSStream") -> "TLSStream":
-    while not transport.step():
-        pass
-    return transport
 
 
 def _translate(exc: SSL.Error) -> ConnectionError:
@@ -112,22 +108,25 @@ class TLSStream(Transport):
         self._finished = False  # ours is written
         self.buffered = True  # bytes may have come right behind the handshake
 
-    def start(self, line: bytes) -> None:
-        """Send ``line`` and the ClientHello, in one segment."""
-        try:
-            self._connection.do_handshake()
-        except SSL.WantReadError:
-            self.stream.sendall(line + self._output(OVERHEAD + RECORD))
+    def finish_handshake(self, before: bytes = b"") -> None:
+        """Answer the peer until the handshake is done; ``before``, in clear, goes out with the first answer."""
+        done = False
+        while not done:
+            count = self.stream.recv_into(_raw)
+            if not count:
+                raise ConnectionAbortedError("the peer closed during the TLS handshake")
+            self._connection.bio_write(_raw[:count])
+            done, before = self.advance(before), b""
 
-    def step(self) -> bool:
-        """Go one round trip on in the handshake; True when it is done."""
+    def advance(self, before: bytes = b"") -> bool:
+        """Go on in the handshake with what has come, and send ``before`` and what follows; True when it is done."""
         done = True
         try:
             self._connection.do_handshake()
         except SSL.WantReadError:
             done = False
         except SSL.Error as exc:
-            alert = self._output(OVERHEAD)  # tells the peer why
+            alert = before + self._output(OVERHEAD)  # tells the peer why
             problem = self._connection.get_app_data().problem
             if not problem and reasons(exc) == _NO_CERTIFICATE:
                 problem = "it has no certificate, and ca demands one"
@@ -135,16 +134,9 @@ class TLSStream(Transport):
                 raise CertificateRefused(problem, alert) from exc
             self.stream.sendall(alert)
             raise _translate(exc) from exc
-        self._send_output()
-        if not done:
-            count = self.stream.recv_into(_raw)
-            if not count:
-                raise ConnectionAbortedError("the peer closed during the TLS handshake")
-            self._connection.bio_write(_raw[:count])
+        if answer := before + self._output(OVERHEAD + RECORD):
+            self.stream.sendall(answer)
         return done
-
-    def _send_output(self) -> None:
-        self.stream.sendall(self._output(OVERHEAD + RECORD))
 
     def _output(self, size: int) -> bytes:
         try:
