@@ -6,6 +6,7 @@ before anything runs; else what the service returns.
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -14,8 +15,10 @@ from . import log as logs
 from .client import Client
 from .config import LOG_LEVELS, Config
 from .errors import ConfigError
+from .keyring import read_keys
 from .server import Server
 from .tls_context import check_files
+from .tunnel_key import SIZE, format_key
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print(parsed)
         for config in parsed.configs:
             _check_files(config)
+            read_keys(config)
     except ConfigError as exc:
         print(f"nodepass: error: {exc}", file=sys.stderr)
         return USAGE_ERROR
@@ -49,6 +53,8 @@ def _print(parsed: options.Parsed) -> int:
         return USAGE_ERROR
     if parsed.action == "help":
         print(options.build_parser().format_help(), end="")
+    elif parsed.action == "genkey":
+        print(format_key(secrets.token_bytes(SIZE)))
     elif parsed.action == "version":
         print(f"nodepass-gevent {__version__}")
     else:

@@ -4,13 +4,16 @@ Knows no socket, no file and no command line; a value's source is only a name to
 A wrong value raises ConfigError with one line of text, in which foreign text is escaped.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from .errors import ConfigError
+from .tunnel_key import TunnelKey
 from .values import Address, Pins, did_you_mean, format_duration, is_host, shown
 
+_TUNNEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")  # the most detailed first
 
 
@@ -40,6 +43,8 @@ class Limits:
     opening_timeout_s: float = _deadline(5.0)  # a caller that has begun to say what it is
     caller_timeout_s: float = _deadline(10.0)  # a caller on the tunnel port that says nothing
     tls_handshake_timeout_s: float = _deadline(5.0)  # the original's deadline
+    authentication_timeout_s: float = _deadline(5.0)  # all before it has caller_timeout_s since accept
+    takeover_timeout_s: float = _deadline(2.0)  # a client answers a ping: less than the other waits for its welcome
     id_timeout_s: float = _deadline(10.0)  # the client waits for the 8-byte id of a data connection
     pool_wait_s: float = _deadline(10.0)  # a user waits for a data connection
     half_closed_timeout_s: float = _deadline(60.0)  # one direction ended and the other is silent
@@ -71,7 +76,7 @@ class Config:
     role: str = _one_of("server", "client")
     tunnel: Address
     target: Address  # the server's public port, the client's target
-    name: str = ""  # of the tunnel, where there are several
+    name: str = ""  # of the tunnel in its config file, where there are several
     log: str = _one_of(*LOG_LEVELS, default="info")
     tls: int = _one_of(0, 1, 2, default=0)  # a client's is the least mode it accepts
     crt: str | None = None  # a file
@@ -79,6 +84,9 @@ class Config:
     ca: str | None = None  # a file
     sni: str | None = None
     pin: Pins | None = None
+    tunnel_key: TunnelKey | None = None
+    tunnel_key_file: str | None = None
+    tunnel_name: str | None = None  # goes into the key, and so is the same at both ends
     data_port: int | None = _within(1, 65535, None)  # None: any free one
     network: str = _one_of("tcp", "udp", "both", default="both")
     protocol: str = _one_of("auto", "1", "2", default="auto")
@@ -101,6 +109,7 @@ class Config:
             most = f"{self.max_pool_capacity} (from {self.source('max-pool-capacity')})"
             raise self.fault("min_pool_capacity", f"is above max-pool-capacity, {most}")
         self._check_pair()
+        self._check_tunnel_key()
         if self.role == "client":
             self._check_client()
         else:
@@ -110,6 +119,11 @@ class Config:
     def url(self) -> str:
         """The tunnel without its settings."""
         return f"{self.role}://{self.tunnel}/{self.target}"
+
+    @property
+    def keyed(self) -> bool:
+        """Whether nobody is served, and no server taken, without the tunnel key."""
+        return self.tunnel_key is not None or self.tunnel_key_file is not None
 
     def value(self, field_name: str) -> Any:
         """Give the value of a field, its own or one of its limits."""
@@ -147,6 +161,21 @@ class Config:
             raise self.fault("crt", "has no key that belongs to it; give both crt and key, or neither")
         if self.key and not self.crt:
             raise self.fault("key", "has no crt that belongs to it; give both crt and key, or neither")
+
+    def _check_tunnel_key(self) -> None:
+        if self.tunnel_name is not None and not _TUNNEL_NAME.fullmatch(self.tunnel_name):
+            raise self.fault("tunnel_name", "is not 1 to 64 ASCII letters, digits, '_', '.' or '-'")
+        if not self.keyed:
+            return
+        if self.tunnel_key is not None and self.tunnel_key_file is not None:
+            other = self.source("tunnel-key")
+            raise self.fault("tunnel_key_file", f"is not the only one: there is a tunnel-key, from {other}")
+        if self.role == "server" and self.tls == 0:
+            raise self.fault("tls", "encrypts nothing, and a tunnel key needs that; with one allowed: 1, 2")
+        if self.protocol == "1":
+            raise self.fault("protocol", "knows no tunnel key; with one allowed: auto, 2")
+        if self.data_port is not None:
+            raise self.fault("data_port", "is for clients of profile v1, and with a tunnel key none is served")
 
     def _check_client(self) -> None:
         if self.data_port is not None:

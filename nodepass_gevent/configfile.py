@@ -5,7 +5,9 @@ a comment line, a blank and ``#`` a comment behind a value. A value in double qu
 being one quote. No interpolation, no lists. Knows no setting: which keys there are is not decided here.
 """
 
+import os
 import re
+import stat
 from collections.abc import Iterable
 from typing import NamedTuple, TextIO
 
@@ -15,6 +17,8 @@ from .errors import ConfigError
 from .values import did_you_mean, printable, shown
 
 MAX_FILE = 1 << 20  # bytes; a thousand tunnels have about 300 KiB
+SHORTEST_SECRET = 16  # characters
+_NO_NAME = re.compile(r"[\s:]")
 _BLANK = " \t\r"
 _SECTION = re.compile(r"\[[ \t]*(?:nodepass|tunnel[ \t]+([^\]]*?))[ \t]*\][ \t]*(?:[#;].*)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -43,6 +47,11 @@ class Sections(NamedTuple):
 
     defaults: list[Entry]
     tunnels: list[Section]
+    open_to_others: bool = False  # who is neither the file's owner nor root can read it
+
+    def entries(self) -> list[Entry]:
+        """Give the settings of all sections."""
+        return self.defaults + [entry for section in self.tunnels for entry in section.entries]
 
 
 def read(path: str) -> Sections:
@@ -50,6 +59,7 @@ def read(path: str) -> Sections:
     label = printable(path)
     try:
         with open(path, "rb") as file:
+            open_to_others = bool(os.fstat(file.fileno()).st_mode & (stat.S_IRGRP | stat.S_IROTH))
             data = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
         reason = exc.strerror if isinstance(exc, OSError) else exc
@@ -57,7 +67,7 @@ def read(path: str) -> Sections:
     if len(data) > MAX_FILE:
         raise ConfigError(f"config: the file is larger than {MAX_FILE} bytes [from file {label}]")
     try:
-        return parse(data.decode("utf-8-sig"), f"file {label}")
+        return parse(data.decode("utf-8-sig"), f"file {label}")._replace(open_to_others=open_to_others)
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"config: the file is not UTF-8 text [from file {label}:{line}]") from exc
@@ -102,6 +112,10 @@ def _section_name(line: str, source: str) -> str:
 def _entry(line: str, source: str) -> Entry:
     key, equals, rest = line.partition("=")
     key, rest = key.rstrip(_BLANK), rest.strip(_BLANK)
+    if len(line) >= SHORTEST_SECRET and (
+        not equals or _NO_NAME.search(key)
+    ):  # perhaps a tunnel key, so it is not shown
+        raise ConfigError(f"the line is not a name, = and a value [from {source}]")
     if rest.startswith('"'):
         match = _QUOTED.fullmatch(rest)
         if not match:

@@ -15,7 +15,9 @@ from . import configfile
 from .config import Config, Limits, setting_name, setting_text
 from .configfile import Entry
 from .errors import ConfigError
+from .tunnel_key import parse_key
 from .url import FORMS, TunnelURL, parse_url
+from .usage import EXAMPLES, USAGE
 from .values import Pins, did_you_mean, parse_duration, printable, shown
 
 
@@ -41,6 +43,7 @@ class Setting:
     group: str
     help: str
     unset: str = "none"  # what the default is called where it is no value
+    secret: bool = False  # its value stands in no error
 
     @property
     def name(self) -> str:
@@ -77,6 +80,11 @@ SETTINGS = (
             "authorities, PEM; client: in place of the system's; server: clients need a certificate of theirs"),
     Setting("sni", "NODEPASS_SNI", str, "NAME", _TLS, "client: name in the certificate, unless that of the URL"),
     Setting("pin", "NODEPASS_PIN", Pins.parse, "SHA256,...", _TLS, "client: digests of public keys, one the server's"),
+    Setting("tunnel_key_file", "NODEPASS_TUNNEL_KEY_FILE", str, "FILE", _TLS,
+            "file of the key that both sides must have; two lines while it is changed"),
+    Setting("tunnel_key", "TUNNEL_KEY", parse_key, "KEY", _TLS,
+            "the key itself; as an option or in the URL it is visible in ps", secret=True),
+    Setting("tunnel_name", "NODEPASS_TUNNEL_NAME", str, "NAME", _TLS, "goes into the key: the same at both ends"),
     Setting("semaphore_limit", "SEMAPHORE_LIMIT", parse_integer, "N", _POOL, "users served at once"),
     Setting("min_pool_capacity", "MIN_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, least"),
     Setting("max_pool_capacity", "MAX_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, most"),
@@ -101,6 +109,10 @@ SETTINGS = (
             "server: for a caller that is silent and proves nothing"),
     Setting("tls_handshake_timeout_s", "NODEPASS_TLS_HANDSHAKE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
             "a TLS handshake"),
+    Setting("authentication_timeout_s", "NODEPASS_AUTHENTICATION_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "server: for a proof of the tunnel key"),
+    Setting("takeover_timeout_s", "NODEPASS_TAKEOVER_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "server: a client that answers no ping gives way to another one with the tunnel key"),
     Setting("id_timeout_s", "NODEPASS_ID_TIMEOUT", parse_duration, "TIME", _DEADLINES,
             "client: wait for a data connection's id; server: for its acknowledgement by a v1 client"),
     Setting("pool_wait_s", "NODEPASS_POOL_WAIT", parse_duration, "TIME", _DEADLINES,
@@ -128,23 +140,10 @@ LATER_KEYS = frozenset(("min", "max", "mode", "dial", "read", "rate", "slot", "p
                         "noudp", "type", "quic", "pool"))
 # fmt: on
 BY_NAME = {setting.name: setting for setting in SETTINGS}
+_HAS_KEY = re.compile(r"(?i)(?:server|client)://[^/?]*@")
 ALIASES = {"cert": "crt"}  # the original's install script writes cert, the original reads crt
+COMMANDS = ("genkey",)
 LINE_ONLY = ("config", "show-config", "version", "help")
-
-EXAMPLES = """\
-Of several sources the first one counts: option, URL query, environment, [tunnel NAME] in the file, [nodepass] in it.
-URL query and file have the options' names without --. A TIME is written 5s, 1h30m or 100ms.
-
-examples:
-  nodepass 'server://:10101/127.0.0.1:8080?tls=1'
-  nodepass 'client://tunnel.example.com:10101/127.0.0.1:80?log=debug'
-  SEMAPHORE_LIMIT=4096 nodepass 'server://[::1]:10101/:8443?tls=2&crt=/etc/nodepass/cert.pem&key=/etc/nodepass/key.pem'
-  nodepass --config /etc/nodepass/nodepass.conf --show-config
-"""
-USAGE = """\
-nodepass [options] 'server://<tunnel_addr>/<target_addr>[?key=value&...]'
-       nodepass [options] 'client://<tunnel_addr>/<target_addr>[?key=value&...]'
-       nodepass [options] --config FILE"""
 
 
 class _Parser(configargparse.ArgumentParser):
@@ -186,7 +185,7 @@ def build_parser() -> configargparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What the command line asks for: run, show-config, or, without configs, help, version or usage."""
+    """What the command line asks for: run, show-config, or, without configs, genkey, help, version or usage."""
 
     action: str
     configs: tuple[Config, ...] = ()
@@ -206,7 +205,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
     """Merge all sources into one Config per tunnel; raise ConfigError. A blank environment value is none."""
     parser = build_parser()
     line = _read_line(parser, argv)
-    if line.action in ("help", "version"):
+    if line.action in ("help", "version", *COMMANDS):
         return Parsed(line.action)
     environ = {name: value for name, value in environ.items() if value.strip()}
     warnings: list[str] = []
@@ -229,6 +228,10 @@ def _read_line(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> _L
     action = next((name for name in ("help", "version", "show_config") if values[name]), "run").replace("_", "-")
     if action in ("help", "version"):
         return _Line(action, None, {})
+    if values["positional"] in COMMANDS:
+        if len(argv) > 1:
+            raise ConfigError(f"{values['positional']} is followed by nothing [from command line]")
+        return _Line(values["positional"], None, {})
     if values["positional"] is not None:
         _refuse_command(values["positional"])
         if values["url"] is not None:
@@ -248,7 +251,8 @@ def _refuse_command(word: str) -> None:
     if "://" not in word:
         address = ":" in word and not word.startswith(("server:", "client:"))
         hint = "an address stands behind server:// or client://" if address else f"a tunnel is {FORMS}"
-        raise ConfigError(f"unknown command {shown(word)}; {hint} [from command line]")
+        hint = did_you_mean(word, COMMANDS) or f"; {hint}"
+        raise ConfigError(f"unknown command {shown(word)}{hint} [from command line]")
 
 
 def _read_sections(line: _Line, environ: Mapping[str, str], warnings: list[str]) -> dict[str, dict[str, Entry]]:
@@ -256,6 +260,13 @@ def _read_sections(line: _Line, environ: Mapping[str, str], warnings: list[str])
     if line.file is None:
         return {"": {}}
     file = configfile.read(line.file)
+    if file.open_to_others:
+        keys = [
+            each for each in file.entries() if each.key in ("tunnel-key", "tunnel_key") or _HAS_KEY.match(each.text)
+        ]
+        warnings += [
+            f"tunnel-key can be read by others: chmod 600 keeps them out [from {each.source}]" for each in keys
+        ]
     defaults = _collect(file.defaults, BY_NAME, warnings)
     if not file.tunnels:
         return {"": defaults}
@@ -285,7 +296,10 @@ def _read_query(url: TunnelURL, entry: Entry, warnings: list[str]) -> dict[str, 
     """Return the URL's query by setting name; an empty value, as of an unset shell variable, is refused."""
     source = "URL query" if entry.source == "command line" else f"URL query, {entry.source}"
     keys = [name for name in BY_NAME if name != "url"]
-    found = _collect([Entry(key, text, source) for key, text in url.query], keys, warnings)
+    entries = [Entry(key, text, source) for key, text in url.query]
+    if url.key is not None:
+        entries.append(Entry("tunnel-key", url.key, source.replace(" query", "")))
+    found = _collect(entries, keys, warnings)
     for name, each in found.items():
         if not each.text.strip():
             raise ConfigError(f"{name}: the value is empty; leave the key out for the default [from {source}]")
@@ -345,13 +359,19 @@ def _make_config(name: str, url: TunnelURL, given: Mapping[str, Entry], warnings
     config = Config(role=url.role, tunnel=url.tunnel, target=url.target, name=name, sources=sources, **values)
     if config.role == "server" and config.crt and config.tls == 0:
         warnings.append(f"crt and key are not used, as tls is 0 [from {config.source('tls')}]: nothing is encrypted")
+    source = config.source("tunnel-key")
+    if source in ("command line", "URL", "URL query"):
+        warnings.append(
+            f"tunnel-key can be read by everybody on this machine, with ps [from {source}]; in a file it cannot"
+        )
     return config
 
 
 def _convert(setting: Setting, entry: Entry) -> Any:
     try:
         if not entry.text.isprintable() or not entry.text:
-            raise ConfigError(f"{shown(entry.text)} is empty or holds control characters")
+            text = "the value" if setting.secret else shown(entry.text)
+            raise ConfigError(f"{text} is empty or holds control characters")
         return setting.read(entry.text)
     except ConfigError as exc:
         raise ConfigError(f"{setting.name}: {exc} [from {entry.source}]") from exc

@@ -1,11 +1,11 @@
-"""The URL that says what a tunnel is: ``server://<tunnel_addr>/<target_addr>?key=value&...``.
+"""The URL that says what a tunnel is: ``server://[<tunnel_key>@]<tunnel_addr>/<target_addr>?key=value&...``.
 
 Split by rules of our own: urlsplit drops tabs and newlines and keeps quiet about much else.
 Knows no setting: what the query's keys mean is not decided here.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import unquote_to_bytes
 
 from .errors import ConfigError
@@ -14,6 +14,9 @@ from .values import Address, did_you_mean, printable, shown
 ROLES = ("server", "client")
 FORMS = "server://<tunnel_addr>/<target_addr> or client://<tunnel_addr>/<target_addr>"
 MAX_URL = 8192  # characters; a long one with every setting has about 500
+_KEY_FORM = (
+    "a tunnel key stands before the tunnel address; in it write / as %2F, ? as %3F, # as %23, @ as %40, % as %25"
+)
 _BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 
 
@@ -25,6 +28,7 @@ class TunnelURL:
     tunnel: Address
     target: Address
     query: tuple[tuple[str, str], ...]
+    key: str | None = field(default=None, repr=False)  # what stands before an @
 
 
 def parse_url(text: str) -> TunnelURL:
@@ -43,13 +47,27 @@ def parse_url(text: str) -> TunnelURL:
     if "#" in rest:
         raise ConfigError("a fragment (#...) is not allowed; write # as %23")
     addresses, _, query = rest.partition("?")
-    tunnel, target = _addresses(addresses)
-    return TunnelURL(role, tunnel, target, _query(query))
+    key, at, addresses = _split_key(addresses)
+    try:
+        tunnel, target = _addresses(addresses)
+    except ConfigError:
+        if not at and "@" in query:  # what was taken for an address may be a piece of a key
+            raise ConfigError(_KEY_FORM) from None
+        raise
+    return TunnelURL(role, tunnel, target, _query(query), _decoded("tunnel-key", key) if at else None)
+
+
+def _split_key(text: str) -> tuple[str, str, str]:
+    """Split off what stands before an ``@``; no address holds one."""
+    key, at, addresses = text.rpartition("@")
+    if "/" in key or "@" in key:
+        raise ConfigError(_KEY_FORM)
+    if at and not key:
+        raise ConfigError("the tunnel key before @ is empty")
+    return key, at, addresses
 
 
 def _addresses(text: str) -> tuple[Address, Address]:
-    if "@" in text:
-        raise ConfigError("a tunnel key in the URL is not supported by this version")
     tunnel, _, target = text.partition("/")
     if not target:
         raise ConfigError(f"the target address is missing; allowed: {FORMS}")

@@ -13,14 +13,14 @@ import nodepass_gevent
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
     {"__init__", "errors"},
-    {"callers", "certificates", "crew", "log", "metrics", "values", "wire"},
+    {"callers", "certificates", "crew", "log", "metrics", "tunnel_key", "usage", "values", "wire"},
     {"config"},
-    {"configfile", "opening", "transport", "url"},
+    {"configfile", "keyring", "opening", "transport", "url"},
     {"net", "options", "relay"},
     {"udp", "verification"},
     {"tls_context"},
     {"tls"},
-    {"forward", "pool"},
+    {"authentication", "forward", "pool"},
     {"session"},
     {"clients"},
     {"joining"},
@@ -30,7 +30,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"__main__"},
 )
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
-SANS_IO = {"config", "errors", "metrics", "opening", "url", "values", "wire"}
+SANS_IO = {"config", "errors", "metrics", "opening", "tunnel_key", "url", "values", "wire"}
 KNOW_WATCHERS = {"crew", "net", "pool", "relay", "tls", "transport", "udp"}  # may use descriptors and the loop itself
 CATCH_ALL = {"relay": 1, "service": 1}  # who may `except Exception`: the end of an exchange, and the service loop
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines

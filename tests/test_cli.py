@@ -8,6 +8,7 @@ import pytest
 from nodepass_gevent import __version__, cli, options
 from nodepass_gevent.config import Config
 from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.tunnel_key import parse_key
 
 URL = "server://:10101/127.0.0.1:8080"
 
@@ -128,7 +129,7 @@ def test_without_arguments_a_short_usage_goes_to_stderr(world, capsys):
     assert out == ""
     assert err.startswith("usage: nodepass [options] 'server://")
     assert err.endswith("nodepass --help shows all options\n")
-    assert err.count("\n") == 4
+    assert err.count("\n") == 5
     assert world.ran is None
 
 
@@ -136,6 +137,29 @@ def test_without_arguments_a_short_usage_goes_to_stderr(world, capsys):
 def test_the_version_goes_to_stdout(world, capsys, option):
     assert cli.main([option]) == 0
     assert capsys.readouterr() == (f"nodepass-gevent {__version__}\n", "")
+
+
+def test_genkey_prints_another_key_each_time(world, capsys):
+    keys = set()
+    for _ in range(3):
+        assert cli.main(["genkey"]) == 0
+        out, err = capsys.readouterr()
+        assert out.endswith("\n") and err == ""
+        assert not parse_key(out).is_passphrase
+        keys.add(out)
+    assert len(keys) == 3 and world.order == []
+
+
+def test_a_key_file_that_cannot_be_used_is_refused_before_anything_runs(world, capsys, tmp_path):
+    path = tmp_path / "tunnel.key"
+    path.write_text("s3cret s3cret s3cret")
+    path.chmod(0o644)
+    assert cli.main([f"{URL}?tls=1&tunnel-key-file={path}"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"nodepass: error: tunnel-key-file: '{path}' has mode 0644: others may use it; chmod 600")
+    assert (out, err.count("\n"), world.ran) == ("", 1, None) and "s3cret" not in err
+    path.chmod(0o600)
+    assert cli.main([f"{URL}?tls=1&tunnel-key-file={path}"]) == 7
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])

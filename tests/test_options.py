@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import subprocess
 import sys
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 from nodepass_gevent import options
 from nodepass_gevent.config import Address, Config, Limits
 from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.tunnel_key import parse_key
 from nodepass_gevent.values import Pins
 
 fuzz = settings(max_examples=300, deadline=None, database=None)
 URL = "server://:10101/127.0.0.1:8080"
+KEY = "np1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8"
 
 
 @pytest.fixture
@@ -54,6 +57,9 @@ TEXTS = {  # a value other than the default, as written and in Config
     "ca": ("/etc/ca.pem", "/etc/ca.pem"),
     "sni": ("a.example", "a.example"),
     "pin": (f"sha256//{'+/' * 21}8=", Pins((b"\xfb\xff\xbf" * 10 + b"\xfb\xff",))),
+    "tunnel-key-file": ("/etc/a.key", "/etc/a.key"),
+    "tunnel-key": (KEY, parse_key(KEY)),
+    "tunnel-name": ("site-a", "site-a"),
     "semaphore-limit": ("5", 5),
     "min-pool-capacity": ("6", 6),
     "max-pool-capacity": ("70", 70),
@@ -71,6 +77,8 @@ TEXTS = {  # a value other than the default, as written and in Config
     "opening-timeout": ("4ms", 0.004),
     "caller-timeout": ("6ms", 0.006),
     "tls-handshake-timeout": ("7ms", 0.007),
+    "authentication-timeout": ("22ms", 0.022),
+    "takeover-timeout": ("23ms", 0.023),
     "id-timeout": ("8ms", 0.008),
     "pool-wait": ("11ms", 0.011),
     "half-closed-timeout": ("1h", 3600),
@@ -84,10 +92,10 @@ TEXTS = {  # a value other than the default, as written and in Config
     "tcp-user-timeout": ("21s", 21),
 }
 CLIENTS = ("ca", "sni", "pin")  # a server has none, or not without tls
-PARTNER = {"crt": "key", "key": "crt"}  # refused one without the other
+PARTNER = {"crt": ("key", "/x"), "key": ("crt", "/x"), "tunnel-key": ("tls", "1"), "tunnel-key-file": ("tls", "1")}
 # fmt: off
-ORIGINAL_NAMES = ("SEMAPHORE_LIMIT", "MIN_POOL_CAPACITY", "MAX_POOL_CAPACITY", "UDP_DATA_BUF_SIZE", "UDP_READ_TIMEOUT",
-                  "REPORT_INTERVAL", "RELOAD_INTERVAL", "SERVICE_COOLDOWN", "SHUTDOWN_TIMEOUT")
+NAMED_ELSEWHERE = ("TUNNEL_KEY", "SEMAPHORE_LIMIT", "MIN_POOL_CAPACITY", "MAX_POOL_CAPACITY", "UDP_DATA_BUF_SIZE",
+                   "UDP_READ_TIMEOUT", "REPORT_INTERVAL", "RELOAD_INTERVAL", "SERVICE_COOLDOWN", "SHUTDOWN_TIMEOUT")
 LATER_KEYS = ("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "notcp", "noudp",
               "type", "quic", "pool")
 # fmt: on
@@ -102,7 +110,7 @@ def test_every_setting_of_config_is_in_the_table():
 
 def test_environment_names_are_the_original_ones_or_have_the_prefix():
     own = [s for s in options.SETTINGS if s.env.startswith("NODEPASS_")]
-    assert sorted(s.env for s in options.SETTINGS if s not in own) == sorted(ORIGINAL_NAMES)
+    assert sorted(s.env for s in options.SETTINGS if s not in own) == sorted(NAMED_ELSEWHERE)
     assert all(s.env == "NODEPASS_" + s.name.upper().replace("-", "_") for s in own)
 
 
@@ -117,7 +125,7 @@ def test_every_setting_comes_from_every_source(name, source, write):
     texts = {name: text}
     url = "client://h:1/:2" if name in CLIENTS else URL
     if name in PARTNER:
-        texts[PARTNER[name]] = "/x"
+        texts |= [PARTNER[name]]  # refused one without the other
     if source.startswith("underscored"):
         texts = {key.replace("-", "_"): each for key, each in texts.items()}
     if source == "flag":
@@ -197,7 +205,7 @@ def test_every_example_of_the_documentation_parses():
 
 def test_every_example_of_the_help_parses():
     quoted = re.findall(r"nodepass '(\S+)'", options.EXAMPLES)
-    assert len(re.findall("^  .*nodepass ", options.EXAMPLES, re.MULTILINE)) == 4
+    assert len(re.findall("^  .*nodepass ", options.EXAMPLES, re.MULTILINE)) == 5
     assert [parse_one(url).role for url in quoted] == ["server", "client", "server"]
 
 
@@ -433,6 +441,104 @@ def test_a_certificate_without_tls_is_warned_about():
     assert options.parse([URL + "?crt=a&key=b&tls=1"], {}).warnings == ()
 
 
+# The tunnel key
+
+PHRASE = "s3cret words, s3cret enough"
+
+
+@pytest.mark.parametrize("key", [KEY, PHRASE, "[s3cret, s3cret]", '"s3cret s3cret"" # x', "--s3cret s3cret s3cret"])
+def test_a_key_is_the_same_from_every_source(key, write):
+    quoted = "".join(f"%{byte:02x}" for byte in key.encode())
+    as_value = key.replace('"', '""')
+    path, _ = write(f'tunnel-key = "{as_value}"')
+    client = "client://h:1/:2"
+    configs = [
+        parse_one(client, TUNNEL_KEY=key),
+        parse_one("-c", path, client),
+        parse_one(client, f"--tunnel-key={key}"),
+        parse_one(f"{client}?tunnel_key={quoted}"),
+        parse_one(f"client://{quoted}@h:1/:2"),
+    ]
+    assert all(config.tunnel_key == parse_key(key) for config in configs)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "source"),
+    [
+        ([f"client://{KEY}@h:1/:2"], {}, "URL"),
+        ([f"client://h:1/:2?tunnel-key={KEY}"], {}, "URL query"),
+        (["client://h:1/:2", "--tunnel-key", KEY], {}, "command line"),
+        (["client://h:1/:2"], {"TUNNEL_KEY": KEY}, ""),
+        ([], {"NODEPASS_URL": f"client://{KEY}@h:1/:2"}, ""),
+    ],
+)
+def test_a_key_on_the_command_line_is_warned_about(argv, environ, source):
+    parsed = options.parse(argv, environ)
+    text = "tunnel-key can be read by everybody on this machine, with ps [from {}]; in a file it cannot"
+    assert parsed.warnings == ((text.format(source),) if source else ())
+
+
+@pytest.mark.parametrize("line", [f"tunnel_key = {KEY}", f"url = client://{KEY}@h:1/:2"])
+def test_a_key_in_a_config_file_that_others_can_read_is_warned_about(write, line):
+    path, label = write(f"[tunnel a]\nurl = client://h:1/:2\n{line}" if "tunnel" in line else f"[tunnel a]\n{line}")
+    number = 3 if "tunnel" in line else 2
+    for mode, warned in ((0o644, True), (0o640, True), (0o600, False)):
+        os.chmod(path, mode)
+        text = f"tunnel-key can be read by others: chmod 600 keeps them out [from {label}:{number}]"
+        assert options.parse(["-c", path], {}).warnings == ((text,) if warned else ())
+
+
+def test_a_key_in_the_url_beats_the_environment_and_gives_way_to_an_option():
+    url, other = f"client://{KEY}@h:1/:2", "another key of 16 or more"
+    assert parse_one(url, TUNNEL_KEY=other).tunnel_key == parse_key(KEY)
+    assert parse_one(url, "--tunnel-key", other).tunnel_key == parse_key(other)
+    assert error(f"{url}?tunnel-key=x").startswith("tunnel-key: given twice; first in URL")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "text"),
+    [
+        ([URL], {"TUNNEL_KEY": "s3cret"}, "tunnel-key: a passphrase has 16 to 1024 characters"),
+        ([URL], {"TUNNEL_KEY": "s3cret\x1b s3cret s3cret"}, "tunnel-key: the value is empty or holds control"),
+        (["server://s3cret@:1/:2"], {}, "tunnel-key: a passphrase has 16 to 1024 characters; better: a key made by"),
+        ([URL, "--tunnel-key=np1:s3cret"], {}, "tunnel-key: np1: is not followed by a key"),
+        ([URL, "np1:s3cret"], {}, "unknown option or argument 'np1:***'"),
+        (["np1:s3cret"], {}, "unknown command 'np1:***'"),
+        ([URL + "?np1:s3cret"], {}, "unknown key 'np1:***'"),
+        ([URL], {"TUNNEL_KEY": PHRASE}, "tls: '0' encrypts nothing, and a tunnel key needs that; with one allowed: 1"),
+        ([URL + "?tls=1&protocol=1"], {"TUNNEL_KEY": PHRASE}, "protocol: '1' knows no tunnel key; with one"),
+        ([URL + "?tls=1&data-port=9"], {"TUNNEL_KEY": PHRASE}, "data-port: '9' is for clients of profile v1, and"),
+        (
+            [URL + "?tls=1&tunnel-key-file=x"],
+            {"TUNNEL_KEY": PHRASE},
+            "tunnel-key-file: 'x' is not the only one: there is a tunnel-key, from environment variable TUNNEL_KEY",
+        ),
+        ([URL + "?tunnel-name=a/b"], {}, "tunnel-name: 'a/b' is not 1 to 64 ASCII letters, digits, '_', '.' or '-'"),
+        ([URL + "?tunnel-name=" + "a" * 65], {}, "is not 1 to 64 ASCII letters"),
+        (["genkey", URL], {}, "genkey is followed by nothing [from command line]"),
+        (["genkey", "--log=info"], {}, "genkey is followed by nothing [from command line]"),
+        (["genkye"], {}, "unknown command 'genkye' (did you mean 'genkey'?) [from command line]"),
+    ],
+)  # fmt: skip
+def test_a_wrong_key_is_one_line_that_does_not_hold_it(argv, environ, text):
+    line = error(*argv, **environ)
+    assert text in line
+    assert "s3cret" not in line
+
+
+def test_a_key_is_shown_as_three_stars_which_are_no_key(write):
+    config = parse_one(f"client://{PHRASE.replace(' ', '%20')}@h:1/:2")
+    text = options.show([config])
+    assert "tunnel-key = ***                         # URL\n" in text
+    assert not re.search("s3cret", f"{text} {config} {config!r} {[config]}")
+    path, _ = write(text)
+    assert error("-c", path).startswith("tunnel-key: *** only stands for a key, as --show-config prints it; the key it")
+
+
+def test_genkey_is_asked_for():
+    assert options.parse(["genkey"], {"TUNNEL_KEY": "x"}) == options.Parsed("genkey")
+
+
 # What is only shown
 
 
@@ -473,6 +579,9 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "# ca =                                   # default: none",
         "# sni =                                  # default: none",
         "# pin =                                  # default: none",
+        "# tunnel-key-file =                      # default: none",
+        "# tunnel-key =                           # default: none",
+        "# tunnel-name =                          # default: none",
         "semaphore-limit = 9                      # environment variable SEMAPHORE_LIMIT",
         "min-pool-capacity = 16                   # default",
         "max-pool-capacity = 1024                 # default",
@@ -490,6 +599,8 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "opening-timeout = 5s                     # default",
         "caller-timeout = 10s                     # default",
         "tls-handshake-timeout = 5s               # default",
+        "authentication-timeout = 5s              # default",
+        "takeover-timeout = 2s                    # default",
         "id-timeout = 10s                         # default",
         "pool-wait = 10s                          # default",
         "half-closed-timeout = 1m0s               # default",

@@ -82,8 +82,12 @@ def test_a_wrong_url_is_refused_with_the_reason(text, why):
 @pytest.mark.parametrize(
     "text",
     [
-        "server://s3cret@:1/:2",
-        "server://user:s3cret@host:1/:2",
+        "server://s3%cret@:1/:2",
+        "server://s3%ffcret@:1/:2",
+        "server://s3@cret@host:1/:2",
+        "server://s3cret@host/:2",
+        "server://cret/s3?cret@host:1/:2",
+        "server://cret?s3@host:1/:2",
         "server://:1/s3cret@host:2",
         "server://s3/cret@host:1/:2",
         "sever://s3cret@:1/:2",
@@ -93,15 +97,38 @@ def test_a_wrong_url_is_refused_with_the_reason(text, why):
         "server://s3cret@:1/ :2",
     ],
 )
-def test_a_key_in_the_url_is_refused_and_never_repeated(text):
+def test_a_key_in_a_wrong_url_is_never_repeated(text):
     with pytest.raises(ConfigError) as caught:
         parse_url(text)
     assert "cret" not in str(caught.value)
 
 
-def test_a_key_in_the_url_is_named_as_not_supported():
-    with pytest.raises(ConfigError, match="a tunnel key in the URL is not supported by this version"):
-        parse_url("server://s3cret@:1/:2")
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("client://np1:AA-_@h:1/:2", "np1:AA-_"),
+        ("client://user:s3cret@h:1/:2", "user:s3cret"),
+        ("client://a%2Fb%40c%3fd%20%c3%bc+@h:1/:2?log=a@b", "a/b@c?d \u00fc+"),
+        ("client://h:1/:2?log=a@b", None),
+    ],
+)
+def test_the_user_part_is_the_tunnel_key(text, key):
+    url = parse_url(text)
+    assert (url.tunnel, url.target, url.key) == (Address("h", 1), Address("", 2), key)
+    assert key is None or key not in repr(url)
+
+
+@pytest.mark.parametrize(
+    "text", ["client://a/b@h:1/:2", "client://a@b@h:1/:2", "client://h:1/x@:2", "client://a?b@h:1/:2"]
+)
+def test_how_a_key_is_written_is_said(text):
+    with pytest.raises(ConfigError, match="before the tunnel address; in it write / as %2F"):
+        parse_url(text)
+
+
+def test_an_empty_key_as_of_an_unset_shell_variable_is_refused():
+    with pytest.raises(ConfigError, match="the tunnel key before @ is empty"):
+        parse_url("client://@h:1/:2")
 
 
 @fuzz

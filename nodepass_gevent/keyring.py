@@ -1,0 +1,115 @@
+"""Where a tunnel's keys come from: a setting, or a file that nobody else can read and that may change while we run.
+
+Of a file's two keys the first proves who this side is and both are accepted, so that a key is changed without a pause.
+"""
+
+import logging
+import os
+import stat
+
+import gevent
+
+from .config import Config
+from .errors import ConfigError
+from .tunnel_key import Root, TunnelKey, derive, parse_key
+from .values import shown
+
+log = logging.getLogger(__name__)
+
+MAX_KEYS = 2  # the old one and the new one
+MAX_FILE = 8192  # bytes; two passphrases of 1024 characters, and comments
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+class KeyRing:
+    """The keys of one tunnel, derived and ready for use; ``roots`` is empty where there is none."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._seen = _stamp(config.tunnel_key_file)
+        self.roots = _derive(config, read_keys(config))
+
+    def reload(self) -> None:
+        """Read the file again if it changed; keep the old keys, and say so, if it is bad."""
+        stamp = _stamp(self._config.tunnel_key_file)
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            keys = read_keys(self._config)
+        except ConfigError as exc:
+            log.error("tunnel key not reloaded, the old one stays in use: %s", exc)
+            return
+        # scrypt takes a while: in a thread, so that nobody waits for it
+        roots = gevent.get_hub().threadpool.apply(_derive, (self._config, keys))
+        if self._seen == stamp:  # it may have changed once more meanwhile
+            self.roots = roots
+            log.info("tunnel key: %d read from %s", len(keys), shown(self._config.tunnel_key_file))
+
+
+def read_keys(config: Config) -> tuple[TunnelKey, ...]:
+    """Give the keys that the settings name; ConfigError when they come from a file that cannot be used."""
+    if config.tunnel_key:
+        return (config.tunnel_key,)
+    path = config.tunnel_key_file
+    if path is None:
+        return ()
+    try:
+        return _parse(_read(path))
+    except ConfigError as exc:
+        raise ConfigError(f"tunnel-key-file: {shown(path)} {exc} [from {config.source('tunnel-key-file')}]") from exc
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, "rb", opener=_open) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError("is not a regular file")
+            if status.st_uid not in (os.geteuid(), 0):
+                raise ConfigError(f"belongs to user {status.st_uid}; it must be ours, or root's")
+            if status.st_mode & OTHERS:
+                mode = stat.S_IMODE(status.st_mode)
+                raise ConfigError(f"has mode {mode:04o}: others may use it; chmod 600 keeps them out")
+            data = file.read(MAX_FILE + 1)
+        if len(data) > MAX_FILE:
+            raise ConfigError(f"is larger than {MAX_FILE} bytes")
+        return data.decode("utf-8-sig")
+    except OSError as exc:
+        raise ConfigError(f"cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
+    except UnicodeDecodeError:
+        raise ConfigError("is not UTF-8 text") from None  # whose message would quote a byte of it
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would block until somebody writes
+
+
+def _parse(text: str) -> tuple[TunnelKey, ...]:
+    """Read one key per line; blank lines and those that begin with ``#`` hold none."""
+    keys = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            keys.append(parse_key(line))
+        except ConfigError as exc:
+            raise ConfigError(f"line {number}: {exc}") from exc
+    if not 1 <= len(keys) <= MAX_KEYS:
+        raise ConfigError(f"holds {len(keys) or 'no'} keys; it needs one, or two while a key is changed")
+    return tuple(keys)
+
+
+def _derive(config: Config, keys: tuple[TunnelKey, ...]) -> tuple[Root, ...]:
+    return tuple(derive(key, config.tunnel_name or "") for key in keys)
+
+
+def _stamp(path: str | None) -> tuple:
+    """Tell a file's content and permissions from those it had before, without reading it."""
+    if path is None:
+        return ()
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size

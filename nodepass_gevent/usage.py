@@ -1,0 +1,18 @@
+"""What the command says of its use: the forms of a call, and examples."""
+
+EXAMPLES = """\
+Of several sources the first one counts: option, URL query, environment, [tunnel NAME] in the file, [nodepass] in it.
+URL query and file have the options' names without --. A TIME is written 5s, 1h30m or 100ms.
+
+examples:
+  nodepass 'server://:10101/127.0.0.1:8080?tls=1'
+  nodepass 'client://tunnel.example.com:10101/127.0.0.1:80?log=debug'
+  SEMAPHORE_LIMIT=4096 nodepass 'server://[::1]:10101/:8443?tls=2&crt=/etc/nodepass/cert.pem&key=/etc/nodepass/key.pem'
+  nodepass --config /etc/nodepass/nodepass.conf --show-config
+  nodepass genkey > tunnel.key    # a key for tunnel-key-file; umask 077 keeps others out
+"""
+USAGE = """\
+nodepass [options] 'server://<tunnel_addr>/<target_addr>[?key=value&...]'
+       nodepass [options] 'client://<tunnel_addr>/<target_addr>[?key=value&...]'
+       nodepass [options] --config FILE
+       nodepass genkey"""
