@@ -1,24 +1,27 @@
 """The dialling side: call the server, adopt its TLS mode, keep data connections ready, and obey its launches."""
 
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from functools import partial
 
 import gevent
 
-from . import net, opening, tls, wire
+from . import authentication, net, opening, tls, tunnel_key, wire
 from .config import Config, Limits
 from .crew import Crew
-from .errors import PolicyError, ProtocolError
+from .errors import KeyMismatch, PolicyError, ProtocolError, RefusedByPeer
 from .forward import Egress
+from .keyring import KeyRing
 from .metrics import Counters
 from .net import Endpoint
-from .opening import Data, FirstLine, Hello
+from .opening import Data, FirstLine, Hello, Welcome
 from .pool import DialingPool
 from .session import Session
 from .tls_context import OFF, VERIFIED, ClientPolicy
 from .transport import Stream, Transport, deadline
+from .tunnel_key import SessionKeys
 from .wire import Bye, Launch, Need, Ping
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ class Client:
         self.config = config
         self.counters = Counters()
         self.exchanges = Crew(config.semaphore_limit)
+        self._keys = KeyRing(config)
         self._policy = ClientPolicy(
             config.tunnel.host, sni=config.sni, ca=config.ca, pin=config.pin, crt=config.crt, key=config.key
         )
@@ -43,8 +47,9 @@ class Client:
         return f"client of {self.config.tunnel}"
 
     def reload(self) -> None:
-        """Read certificate files again if they changed."""
+        """Read certificate and key files again if they changed; the next session is begun with the first key."""
         self._policy.reload()
+        self._keys.reload()
 
     def run(self) -> None:
         """Call the server and serve its launches; raises OSError or NodePassError when that ends."""
@@ -56,32 +61,50 @@ class Client:
             if control.peek() is None:
                 log.warning("%s took the call and is silent: is it the tunnel port of a NodePass 1.0 server?", control)
             with deadline(limits.first_line_timeout_s, "first line"):
-                first = opening.parse_first_line(control.read_line(opening.MAX_FIRST_LINE))
+                line = control.read_line(opening.MAX_FIRST_LINE)
+            first = opening.parse_first_line(line)
+            self._check_key(first)
             least, setting = config.tls_demanded
             if first.tls < least:
                 raise PolicyError(f"the server offers tls {first.tls}, and {setting} accepts no less than {least}")
             control.fail_when_unacknowledged(limits.tcp_user_timeout_s)
             if opening.offers_v2(first) and config.protocol != "1":
-                self._run_v2(control, first)
+                self._run_v2(control, first, line)
             else:
                 self._run_v1(control, first)
 
+    def _check_key(self, first: FirstLine) -> None:
+        """Make sure that both sides have a tunnel key or neither has: with one there is no way without it."""
+        method, keyed = first.query.get("a"), self.config.keyed
+        if method is not None and method != tunnel_key.METHOD:
+            raise PolicyError(f"the server asks for a tunnel key by method {wire.printable(method)}, unknown here")
+        if method and not keyed:
+            raise PolicyError("the server asks for a tunnel key, and this client has none: set tunnel-key-file")
+        if keyed and not method:
+            raise PolicyError("the server has no tunnel key, and this client has one: set it there too")
+        if keyed and (first.tls == OFF or not opening.offers_v2(first)):
+            raise PolicyError("the server offers no TLS, or no profile v2, and a tunnel key needs both")
+
     # Profile v2
 
-    def _run_v2(self, control: Stream, first: FirstLine) -> None:
+    def _run_v2(self, control: Stream, first: FirstLine, line: bytes) -> None:
         if control.peek() is not None:
             raise ProtocolError("the server sent bytes behind its first line")
-        hello = opening.format_hello(Hello(self.config.name, CAPABILITIES))
+        name, keyed = self.config.tunnel_name or "", self.config.keyed
+        hello = opening.format_hello(Hello(name, frozenset() if keyed else CAPABILITIES))
         control.sendall(hello)
         with deadline(self.config.limits.opening_timeout_s, "welcome"):
             transport = self._secure(control, first.tls, opening.ALPN_CONTROL)
             lines = wire.Lines(opening.MAX_FIRST_LINE)
-            answer, *early = _read_lines(transport, lines)
-            welcome = opening.parse_welcome(answer)
+            if keyed:
+                welcome, keys, early = self._authenticate(transport, lines, line, hello[:-1])
+            else:
+                answer, *early = _read_lines(transport, lines)
+                welcome, keys = opening.parse_welcome(answer), None
         if isinstance(welcome, Bye):
             raise PolicyError(f"the server takes no client now: {wire.printable(welcome.why)}")
         endpoint = Endpoint(control.socket.family, control.peer)
-        dial = partial(self._dial_v2, endpoint, first.tls, Data(welcome.session))
+        dial = partial(self._dial_v2, endpoint, first.tls, Data(welcome.session), keys)
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
         pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most)
         signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, pool.dial_more)
@@ -94,7 +117,25 @@ class Client:
         log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
         session.run()
 
-    def _dial_v2(self, endpoint: Endpoint, mode: int, data: Data, /) -> tuple[bytes, Transport]:
+    def _authenticate(
+        self, transport: Transport, lines: wire.Lines, first: bytes, hello: bytes
+    ) -> tuple[Welcome | Bye, SessionKeys | None, list[bytes]]:
+        """Prove the tunnel key, and verify that the server has it; give the welcome and the lines behind it."""
+        assert isinstance(transport, tls.TLSStream), "a tunnel key needs TLS"
+        nonce = secrets.token_bytes(tunnel_key.CLIENT_NONCE_LENGTH)
+        handshake = authentication.prove(transport, self._keys.roots[0], first, hello, nonce, CAPABILITIES)
+        try:
+            answer, *early = _read_lines(transport, lines)
+        except RefusedByPeer:  # of our certificate TLS 1.3 tells only now
+            raise
+        except ConnectionError as exc:
+            why = "the server closed on the proof of the tunnel key: are it and tunnel-name the same on both sides?"
+            raise KeyMismatch(why) from exc
+        return *authentication.check_answer(handshake, answer), early
+
+    def _dial_v2(
+        self, endpoint: Endpoint, mode: int, data: Data, keys: SessionKeys | None, /
+    ) -> tuple[bytes, Transport]:
         """Make one data connection of the session that ``data`` names; it is ready when its id is here."""
         limits = self.config.limits
         line = opening.format_data(data)
@@ -108,6 +149,9 @@ class Client:
                     ready: Transport = stream
                 else:
                     ready = self._secure(stream, mode, opening.ALPN_DATA, line)
+                if keys:
+                    assert isinstance(ready, tls.TLSStream), "a tunnel key needs TLS"
+                    return authentication.prove_data(ready, keys), ready
                 return wire.parse_id(ready.recv_exactly(wire.ID_LENGTH)), ready
         except BaseException:
             stream.reset()

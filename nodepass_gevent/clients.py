@@ -1,17 +1,17 @@
 """The clients of a server: who is known, each with its session, by session id; users wait here for one."""
 
 import logging
-import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gevent.event import Event
 
-from . import opening
+from . import wire
 from .errors import NoDataConnection, SessionLost
 from .pool import AcceptingPool
 from .session import Session
 from .transport import Stream
+from .tunnel_key import SessionKeys
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ class Client:
     stream: Stream
     session: Session
     pool: AcceptingPool
+    keys: SessionKeys | None = None  # what its data connections prove themselves with, where there is a tunnel key
+    heard: Event = field(default_factory=Event)  # set by whatever comes on its control channel
 
     @property
     def alive(self) -> bool:
@@ -33,6 +35,12 @@ class Client:
     def send(self, line: bytes) -> None:
         """Queue a line on the control channel."""
         self.session.send(line)
+
+    def answers(self, timeout_s: float) -> bool:
+        """Ping it, and say whether it answers in time."""
+        self.heard.clear()
+        self.send(wire.PING)
+        return self.heard.wait(timeout_s)
 
 
 class Clients:
@@ -80,12 +88,10 @@ class Clients:
                 return client
         return None
 
-    def admit(self, client: Client) -> bytes:
-        """Register a client's session, and give its id."""
-        id = secrets.token_bytes(opening.SESSION_LENGTH)
-        self._by_session[id] = client
+    def admit(self, client: Client, session: bytes) -> None:
+        """Register a client by the id of its session."""
+        self._by_session[session] = client
         self._came.set()
-        return id
 
     def serve(self, client: Client) -> None:
         """Run a client's session to its end."""

@@ -6,6 +6,7 @@
     ├── PolicyError         a peer is understood, and refused: TLS mode, certificate, name
     │   ├── CertificateRefused  by this side, within the TLS handshake
     │   └── RefusedByPeer       the other way round; it is also the ConnectionError that it looks like
+    │   └── KeyMismatch         its proof of the tunnel key is wrong
     └── TunnelError         a wait ended without what it waited for
         ├── ConnectError        no connection to the named address
         ├── SessionLost         the control channel ended
@@ -42,6 +43,10 @@ class CertificateRefused(PolicyError):
 
 class RefusedByPeer(PolicyError, ConnectionAbortedError):
     """The peer does not accept this side's certificate, or misses one, and has ended the connection."""
+
+
+class KeyMismatch(PolicyError):
+    """A peer does not have our tunnel key."""
 
 
 class TunnelError(NodePassError):

@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import gevent
 
-from . import net, opening, tls, wire
+from . import authentication, net, opening, tls, wire
 from .callers import Caller, Callers
 from .clients import Client, Clients
 from .config import Config
-from .errors import CertificateRefused, PoolClosed, ProtocolError
+from .errors import CertificateRefused, KeyMismatch, PoolClosed, ProtocolError
 from .metrics import Counters
 from .opening import Data
 from .pool import AcceptingPool
@@ -39,6 +39,7 @@ class Joining:
         clients: Clients,
         held: Callers,
         counters: Counters,
+        on_wrong_tag: Callable[[str], None],
     ) -> None:
         self._most = config.max_pool_capacity
         self._limits = config.limits
@@ -46,6 +47,7 @@ class Joining:
         self._clients = clients
         self._held = held
         self._counters = counters
+        self._on_wrong_tag = on_wrong_tag
         self._running = 0
 
     @property
@@ -80,9 +82,13 @@ class Joining:
         """Bring a v2 data connection into the pool of the session it names; False when it does not belong there.
 
         What is left to send of the first line goes out with what follows. Without TLS there is no wait in here.
+        With a tunnel key its tag decides, without one its address. An id that is no live session's is refused before
+        TLS: it travels in clear and is no secret, and strangers shall cost little.
         """
         client = self._clients.get(data.session)
-        if client is None or client.key != key or client.pool.closed or client.pool.room <= self._running:
+        if client and not client.keys and client.key != key:
+            client = None
+        if client is None or client.pool.closed or client.pool.room <= self._running:
             self._counters.data_connections_refused += 1
             log.debug("data connection from %s refused: no such session here, or its pool is full", key)
             stream.sendall(first)
@@ -94,17 +100,27 @@ class Joining:
                         stream.sendall(first)
                         first = b""
                     transport = self.secure(stream, opening.ALPN_DATA, first)
-                    id = _send_id(transport, client.pool)
+                    id = _send_id(transport, client.pool, behind=self._verify(transport, client))
             else:
                 transport = stream
                 id = _send_id(stream, client.pool, first)
             client.pool.add(id, transport)
-        except (OSError, ProtocolError, PoolClosed) as exc:
+        except (OSError, ProtocolError, PoolClosed, KeyMismatch) as exc:
+            if isinstance(exc, KeyMismatch):
+                self._on_wrong_tag(key)
             self._counters.data_connections_refused += 1
             log.debug("data connection from %s: %s", key, reason(exc))
             stream.reset()
             return False
         return True
+
+    def _verify(self, transport: Transport, client: Client) -> Callable[[bytes], bytes]:
+        """Verify the tag of a data connection, where there is a tunnel key; give what goes out behind an id."""
+        if not client.keys:
+            return _nothing
+        assert isinstance(transport, tls.TLSStream), "a tunnel key needs TLS"
+        with deadline(self._limits.authentication_timeout_s, "authentication"):
+            return authentication.verify_data(transport, client.keys)
 
     def join_v1(self, stream: Stream, expected: bool, whose: Callable[[str], Client | None]) -> None:
         """Bring a v1 data connection into the pool of its client; hold and then close everybody else's.
@@ -157,9 +173,15 @@ class Joining:
         gevent.sleep(RIPEN_S)
 
 
-def _send_id(data: Transport, pool: AcceptingPool, before: bytes = b"") -> bytes:
+def _nothing(_id: bytes) -> bytes:
+    return b""
+
+
+def _send_id(
+    data: Transport, pool: AcceptingPool, before: bytes = b"", behind: Callable[[bytes], bytes] = _nothing
+) -> bytes:
     id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
     while id in pool:
         id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
-    data.sendall(before + id)  # in one write: the original's client reads it with one read
+    data.sendall(before + id + behind(id))  # in one write: the original's client reads it with one read
     return id

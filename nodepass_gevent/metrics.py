@@ -21,6 +21,7 @@ class Counters:
     callers_refused: int = 0
     data_connections_refused: int = 0
     certificates_refused: int = 0  # of clients
+    tags_wrong: int = 0  # proofs of the tunnel key that do not fit
     accept_pauses: int = 0  # out of descriptors or memory
 
     def __str__(self) -> str:

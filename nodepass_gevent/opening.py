@@ -11,6 +11,11 @@ Profile v2 is offered in the query of that line, which a v1 client ignores, and 
     //<session>?v=2#data                            client -> server: this is a data connection of <session>
     //<session>?c=<capabilities>&i=<s>&p=<n>#welcome   server -> client: session, ping interval, most data connections
 
+With a tunnel key the first line has ``a=psk1`` too, the hello has no capabilities, and for the welcome come, in TLS:
+
+    //auth?n=<nonce>&m=<tag>&c=<capabilities>#c     client -> server: its proof of the key
+    //auth?s=<session>&m=<tag>&c=<capabilities>&i=<s>&p=<n>#s   server -> client: its proof, and the welcome
+
 The grammar, and what is raised, is that of ``wire``.
 """
 
@@ -20,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import quote, unquote_to_bytes
 
+from . import tunnel_key
 from .errors import ProtocolError
 from .wire import NUMBER, Bye, Line, parse_line, printable
 
@@ -71,6 +77,23 @@ class Welcome:
     most_data_connections: int
 
 
+@dataclass(frozen=True)
+class ClientProof:
+    """A client's proof that it has the tunnel key."""
+
+    nonce: bytes
+    tag: bytes
+    capabilities: frozenset[bytes] = frozenset()
+
+
+@dataclass(frozen=True)
+class ServerProof:
+    """The server's answer to a proof that is right: its own, and the welcome."""
+
+    tag: bytes
+    welcome: Welcome
+
+
 def parse_first_line(line: bytes) -> FirstLine:
     """Read the server's handshake; its query is kept, whatever it offers."""
     parts = parse_line(line)
@@ -94,11 +117,12 @@ def offers_v2(first: FirstLine) -> bool:
     return True
 
 
-def format_first_line(first: FirstLine, nonce: bytes = b"") -> bytes:
-    """Write the handshake, with an offer of v2 when there is a nonce for it."""
+def format_first_line(first: FirstLine, nonce: bytes = b"", keyed: bool = False) -> bytes:
+    """Write the handshake, with an offer of v2 when there is a nonce for it; ``keyed``: to who has the tunnel key."""
     port = b"off" if first.port is None else b"%d" % first.port
     offer = b"?v=%b&n=%b" % (VERSION, _base64(nonce)) if nonce else b""
-    return b"//%b%b#%d\n" % (port, offer, first.tls)
+    method = b"&a=" + tunnel_key.METHOD if keyed else b""
+    return b"//%b%b%b#%d\n" % (port, offer, method, first.tls)
 
 
 def parse_data(start: bytes) -> Data | None:
@@ -122,7 +146,7 @@ def parse_opening(line: bytes) -> Hello | Data:
 def format_hello(hello: Hello) -> bytes:
     """Write a client's opening."""
     name = quote(hello.name, safe="").encode()
-    return b"//%b?v=%b&c=%b#hello\n" % (name, VERSION, b",".join(sorted(hello.capabilities)))
+    return b"//%b?v=%b%b#hello\n" % (name, VERSION, _format_capabilities(hello.capabilities))
 
 
 def format_data(data: Data) -> bytes:
@@ -135,20 +159,67 @@ def parse_welcome(line: bytes) -> Welcome | Bye:
     parts = parse_line(line)
     if parts.fragment == b"bye":
         return Bye(parts.query.get("why", b""))
-    interval, most = parts.query.get("i", b""), parts.query.get("p", b"")
-    if parts.fragment != b"welcome" or not NUMBER.fullmatch(interval) or not NUMBER.fullmatch(most):
+    if parts.fragment != b"welcome":
         raise ProtocolError(f"not a welcome: {printable(line)}")
-    return Welcome(_parse_session(parts.host), _capabilities(parts), max(int(interval), 1), int(most))
+    return _terms(_parse_session(parts.host), parts)
+
+
+def _terms(session: bytes, parts: Line) -> Welcome:
+    interval, most = parts.query.get("i", b""), parts.query.get("p", b"")
+    if not NUMBER.fullmatch(interval) or not NUMBER.fullmatch(most):
+        raise ProtocolError("a welcome without ping interval or most data connections")
+    return Welcome(session, _capabilities(parts), max(int(interval), 1), int(most))
 
 
 def format_welcome(welcome: Welcome) -> bytes:
     """Write the answer to a hello that is accepted."""
-    return b"//%b?c=%b&i=%d&p=%d#welcome\n" % (
-        welcome.session.hex().encode(),
-        b",".join(sorted(welcome.capabilities)),
-        welcome.ping_interval_s,
-        welcome.most_data_connections,
-    )
+    return b"//%b?%b#welcome\n" % (welcome.session.hex().encode(), _format_terms(welcome))
+
+
+def _format_terms(welcome: Welcome) -> bytes:
+    capabilities = b",".join(sorted(welcome.capabilities))
+    return b"c=%b&i=%d&p=%d" % (capabilities, welcome.ping_interval_s, welcome.most_data_connections)
+
+
+def parse_client_proof(line: bytes) -> ClientProof:
+    """Read a client's proof of the tunnel key."""
+    parts = _proof(parse_line(line), b"c")
+    nonce = _binary(parts, "n", tunnel_key.CLIENT_NONCE_LENGTH)
+    return ClientProof(nonce, _binary(parts, "m", tunnel_key.SIZE), _capabilities(parts))
+
+
+def format_client_proof(proof: ClientProof) -> bytes:
+    """Write a client's proof of the tunnel key."""
+    capabilities = _format_capabilities(proof.capabilities)
+    return b"//auth?n=%b&m=%b%b#c\n" % (_base64(proof.nonce), _base64(proof.tag), capabilities)
+
+
+def parse_server_proof(line: bytes) -> ServerProof | Bye:
+    """Read the server's answer to a proof of the tunnel key."""
+    parts = parse_line(line)
+    if parts.fragment == b"bye":
+        return Bye(parts.query.get("why", b""))
+    tag = _binary(_proof(parts, b"s"), "m", tunnel_key.SIZE)
+    return ServerProof(tag, _terms(_binary(parts, "s", SESSION_LENGTH), parts))
+
+
+def format_server_proof(proof: ServerProof) -> bytes:
+    """Write the answer to a proof of the tunnel key that is right."""
+    session = _base64(proof.welcome.session)
+    return b"//auth?s=%b&m=%b&%b#s\n" % (session, _base64(proof.tag), _format_terms(proof.welcome))
+
+
+def _proof(parts: Line, side: bytes) -> Line:
+    if (parts.host, parts.fragment) != (b"auth", side):
+        raise ProtocolError("not a proof of the tunnel key")  # not shown: a passphrase can be guessed by a tag
+    return parts
+
+
+def _binary(parts: Line, key: str, size: int) -> bytes:
+    data = _unbase64(parts.query.get(key, b""))
+    if len(data) != size:
+        raise ProtocolError(f"a proof of the tunnel key in which {key} has not {size} bytes")
+    return data
 
 
 def recognise(opening: bytes) -> str:
@@ -172,6 +243,10 @@ _BASE64_LINE = re.compile(rb"[A-Za-z0-9+/]+=*\n?")
 
 def _capabilities(parts: Line) -> frozenset[bytes]:
     return frozenset(filter(None, parts.query.get("c", b"").split(b",")))
+
+
+def _format_capabilities(capabilities: frozenset[bytes]) -> bytes:
+    return b"&c=" + b",".join(sorted(capabilities)) if capabilities else b""
 
 
 def _parse_session(text: bytes) -> bytes:

@@ -9,22 +9,26 @@ data port is held to a deadline and then closed: closing it at once would make a
 import logging
 import math
 import os
+import secrets
 from contextlib import ExitStack, suppress
 
 import gevent
+from gevent.event import Event
 
-from . import net, opening, wire
+from . import authentication, net, opening, tls, wire
 from .callers import Caller, Callers
 from .clients import Client, Clients
 from .config import Config
-from .errors import CertificateRefused, ProtocolError
+from .errors import CertificateRefused, KeyMismatch, ProtocolError
 from .joining import Joining
+from .keyring import KeyRing
 from .metrics import Counters
-from .opening import Data, FirstLine, Hello, Welcome
+from .opening import Data, FirstLine, Hello, ServerProof, Welcome
 from .pool import AcceptingPool
 from .session import Session
 from .tls_context import ServerCertificate
-from .transport import Stream, deadline, reason
+from .transport import Stream, Transport, deadline, reason
+from .tunnel_key import Handshake
 from .wire import Bye, Need, Ping
 
 log = logging.getLogger(__name__)
@@ -37,7 +41,12 @@ class Reception:
     """Turns callers into clients, and their data connections into the clients' pools."""
 
     def __init__(
-        self, config: Config, certificate: ServerCertificate | None, clients: Clients, counters: Counters
+        self,
+        config: Config,
+        certificate: ServerCertificate | None,
+        keys: KeyRing,
+        clients: Clients,
+        counters: Counters,
     ) -> None:
         self.data_port: int | None = config.data_port  # where v1 data connections are taken; None: nowhere
         self._config = config
@@ -45,8 +54,9 @@ class Reception:
         self._counters = counters
         self._callers = Callers(config.limits.callers)
         self._held = Callers(config.limits.callers)
+        self._keys = keys
         self._clients = clients
-        self._joining = Joining(config, certificate, clients, self._held, counters)
+        self._joining = Joining(config, certificate, clients, self._held, counters, self._on_wrong_tag)
 
     # The tunnel port
 
@@ -73,6 +83,16 @@ class Reception:
             if not joined:
                 stream.close()
 
+    def is_stranger(self, stream: Stream) -> bool:
+        """Whether a data connection comes from where no client is: with a tunnel key it may still prove itself."""
+        return self._config.keyed and self._clients.at(net.peer_key(stream.peer[0])) is None
+
+    def join_stranger(self, stream: Stream, data: Data) -> None:
+        """Do as ``join_session``, in the bounded table: until its tag is verified it may be anybody's."""
+        caller = Caller(net.peer_key(stream.peer[0]), stream, gevent.getcurrent())
+        with suppress(ConnectionAbortedError), self._callers.noted(caller):
+            self.join_session(stream, data)
+
     def greet(self, stream: Stream) -> None:
         """Tell a caller the first line, find out what it is, and serve it to its end."""
         key = net.peer_key(stream.peer[0])
@@ -80,30 +100,52 @@ class Reception:
         # Where a v1 client is, a second one cannot be told from it by its data connections: serve no v1 there.
         port = None if neighbour and neighbour.profile == 1 else self.data_port
         try:
-            with ExitStack() as owned, ExitStack() as unknown:
+            with ExitStack() as owned, self._hurry() as hurry, ExitStack() as unknown:
                 owned.enter_context(stream)
-                stream.sendall(self._first_line(port))
+                first = self._first_line(port)
+                stream.sendall(first)
                 verdict = self._listen_to(stream, key, neighbour, port, unknown)
                 if isinstance(verdict, Client):
                     unknown.close()
                     self._clients.serve(verdict)
                     return
                 if verdict is not SPEAKS:
-                    self._refuse(f"caller {stream}: {verdict}")
+                    self._refuse(f"caller {stream}: {verdict}{self._lacking}")
                     return
-                said = self._parse_opening(self._read_opening(stream))
+                line = self._read_opening(stream)
+                said = self._parse_opening(line)
                 if isinstance(said, Hello):
-                    self._serve_hello(stream, key, said, unknown)
+                    self._serve_hello(stream, key, said, unknown, hurry, (first[:-1], line))
                     return
                 unknown.close()
+                if self.is_stranger(stream):
+                    unknown.enter_context(self._callers.noted(Caller(key, stream, gevent.getcurrent())))
                 if self._joining.join_session(stream, key, said):
                     owned.pop_all()  # it is the pool's now
-        except (OSError, ProtocolError, CertificateRefused) as exc:
+        except (OSError, ProtocolError, CertificateRefused, KeyMismatch) as exc:
+            if isinstance(exc, KeyMismatch):
+                self._on_wrong_tag(key)
             self._refuse(f"caller {stream}: {reason(exc)}")
+
+    def _hurry(self) -> gevent.Timeout:
+        """Bound the time in which a caller must prove the tunnel key, where there is one."""
+        if not self._config.keyed:
+            return gevent.Timeout(None)
+        seconds = self._limits.caller_timeout_s
+        why = TimeoutError(f"no proof of the tunnel key within {seconds:g} s; perhaps it has none")
+        return gevent.Timeout(seconds, why)
+
+    @property
+    def _lacking(self) -> str:
+        return "; perhaps it has no tunnel key, and this server asks for one" if self._config.keyed else ""
+
+    def _on_wrong_tag(self, key: str) -> None:
+        """A caller from ``key`` gave a wrong proof of the tunnel key, on a control channel or for a live session."""
+        self._counters.tags_wrong += 1
 
     def _first_line(self, port: int | None) -> bytes:
         nonce = b"" if self._config.protocol == "1" else os.urandom(opening.NONCE_LENGTH)
-        return opening.format_first_line(FirstLine(port, self._config.tls), nonce)
+        return opening.format_first_line(FirstLine(port, self._config.tls), nonce, self._config.keyed)
 
     def _refuse(self, who_and_why: str) -> None:
         self._counters.callers_refused += 1
@@ -154,18 +196,31 @@ class Reception:
 
     # Profile v2: hello and data on the tunnel port
 
-    def _serve_hello(self, stream: Stream, key: str, hello: Hello, unknown: ExitStack) -> None:
+    def _serve_hello(
+        self,
+        stream: Stream,
+        key: str,
+        hello: Hello,
+        unknown: ExitStack,
+        hurry: gevent.Timeout,
+        clear: tuple[bytes, bytes],
+    ) -> None:
+        """Serve a client to its end; ``clear`` are the two lines that went over the wire before TLS."""
+        if self._config.keyed and hello.capabilities:
+            raise ProtocolError("it has no tunnel key, and this server asks for one")
         unknown.close()
         unknown.enter_context(self._callers.noted(Caller(key, stream, gevent.getcurrent())))
         control = self._joining.secure(stream, opening.ALPN_CONTROL)
+        handshake, capabilities = self._authenticate(control, clear, hello)
         unknown.close()
-        current = self._clients.current()
+        current = self._who_stays()
+        hurry.close()
         if current:
             control.sendall(wire.format_bye(Bye(b"busy")))
             control.linger(self._limits.drain_linger_s)
             self._refuse(f"second client {stream}, while {current.stream} is connected")
             return
-        agreed = hello.capabilities & CAPABILITIES
+        agreed = capabilities & CAPABILITIES
         interval_s = math.ceil(self._config.report_interval_s)
         pool = AcceptingPool(
             self._config.max_pool_capacity,
@@ -173,23 +228,50 @@ class Reception:
             if opening.NEED in agreed
             else (lambda users: None),
         )
+        heard = Event()
         session = Session(
             control,
             pool,
-            self._count_signals(),
+            self._count_signals(heard),
             ping_interval_s=self._config.report_interval_s,
             silence_s=lambda: self._limits.dead_intervals * interval_s,
         )
-        client = Client(2, key, stream, session, pool)
-        id = self._clients.admit(client)
-        session.send(opening.format_welcome(Welcome(id, agreed, interval_s, self._config.max_pool_capacity)))
+        id = secrets.token_bytes(opening.SESSION_LENGTH)
+        client = Client(2, key, stream, session, pool, handshake.session_keys(id) if handshake else None, heard)
+        self._clients.admit(client, id)
+        welcome = Welcome(id, agreed, interval_s, self._config.max_pool_capacity)
+        if handshake:
+            session.send(opening.format_server_proof(ServerProof(handshake.server_tag(id), welcome)))
+        else:
+            session.send(opening.format_welcome(welcome))
         self._clients.serve(client)
 
-    def _count_signals(self):
+    def _authenticate(
+        self, control: Transport, clear: tuple[bytes, bytes], hello: Hello
+    ) -> tuple[Handshake | None, frozenset[bytes]]:
+        """Verify that a client has the tunnel key, where there is one; give its capabilities too."""
+        if not self._config.keyed:
+            return None, hello.capabilities
+        assert isinstance(control, tls.TLSStream), "a tunnel key needs TLS"
+        with deadline(self._limits.authentication_timeout_s, "authentication"):
+            handshake, proof = authentication.verify(control, self._keys.roots, *clear)
+        return handshake, proof.capabilities
+
+    def _who_stays(self) -> Client | None:
+        """Give the client that is connected, if any; to a newcomer with the key one gives way that answers no ping."""
+        while current := self._clients.current():
+            if not self._config.keyed or current.answers(self._limits.takeover_timeout_s):
+                return current
+            log.warning("client %s answers no ping: another one takes its place", current.stream)
+            current.pool.close()
+        return None
+
+    def _count_signals(self, heard: Event):
         """Make the receiver of a v2 client's lines: answers to pings, and what is not known yet."""
         lines = wire.Lines()
 
         def receive(data: bytes) -> None:
+            heard.set()
             for line in lines.feed(data):
                 if not isinstance(wire.parse_signal(line), Ping):
                     self._counters.signals_unknown += 1
@@ -222,7 +304,7 @@ class Reception:
         client = Client(1, key, caller.connection, session, pool)
         if not caller.decide(client):
             return None
-        self._clients.admit(client)
+        self._clients.admit(client, secrets.token_bytes(opening.SESSION_LENGTH))
         return client
 
 

@@ -19,6 +19,7 @@ from .clients import Clients
 from .config import Address, Config
 from .crew import Crew
 from .forward import Ingress
+from .keyring import KeyRing
 from .metrics import Counters
 from .reception import Reception
 from .tls_context import ServerCertificate
@@ -41,7 +42,8 @@ class Server:
         self.exchanges = Crew(config.semaphore_limit)
         self._certificate = ServerCertificate(config.crt, config.key, config.ca) if config.tls else None
         self._clients = Clients(config.limits.tcp_user_timeout_s)
-        self._reception = Reception(config, self._certificate, self._clients, self.counters)
+        self._keys = KeyRing(config)
+        self._reception = Reception(config, self._certificate, self._keys, self._clients, self.counters)
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool
         self._joiners = Crew()  # for data connections, where joining takes a handshake
@@ -50,9 +52,10 @@ class Server:
         return f"server {self.config.tunnel}"
 
     def reload(self) -> None:
-        """Read certificate files again if they changed."""
+        """Read certificate and key files again if they changed."""
         if self._certificate:
             self._certificate.reload()
+        self._keys.reload()
 
     def run(self) -> None:
         """Listen and serve; raises OSError or ConnectError when an address cannot be had."""
@@ -81,7 +84,7 @@ class Server:
         tunnel = listen(config.tunnel)
         ports = [f"tunnel {_bound(config.tunnel, tunnel)}"]
         parts: list[Callable[[], None]] = [serve(tunnel, self._called)]
-        if config.protocol != "2":
+        if config.protocol != "2" and not config.keyed:
             data = self._listen_data(listen)
             self._reception.data_port = data.getsockname()[1]
             ports.append(f"data port {self._reception.data_port}")
@@ -96,7 +99,8 @@ class Server:
             target = replace(target, port=datagrams.port)
             parts.append(partial(datagrams.serve, self._ingress.datagram))
         ports.append(f"public {target} ({config.network.replace('both', 'tcp and udp')})")
-        log.info("listening: %s, tls %d", ", ".join(ports), config.tls)
+        key = ", with a tunnel key" if config.keyed else ""
+        log.info("listening: %s, tls %d%s", ", ".join(ports), config.tls, key)
         return parts
 
     def _called(self, stream: Stream) -> None:
@@ -104,6 +108,8 @@ class Server:
         data = self._reception.take_data(stream)
         if data is None:
             self._callers.spawn(self._reception.greet, stream)
+        elif self._reception.is_stranger(stream):
+            self._callers.spawn(self._reception.join_stranger, stream, data)
         elif self.config.tls:
             self._joiners.spawn(self._reception.join_session, stream, data)
         else:

@@ -144,6 +144,15 @@ class TLSStream(Transport):
         except SSL.WantReadError:
             return b""
 
+    def exporter(self, label: bytes, size: int) -> bytes:
+        """Give what only the two ends of this very connection can compute (RFC 9266); ProtocolError before TLS 1.3."""
+        if self._connection.get_protocol_version() != SSL.TLS1_3_VERSION:
+            raise ProtocolError("an exporter value of less than TLS 1.3 binds nothing")
+        try:
+            return self._connection.export_keying_material(label, size, b"")
+        except SSL.Error as exc:
+            raise _translate(exc) from exc
+
     def fileno(self) -> int:
         return self.stream.fileno()
 
