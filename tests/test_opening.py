@@ -1,18 +1,21 @@
 """The lines of protocol v2, parsed beside formatted, by one table both ways."""
 
+import json
+from pathlib import Path
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodepass_gevent import opening, wire
 from nodepass_gevent.errors import ProtocolError
-from nodepass_gevent.opening import Data, FirstLine, Hello, Welcome
+from nodepass_gevent.opening import ClientProof, Data, FirstLine, Hello, ServerProof, Welcome
 from nodepass_gevent.wire import Bye, Need
 
 SESSION = bytes.fromhex("0123456789abcdef")
 NONCE = bytes(range(16))
 OPENINGS = [
-    (b"//?v=2&c=#hello", Hello()),
+    (b"//?v=2#hello", Hello()),
     (b"//site%20a%2F%C3%BC?v=2&c=need,udp#hello", Hello("site a/ü", frozenset((b"need", b"udp")))),
     (b"//0123456789abcdef?v=2#data", Data(SESSION)),
 ]
@@ -52,6 +55,68 @@ def test_an_offer_is_written_and_recognised():
     assert not opening.offers_v2(opening.parse_first_line(b"//1234?v=3&n=x#0"))
 
 
+# The tunnel key
+
+VECTORS = json.loads((Path(__file__).parent / "vectors" / "psk1.json").read_text())
+CLIENT_NONCE, TAG = bytes(range(16)), bytes(range(32))
+N, M, S = b"n=AAECAwQFBgcICQoLDA0ODw", b"m=AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8", b"s=ASNFZ4mrze8"
+
+
+@pytest.mark.parametrize("case", VECTORS, ids=lambda case: case["case"])
+def test_the_recorded_lines_of_the_tunnel_key_are_read_and_written(case):
+    first = opening.parse_first_line(case["first"].encode())
+    assert opening.offers_v2(first) and first.query["a"] == b"psk1"
+    assert opening.format_first_line(first, NONCE, keyed=True) == case["first"].encode() + b"\n"
+    assert opening.format_hello(Hello()) == case["hello"].encode() + b"\n"
+    nonce, tag, session, server_tag = (
+        bytes.fromhex(case[name]) for name in ("client_nonce", "client_tag", "session_id", "server_tag")
+    )
+    proof = ClientProof(nonce, tag)
+    assert opening.parse_client_proof(case["auth_c"].encode()) == proof
+    assert opening.format_client_proof(proof) == case["auth_c"].encode() + b"\n"
+    answer = opening.format_server_proof(ServerProof(server_tag, Welcome(session, frozenset(), 5, 1024)))
+    assert answer == case["auth_s"].encode().removesuffix(b"#s") + b"&c=&i=5&p=1024#s\n"
+
+
+def test_a_proof_is_read_and_written_with_its_terms():
+    line = b"//auth?%b&%b&c=need,udp#c" % (N, M)
+    proof = ClientProof(CLIENT_NONCE, TAG, frozenset((b"need", b"udp")))
+    assert opening.parse_client_proof(line) == proof
+    assert opening.format_client_proof(proof) == line + b"\n"
+    line = b"//auth?%b&%b&c=need&i=5&p=1024#s" % (S, M)
+    assert opening.parse_server_proof(line) == ServerProof(TAG, WELCOMED)
+    assert opening.format_server_proof(ServerProof(TAG, WELCOMED)) == line + b"\n"
+    assert opening.parse_server_proof(b"//?why=busy#bye") == Bye(b"busy")
+    assert opening.parse_client_proof(b"//auth?later=1&%b&%b#c" % (M, N)) == ClientProof(CLIENT_NONCE, TAG)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"//auth#c", b"//auth?%b#c" % N, b"//auth?%b#c" % M, b"//auth?%b&%b#s" % (N, M), b"//a?%b&%b#c" % (N, M),
+        b"//auth?%b&%b#c" % (N, M[:-1]), b"//auth?%b&%bA#c" % (N, M), b"//auth?%b&%b=#c" % (N, M),
+        b"//auth?%b&%b9#c" % (N, M[:-1]), b"//auth?%b&%b&%b#c" % (N, M, M), b"//auth?%bA&%b#c" % (N, M),
+        b"//auth?n=&m=#c", b"//?v=2#hello",
+    ],
+)  # fmt: skip
+def test_a_malformed_proof_is_refused(line):
+    with pytest.raises(ProtocolError):
+        opening.parse_client_proof(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"", b"//auth?%b&%b#s" % (S, M), b"//auth?%b&%b&i=5#s" % (S, M), b"//auth?%b&%b&i=5&p=x#s" % (S, M),
+        b"//auth?%b&i=5&p=1#s" % M, b"//auth?%b&i=5&p=1#s" % S, b"//auth?%bA&%b&i=5&p=1#s" % (S, M),
+        b"//auth?%b&%b&i=5&p=1#c" % (S, M), b"//0123456789abcdef?c=need&i=5&p=1024#welcome",
+    ],
+)  # fmt: skip
+def test_a_malformed_answer_to_a_proof_is_refused(line):
+    with pytest.raises(ProtocolError):
+        opening.parse_server_proof(line)
+
+
 @pytest.mark.parametrize("nonce", [b"", b"AAEC", b"AAECAwQFBgcICQoLDA0ODx", b"A" * 23, b"~" * 22])
 def test_an_offer_with_a_nonce_that_is_none_is_refused(nonce):
     with pytest.raises(ProtocolError):
@@ -76,9 +141,17 @@ def test_a_malformed_signal_is_refused(line):
         wire.parse_signal(line)
 
 
+@settings(deadline=None, database=None)
 @given(st.binary(max_size=300) | st.from_regex(rb"//[0-9a-f?&=a-z#%]{0,60}", fullmatch=True))
 def test_parsers_raise_nothing_but_their_error(line):
-    for parse in (opening.parse_opening, opening.parse_welcome, wire.parse_signal, opening.parse_first_line):
+    for parse in (
+        opening.parse_client_proof,
+        opening.parse_server_proof,
+        opening.parse_opening,
+        opening.parse_welcome,
+        wire.parse_signal,
+        opening.parse_first_line,
+    ):
         try:
             parse(line)
         except ProtocolError:

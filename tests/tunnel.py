@@ -16,7 +16,7 @@ from nodepass_gevent.config import Config
 from nodepass_gevent.server import Server
 
 HERE, ELSEWHERE = "127.0.0.1", "127.0.0.2"  # where clients and strangers call from
-LISTENING = re.compile(r"listening: tunnel .*:(\d+), data port (\d+), public .*:(\d+) \((.*)\), tls (\d)")
+LISTENING = re.compile(r"listening: tunnel .*:(\d+)(?:, data port (\d+))?, public .*:(\d+) \((.*)\), tls (\d)")
 
 
 class Said(logging.Handler):
@@ -78,7 +78,7 @@ def serve(no_leaks, said):
         greenlet = gevent.spawn(server.run)
         wait_until(lambda: said.find(LISTENING) or greenlet.ready())
         greenlet.get(block=False) if greenlet.ready() else None
-        tunnel, data, public = map(int, said.find(LISTENING).groups()[:3])
+        tunnel, data, public = (int(port or 0) for port in said.find(LISTENING).groups()[:3])
         running.append(Running(server, greenlet, tunnel, data, public))
         return running[-1]
 
