@@ -17,6 +17,7 @@ from .verification import Verdict
 
 RECORD = 16384  # bytes of plain text in the largest TLS record
 BATCH = 4 * RECORD  # bytes encrypted before one write
+HEADER = 5  # bytes of a record: type, version, length
 OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
 
 _raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text on its way to OpenSSL; nobody switches meanwhile
@@ -98,7 +99,9 @@ def _translate(exc: SSL.Error) -> ConnectionError:
 class TLSStream(Transport):
     """A TLS connection over a Stream. A FIN without close_notify is a cut, not an end."""
 
-    __slots__ = ("_backlog", "_connection", "_ended", "_finished", "buffered", "stream")
+    __slots__ = (
+        "_backlog", "_connection", "_ended", "_finished", "_header", "_lacking", "_records", "buffered", "stream",
+    )  # fmt: skip
 
     def __init__(self, stream: Stream, connection: SSL.Connection) -> None:
         self.stream = stream
@@ -107,6 +110,9 @@ class TLSStream(Transport):
         self._ended = False  # close_notify has come
         self._finished = False  # ours is written
         self.buffered = True  # bytes may have come right behind the handshake
+        self._records = 0  # that OpenSSL holds, whole and unread; at most: some are not of data
+        self._lacking = 0  # bytes of the record that has begun
+        self._header = b""  # of the next one, as far as it has come
 
     def finish_handshake(self, before: bytes = b"") -> None:
         """Answer the peer until the handshake is done; ``before``, in clear, goes out with the first answer."""
@@ -115,7 +121,7 @@ class TLSStream(Transport):
             count = self.stream.recv_into(_raw)
             if not count:
                 raise ConnectionAbortedError("the peer closed during the TLS handshake")
-            self._connection.bio_write(_raw[:count])
+            self._feed(count)
             done, before = self.advance(before), b""
 
     def advance(self, before: bytes = b"") -> bool:
@@ -173,27 +179,48 @@ class TLSStream(Transport):
             count = self.stream.pull(_raw)
             if not count:
                 raise ConnectionAbortedError("the TLS stream was cut off")
-            self._connection.bio_write(_raw[:count])
+            self._feed(count)
         filled = self._decrypt(buffer)
         if filled or self._ended:
             return filled
         raise BlockingIOError  # a part of a record; more may wait in the socket, but first others have their turn
 
+    def _feed(self, count: int) -> None:
+        """Give OpenSSL the cipher text that has come, and count the records that are whole now (RFC 8446, 5.1)."""
+        self._connection.bio_write(_raw[:count])
+        text: memoryview | bytes = _raw[:count]
+        if self._header:
+            text = self._header + bytes(text)
+            self._header = b""
+        end = self._lacking
+        while end <= len(text):
+            if end:
+                self._records += 1
+            if len(text) - end < HEADER:
+                self._header = bytes(text[end:])
+                end = len(text)
+                break
+            end += HEADER + (text[end + 3] << 8 | text[end + 4])
+        self._lacking = end - len(text)
+
     def _decrypt(self, buffer: memoryview) -> int:
-        """Empty OpenSSL into ``buffer``, several records at once."""
+        """Empty OpenSSL into ``buffer``, record by record; to ask for more than it has would cost an exception."""
         filled = 0
-        self.buffered = True
         try:
-            while filled < len(buffer) and not self._ended:
-                filled += self._connection.recv_into(buffer[filled:], RECORD)
+            while self._records and filled < len(buffer) and not self._ended:
+                asked = min(len(buffer) - filled, RECORD)
+                read = self._connection.recv_into(buffer[filled:], asked)
+                filled += read
+                if read < asked or not self._connection.pending():
+                    self._records -= 1
         except SSL.WantReadError:
-            self.buffered = False
-            if not filled:
-                self._backlog += self._output(OVERHEAD)  # an answer to a key update goes out with the next write
+            self._records = 0
+            self._backlog += self._output(OVERHEAD)  # an answer to a key update goes out with the next write
         except SSL.ZeroReturnError:
             self._ended = True
         except SSL.Error as exc:
             raise _translate(exc) from exc
+        self.buffered = self._records > 0 or self._ended
         return filled
 
     def push(self, data: memoryview | bytes) -> int:
@@ -237,11 +264,13 @@ class TLSStream(Transport):
                 count = self.stream.pull(_raw)
                 if not count:
                     return False
-                self._connection.bio_write(_raw[:count])
-            self.buffered = True
-            return bool(self._connection.recv(1, socket.MSG_PEEK))
-        except (BlockingIOError, SSL.WantReadError):
-            self.buffered = False
+                self._feed(count)
+            self.buffered = self._records > 0
+            return bool(self._connection.recv(1, socket.MSG_PEEK)) if self._records else None
+        except SSL.WantReadError:
+            self._records, self.buffered = 0, False
+            return None
+        except BlockingIOError:
             return None
         except (OSError, SSL.Error):
             return False

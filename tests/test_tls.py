@@ -9,7 +9,7 @@ from secure import client_context, handshake, presented, stream_pair
 from support import bounded, wait_until
 
 from nodepass_gevent import tls
-from nodepass_gevent.transport import deadline
+from nodepass_gevent.transport import Stream, deadline
 
 LATE = bytes(range(256)) * 1200  # about 300 KiB
 RECORD = 16384
@@ -28,6 +28,15 @@ def raw(pair):
     """A Stream whose peer is a plain socket, which does not speak TLS."""
     with bounded():
         yield pair()
+
+
+class Dribbling(Stream):
+    """A connection on which no read gives more than ``size`` bytes."""
+
+    size = 1
+
+    def pull(self, buffer):
+        return super().pull(buffer[: self.size])
 
 
 def read_to_end(transport):
@@ -52,6 +61,24 @@ def test_an_empty_send_sends_nothing_and_breaks_nothing(ends):
     server.sendall(b"")
     server.sendall(b"x")
     assert client.recv(10) == b"x"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 1000])
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_records_may_be_cut_anywhere(version, size, no_leaks):
+    near, far = stream_pair()
+    dribbling = Dribbling(near.socket, near.peer)
+    dribbling.size = size
+    messages = [bytes([number]) * length for number, length in enumerate((1, 2, 3, 500, 1, 1, RECORD, 7))]
+    with bounded(30), dribbling, far:
+        server, client = handshake(dribbling, far, version)
+        for message in messages:
+            client.sendall(message)
+            assert server.recv_exactly(len(message)) == message
+        for message in messages:
+            client.sendall(message)
+        client.finish()
+        assert read_to_end(server) == b"".join(messages)
 
 
 def test_a_record_can_be_read_in_pieces(ends):
