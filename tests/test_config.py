@@ -137,6 +137,7 @@ def test_the_default_limits_are_those_of_the_protocol():
         "pool_wait_s": 10,
         "half_closed_timeout_s": 60,
         "idle_timeout_s": 0,
+        "udp_session_timeout_s": 60,
         "drain_linger_s": 2,
         "dead_intervals": 3,
         "dead_timeout_s": 15,

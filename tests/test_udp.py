@@ -8,7 +8,8 @@ import pytest
 from support import BOUND_S, LOOPBACK, bounded, endpoint_of, wait_until
 
 from nodepass_gevent.config import Address
-from nodepass_gevent.udp import BATCH, MAX_DATAGRAM, PublicSocket, TargetSocket
+from nodepass_gevent.frames import MAX_DATAGRAM
+from nodepass_gevent.udp import BATCH, PublicSocket, TargetSocket
 
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
