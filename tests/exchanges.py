@@ -71,10 +71,10 @@ class FakeLink:
 
 
 class IngressSide(Side):
-    def __init__(self, pair, settings):
+    def __init__(self, pair, settings, *capabilities):
         super().__init__(settings)
         self._pair = pair
-        self.link = FakeLink()
+        self.link = FakeLink(*capabilities)
         self.answers = []
         self.ingress = Ingress(self._find_link, self.exchanges, self.config, self.counters)
 
@@ -108,8 +108,8 @@ class IngressSide(Side):
 def ingress(pair):
     made = []
 
-    def make(**settings):
-        made.append(IngressSide(pair, settings))
+    def make(*capabilities, **settings):
+        made.append(IngressSide(pair, settings, *capabilities))
         return made[-1]
 
     yield make

@@ -1,11 +1,17 @@
+"""Datagrams at the egress: exchanges of one, and sessions, against a target of plain sockets."""
+
 import os
+import socket
+from contextlib import closing
 
 import gevent
 import pytest
 from exchanges import LIMIT, SHORT_S, address_of
 from support import bounded, is_reset, read_all, read_exactly
 
+from nodepass_gevent.config import Address
 from nodepass_gevent.datagrams import ONE_SEGMENT
+from nodepass_gevent.frames import format_frame
 from nodepass_gevent.wire import Kind
 
 PIECES = {
@@ -115,3 +121,80 @@ def test_after_its_answer_a_datagram_s_exchange_waits_for_the_server_no_longer_t
     with bounded():  # the server, as the original's, never ends its side
         counted = {"datagrams_up": 1, "bytes_up": 8, "datagrams_down": 1, "bytes_down": 6}
         assert side.counted == {"udp_exchanges": 1, **counted}
+
+
+# Sessions
+
+
+def frames(*datagrams):
+    return b"".join(map(format_frame, datagrams))
+
+
+def test_a_session_has_one_socket_and_carries_any_number_of_datagrams_both_ways(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP_SESSION)
+    datagrams = [b"one", b"", os.urandom(LIMIT + 1), os.urandom(65507)]  # the limit is that of v1
+    server.sendall(frames(*datagrams))
+    received = [udp_target.recvfrom(65536) for _ in datagrams]
+    assert [datagram for datagram, _ in received] == datagrams
+    assert len({sender for _, sender in received}) == 1
+    for datagram in datagrams:
+        udp_target.sendto(datagram, received[0][1])
+    assert read_exactly(server, len(frames(*datagrams))) == frames(*datagrams)
+    server.close()
+    size = sum(map(len, datagrams))
+    counts = {"datagrams_up": 4, "datagrams_down": 4, "bytes_up": size, "bytes_down": size}
+    assert side.counted == {"udp_sessions": 1} | counts
+
+
+def test_the_end_of_the_servers_stream_ends_a_session_after_all_datagrams_before_it(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP_SESSION)
+    server.sendall(frames(b"first", b"last"))
+    server.shutdown(1)
+    assert read_all(server) == b""
+    assert [udp_target.recv(100), udp_target.recv(100)] == [b"first", b"last"]
+    assert side.counted == {"udp_sessions": 1, "datagrams_up": 2, "bytes_up": 9}
+
+
+def test_an_idle_session_ends_and_leaves_nothing_behind(egress, udp_target):
+    side = egress(target=address_of(udp_target), udp_idle_s=SHORT_S)
+    server = side.launch(Kind.UDP_SESSION)
+    assert read_all(server) == b""
+    assert side.counted == {"udp_sessions": 1}
+
+
+def test_a_target_that_restarts_does_not_end_the_session(egress, udp_target):
+    restarting = address_of(udp_target)
+    udp_target.close()
+    side = egress(target=restarting)
+    server = side.launch(Kind.UDP_SESSION)
+    for _ in range(3):
+        server.sendall(frames(b"lost"))
+        gevent.idle()
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as target:
+        target.settimeout(5)
+        target.bind((restarting.host, restarting.port))
+        server.sendall(frames(b"question"))
+        question, sender = target.recvfrom(100)
+        target.sendto(b"answer", sender)
+        assert (question, read_exactly(server, 8)) == (b"question", frames(b"answer"))
+    server.close()
+    counted = side.counted
+    assert counted.pop("datagrams_refused") >= 1
+    assert counted == {"udp_sessions": 1, "datagrams_up": 4, "datagrams_down": 1, "bytes_up": 20, "bytes_down": 6}
+
+
+def test_a_target_that_cannot_be_reached_at_all_is_a_failure(egress):
+    side = egress(target=Address("255.255.255.255", 9))
+    server = side.launch(Kind.UDP_SESSION)
+    assert is_reset(server)
+    assert side.counted == {"udp_sessions": 1, "exchanges_failed": 1}
+
+
+def test_a_server_that_breaks_the_frames_loses_the_session(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP_SESSION)
+    server.sendall(b"\xff\xff" + bytes(100))
+    is_reset(server)  # or an end: there are bytes that nobody has read
+    assert side.counted == {"udp_sessions": 1, "exchanges_failed": 1}

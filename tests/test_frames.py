@@ -1,5 +1,7 @@
 """Frames of datagrams: whole, byte by byte, in any pieces, and hostile."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def feed(frames, *pieces):
 
 def cut(stream, places):
     places = [0, *sorted(places), len(stream)]
-    return [stream[start:end] for start, end in zip(places, places[1:])]
+    return [stream[start:end] for start, end in itertools.pairwise(places)]
 
 
 @pytest.mark.parametrize(("datagram", "frame"), [(b"", b"\0\0"), (b"a", b"\0\1a"), (b"x" * 258, b"\1\2" + b"x" * 258)])
