@@ -210,6 +210,7 @@ class DatagramEgress:
         self._counters.udp_sessions += 1
         started = time.monotonic()
         with TargetSocket(self._target()[0]) as target:
+            target.expect_many()
             session = UDPRelay(target.push)
             try:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges), target)

@@ -15,7 +15,7 @@ from .transport import RawSocket
 
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
-TARGET_BUFFER = 1 << 20  # the same for the replies of one target
+TARGET_BUFFER = 1 << 20  # the same for the replies of one target in a session
 IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
 _ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
 
@@ -99,7 +99,6 @@ class TargetSocket:
         self.endpoint = endpoint
         self.refusals = 0
         self._socket = RawSocket(endpoint.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TARGET_BUFFER)
         try:
             self._socket.connect(endpoint.sockaddr)
         except BaseException:
@@ -117,13 +116,18 @@ class TargetSocket:
     def recv(self) -> bytes:
         """Wait for one datagram; the caller sets the deadline."""
         while True:
+            wait_read(self._socket.fileno())  # first: it takes the target longer than one system call
             try:
                 return bytes(_buffer[: self._socket.recv_into(_buffer)])
             except BlockingIOError:
-                wait_read(self._socket.fileno())
+                pass
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def expect_many(self) -> None:
+        """Ask the kernel for room for bursts."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TARGET_BUFFER)
 
     def push(self, datagram: memoryview | bytes) -> None:
         """Send at once, or raise OSError; then it is lost."""
