@@ -293,7 +293,7 @@ def _log_session(id: bytes, way: str, session: UDPRelay, started: float) -> None
 def _read_to_end(data: Transport, limit: int) -> bytes:
     """Read until the peer's end of stream, or one byte more than ``limit``."""
     read = b""
-    while len(read) <= limit and (piece := data.recv(limit + 1 - len(read))):
+    while len(read) <= limit and (piece := data.recv_next(limit + 1 - len(read))):
         read += piece
     return read
 

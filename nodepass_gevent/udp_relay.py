@@ -45,7 +45,7 @@ class UDPRelay:
     """
 
     __slots__ = (
-        "_blocked", "_data", "_deliver", "_end", "_frames", "_loop", "_queue", "_queued", "_reader", "_rest",
+        "_blocked", "_data", "_deliver", "_end", "_frames", "_loop", "_queue", "_queued", "_rest",
         "_scheduled", "_target", "_watchers", "_writer", "active_at", "delivered", "delivered_bytes", "dropped_network",
         "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how",
     )  # fmt: skip
@@ -110,7 +110,7 @@ class UDPRelay:
         """Carry datagrams until a side ends or fails, or none has come for ``idle_timeout_s()``; the caller closes."""
         self._data, self._target = data, target
         self._blocked = bool(self.how)
-        self._watch(self._loop.io(data.fileno(), READ), self._guard, self._on_readable)
+        data.watch(self._guard, self._on_readable)
         tick_s = min(TICK_S, idle_timeout_s() / 4)
         self._watch(self._loop.timer(tick_s, tick_s), self._check_idle, idle_timeout_s)
         if target is not None:
@@ -124,6 +124,7 @@ class UDPRelay:
             self.how = self.how or "killed"
             self._blocked = True
             self.dropped_queue += len(self.take_waiting())
+            data.unwatch()
             for watcher in self._watchers:
                 watcher.stop()
                 watcher.close()

@@ -94,6 +94,7 @@ def test_a_config_names_its_tunnel_by_a_url():
         ("pool_wait_s", 0.001, 86400),
         ("half_closed_timeout_s", 0.001, 86400),
         ("idle_timeout_s", 0, 31536000),
+        ("udp_session_timeout_s", 0.001, 86400),
         ("drain_linger_s", 0.001, 86400),
         ("dead_intervals", 1, 1000),
         ("dead_timeout_s", 0.001, 86400),

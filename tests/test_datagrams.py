@@ -220,7 +220,7 @@ def test_a_user_whose_peer_is_lost_while_it_waits_is_carried_as_the_next_peer_do
 
 
 def test_the_end_of_a_session_frees_everything_and_the_next_datagram_opens_another(framed):
-    side, user = framed(udp_idle_s=SHORT_S), User("a")
+    side, user = framed(udp_session_timeout_s=SHORT_S), User("a")
     for id in (b"0000000a", b"0000000b"):
         client = side.add_data(id)
         side.ingress.udp.datagram(b"question", user)
@@ -286,7 +286,7 @@ def test_a_refused_user_is_dropped_for_a_while_and_then_served_again(framed):
 
 
 def test_while_the_process_ends_a_session_stays_only_as_long_as_something_moves(framed):
-    side, user = framed(udp_idle_s=3600), User("a")
+    side, user = framed(udp_session_timeout_s=3600), User("a")
     client = side.add_data()
     side.ingress.udp.datagram(b"question", user)
     assert read_exactly(client, 10) == frames(b"question")

@@ -158,7 +158,7 @@ def test_the_end_of_the_servers_stream_ends_a_session_after_all_datagrams_before
 
 
 def test_an_idle_session_ends_and_leaves_nothing_behind(egress, udp_target):
-    side = egress(target=address_of(udp_target), udp_idle_s=SHORT_S)
+    side = egress(target=address_of(udp_target), udp_session_timeout_s=SHORT_S)
     server = side.launch(Kind.UDP_SESSION)
     assert read_all(server) == b""
     assert side.counted == {"udp_sessions": 1}

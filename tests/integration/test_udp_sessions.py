@@ -153,7 +153,10 @@ def test_a_target_that_restarts_is_asked_again_by_the_same_user(tls):
 
 
 def test_idle_sessions_leave_nothing_behind(tls, echo):
-    with tunnel(echo.address, tls, NODEPASS_UDP_IDLE="1s", **FIXED_POOL) as both, contextlib.ExitStack() as stack:
+    with (
+        tunnel(echo.address, tls, NODEPASS_UDP_SESSION_TIMEOUT="1s", **FIXED_POOL) as both,
+        contextlib.ExitStack() as stack,
+    ):
         counts = [steady_fds(process) for process in (both.server, both.client)]
         for number in range(50):
             user = stack.enter_context(datagram_user(both.public))
