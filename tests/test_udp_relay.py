@@ -129,6 +129,15 @@ def test_frames_in_pieces_of_any_size_are_delivered_whole(session):
     wait_until(lambda: session.delivered == numbered(3))
 
 
+def test_what_stands_before_the_start_is_delivered_too(make):
+    for kind in ("plain", "1.2", "1.3"):
+        session = make(kind)
+        session.peer.sendall(format_frame(b"early"))
+        wait_until(session.data.peek)  # with TLS, it is out of the kernel's sight from then on
+        session.start()
+        wait_until(lambda session=session: session.delivered == [b"early"])
+
+
 def test_what_comes_in_one_turn_of_the_event_loop_leaves_in_one_write(make):
     session = make().start()
     gevent.idle()
