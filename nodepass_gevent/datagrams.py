@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 
 import gevent
 
@@ -109,9 +110,9 @@ class DatagramIngress:
 
     def _evict(self) -> None:
         """End one session that has been idle; those that are looked at and stay are last in the row after that."""
-        for reply in list(self._sessions)[:EVICTION_TRIES]:
+        for reply in list(islice(self._sessions, EVICTION_TRIES)):
             session = self._sessions.pop(reply)
-            if session.idle_s() >= EVICTABLE_S:
+            if session.running and session.idle_s() >= EVICTABLE_S:
                 session.end("idle, and another user came")
                 return
             self._sessions[reply] = session

@@ -47,7 +47,7 @@ class UDPRelay:
     __slots__ = (
         "_blocked", "_data", "_deliver", "_end", "_frames", "_loop", "_queue", "_queued", "_rest",
         "_scheduled", "_target", "_watchers", "_writer", "active_at", "delivered", "delivered_bytes", "dropped_network",
-        "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how",
+        "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "running",
     )  # fmt: skip
 
     def __init__(self, deliver: Callable[[memoryview | bytes], object]) -> None:
@@ -69,6 +69,7 @@ class UDPRelay:
         self.dropped_queue = 0  # the data connection was full, or ended
         self.dropped_size = 0
         self.dropped_network = 0  # not taken where they were to be delivered
+        self.running = False  # there is a data connection
         self.how = ""  # it ended, when it has
         self.failed = False
 
@@ -110,6 +111,7 @@ class UDPRelay:
         """Carry datagrams until a side ends or fails, or none has come for ``idle_timeout_s()``; the caller closes."""
         self._data, self._target = data, target
         self._blocked = bool(self.how)
+        self.running = True
         data.watch(self._guard, self._on_readable)
         tick_s = min(TICK_S, idle_timeout_s() / 4)
         self._watch(self._loop.timer(tick_s, tick_s), self._check_idle, idle_timeout_s)
@@ -121,6 +123,7 @@ class UDPRelay:
                 self._guard(self._on_readable)
             self._end.get()
         finally:
+            self.running = False
             self.how = self.how or "killed"
             self._blocked = True
             self.dropped_queue += len(self.take_waiting())

@@ -251,7 +251,7 @@ def test_sessions_take_half_of_the_slots_at_most(framed):
     assert read_exactly(clients[0], 7) == frames(b"again")
 
 
-def test_when_all_places_are_taken_the_session_that_was_idle_makes_room(framed, monkeypatch):
+def test_when_all_places_are_taken_the_session_that_was_idle_makes_room(framed):
     side = framed(semaphore_limit=4)
     clients = [side.add_data(b"%08x" % number) for number in range(3)]
     for name in "ab":
@@ -266,6 +266,17 @@ def test_when_all_places_are_taken_the_session_that_was_idle_makes_room(framed, 
     assert read_all(clients[1]) == b""
     side.ingress.udp.datagram(b"still here", User("a"))
     wait_until(lambda: clients[0].recv(65536).endswith(b"still here"))
+
+
+def test_users_who_wait_for_a_data_connection_keep_their_places(framed):
+    side = framed(semaphore_limit=4)
+    for name in "ab":
+        side.ingress.udp.datagram(name.encode(), User(name))
+    gevent.sleep(1.05)  # idle for longer than one that is served might be
+    side.ingress.udp.datagram(b"c", User("c"))
+    gevent.idle()
+    assert len(side.exchanges) == 2
+    assert happened(side.counters) == {"datagrams_dropped_busy": 1}
 
 
 def test_a_refused_user_is_dropped_for_a_while_and_then_served_again(framed):
