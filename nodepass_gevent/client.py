@@ -27,7 +27,7 @@ from .wire import Bye, Launch, Need, Ping
 log = logging.getLogger(__name__)
 
 CHUNK = 1024  # bytes per read while the welcome is awaited
-CAPABILITIES = frozenset((opening.NEED,))
+CAPABILITIES = frozenset((opening.NEED, wire.UDP))
 
 
 class Client:

@@ -26,6 +26,7 @@ class Client:
     session: Session
     pool: AcceptingPool
     keys: SessionKeys | None = None  # what its data connections prove themselves with, where there is a tunnel key
+    capabilities: frozenset[bytes] = frozenset()  # that both sides have
     heard: Event = field(default_factory=Event)  # set by whatever comes on its control channel
 
     @property
@@ -53,14 +54,15 @@ class Clients:
         self._closed = False
 
     def wait(self, timeout_s: float) -> Client:
-        """Wait for a client whose session lives; NoDataConnection."""
+        """Wait for a client whose session lives; NoDataConnection. Does not switch when there is no time to wait."""
         end = time.monotonic() + timeout_s
         while not self._closed:
             for client in self._by_session.values():
                 if not client.pool.closed:
                     return client
+            left_s = end - time.monotonic()
             self._came.clear()
-            if not self._came.wait(max(end - time.monotonic(), 0)):
+            if left_s <= 0 or not self._came.wait(left_s):
                 raise NoDataConnection("no client is connected")
         raise NoDataConnection("the server is stopping")
 

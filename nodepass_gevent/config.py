@@ -49,6 +49,7 @@ class Limits:
     pool_wait_s: float = _deadline(10.0)  # a user waits for a data connection
     half_closed_timeout_s: float = _deadline(60.0)  # one direction ended and the other is silent
     idle_timeout_s: float = _within(0, 8760 * 3600, 0)  # off: TCP itself knows no such limit, and SSH users rely on it
+    udp_session_timeout_s: float = _deadline(60.0)  # nothing moves either way; NATs forget UDP after 30 to 180 s
     drain_linger_s: float = _deadline(2.0)  # after our FIN, the wait for the peer's
     dead_intervals: int = _within(1, 1000, 3)  # of silence; a single lost ping proves little
     dead_timeout_s: float = _deadline(15.0)  # towards a v1 server, whose interval is not known from the start

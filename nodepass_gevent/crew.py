@@ -14,7 +14,7 @@ Work = tuple[Callable[..., object] | None, tuple]  # nothing to do: the greenlet
 class Crew:
     """Runs functions, each in a greenlet that is its own until it returns; ``limit`` of them at once (None: no limit).
 
-    They must not raise.
+    They must not raise. While ``draining`` the process is about to end, and what is idle should.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -22,6 +22,7 @@ class Crew:
         self._spare: list[Waiter] = []
         self._spares = SPARE  # that many may wait
         self._killed = False
+        self.draining = False
 
     def __len__(self) -> int:
         """Count those that run."""

@@ -11,7 +11,8 @@
         ├── ConnectError        no connection to the named address
         ├── SessionLost         the control channel ended
         ├── PoolClosed          the session of this pool ended
-        └── NoDataConnection    none became ready in time
+        ├── NoDataConnection    none became ready in time
+        └── NotCarried          the peer that has come lacks a capability
 
 Errors of a socket stay ``OSError``; a peer that closed early is a ``ConnectionError``.
 """
@@ -71,3 +72,7 @@ class PoolClosed(TunnelError):
 
 class NoDataConnection(TunnelError):
     """No data connection became ready in time."""
+
+
+class NotCarried(TunnelError):
+    """The peer cannot carry what was to be launched."""

@@ -1,7 +1,8 @@
 """The way of a user: Ingress, from the public port to a launch; Egress, from a launch to the target.
 
-Neither knows which side of the tunnel it runs on. Each exchange is one greenlet of ``exchanges``, the pool
-that is the limit of them all; it outlives the session that launched it.
+What is TCP's stands here, what is UDP's in ``datagrams``. Neither knows which side of the tunnel it runs on. Each
+exchange is one greenlet of ``exchanges``, the pool that is the limit of them all; it outlives the session that
+launched it.
 """
 
 import logging
@@ -9,23 +10,19 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-import gevent
 from gevent.pool import Pool
 
 from . import relay, wire
 from .config import Config
 from .crew import Crew
-from .errors import ConnectError, NodePassError, TunnelError
+from .datagrams import DatagramEgress, DatagramIngress
+from .errors import ConnectError, NodePassError, NotCarried, TunnelError
 from .metrics import Counters
 from .net import Endpoint, connect, resolve
-from .transport import Stream, Transport, deadline, reason
-from .udp import MAX_DATAGRAM, TargetSocket
+from .transport import Stream, Transport, reason
 from .wire import Kind, Launch
 
 log = logging.getLogger(__name__)
-
-ONE_SEGMENT = 512  # bytes; what is shorter fits IPv4's least TCP segment and was not cut in pieces
-END_OF_DATAGRAM_S = 0.02  # silence that ends a longer one, where the sender does not half-close
 
 
 class OldestFirst(Protocol):
@@ -49,6 +46,10 @@ class Link(Protocol):
     def pool(self) -> OldestFirst:
         """Its data connections."""
 
+    @property
+    def capabilities(self) -> frozenset[bytes]:
+        """What it is agreed that both sides can."""
+
     def send(self, line: bytes) -> None:
         """Queue a line for it."""
 
@@ -61,8 +62,7 @@ class Ingress:
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
-        self._udp_limit = max(config.semaphore_limit // 2, 1)
-        self._udp_running = 0
+        self.udp = DatagramIngress(self._launch, self._framed, exchanges, config, counters)
 
     def room(self) -> int:
         """Wait until there is room for a user, and say for how many."""
@@ -73,17 +73,6 @@ class Ingress:
         """Start the exchange of a TCP user."""
         self._counters.tcp_exchanges += 1
         self._exchanges.spawn(self._tcp, user)
-
-    def datagram(self, datagram: bytes, reply: Callable[[bytes], None]) -> None:
-        """Start the exchange of one datagram, or drop it: v1 cannot frame an empty one."""
-        if not 0 < len(datagram) <= self._config.udp_data_buf_size:
-            self._counters.datagrams_dropped_size += 1
-        elif self._udp_running >= self._udp_limit or self._exchanges.full():
-            self._counters.datagrams_dropped_busy += 1
-        else:
-            self._counters.udp_exchanges += 1
-            self._udp_running += 1
-            self._exchanges.spawn(self._udp, datagram, reply)
 
     def _tcp(self, user: Stream) -> None:
         with user:
@@ -97,37 +86,20 @@ class Ingress:
             with data:
                 _relay(id, user, data, self._config, self._counters)
 
-    def _udp(self, datagram: bytes, reply: Callable[[bytes], None]) -> None:
+    def _framed(self) -> bool:
+        """Whether the peer of now carries UDP sessions; while there is none, hope so."""
         try:
-            with deadline(self._config.udp_read_timeout_s, "datagram"):
-                answer = self._ask(datagram)
-            if not answer:
-                raise TimeoutError("no answer")
-            self._counters.bytes_down += len(answer)
-            reply(answer)
-        except (OSError, TunnelError) as exc:
-            self._counters.datagrams_unanswered += 1
-            log.debug("datagram of %s: %s", reply, reason(exc))
-        finally:
-            self._udp_running -= 1
-
-    def _ask(self, datagram: bytes) -> bytes:
-        _, data = self._launch(Kind.UDP, self._config.udp_read_timeout_s)
-        with data:
-            data.sendall(datagram)
-            data.shutdown_write()
-            self._counters.bytes_up += len(datagram)
-            answer = _read_to_end(data, self._config.udp_data_buf_size)
-        if len(answer) > self._config.udp_data_buf_size:
-            self._counters.datagrams_dropped_size += 1
-            raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
-        return answer
+            return wire.UDP in self._link(0).capabilities
+        except TunnelError:
+            return True
 
     def _launch(self, kind: Kind, timeout_s: float) -> tuple[bytes, Transport]:
         """Take a data connection from whichever peer has one first, and say what it is for."""
         end = time.monotonic() + timeout_s
         while True:
             link = self._link(end - time.monotonic())
+            if kind is Kind.UDP_SESSION and wire.UDP not in link.capabilities:
+                raise NotCarried("the peer has no UDP sessions")
             try:
                 id, data = link.pool.take(max(end - time.monotonic(), 0))
             except TunnelError:
@@ -148,6 +120,8 @@ class Egress:
         self._counters = counters
         self._waiting = Pool(config.max_pool_capacity)  # launches that wait for a slot, each in its greenlet
         self._endpoints: list[Endpoint] = []
+        udp = DatagramEgress(self._target, self._forget_target, exchanges, config, counters)
+        self._carry = {Kind.TCP: self._tcp, Kind.UDP: udp.exchange, Kind.UDP_SESSION: udp.session}
 
     def launch(self, launch: Launch) -> None:
         """Start the exchange of one launch. Never blocks."""
@@ -165,10 +139,9 @@ class Egress:
             self._counters.launches_lost += 1
             log.warning("launch of %s lost: %s", launch.id.decode(), exc)
             return
-        carry = self._tcp if launch.kind is Kind.TCP else self._udp
         try:
             with data:
-                carry(launch.id, data)
+                self._carry[launch.kind](launch.id, data)
         except (OSError, ConnectError) as exc:
             self._counters.exchanges_failed += 1
             log.warning("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
@@ -179,41 +152,19 @@ class Egress:
         try:
             target = connect(self._target(), limits.target_timeout_s, limits)
         except ConnectError:
-            self._endpoints = []  # the name may have moved
+            self._forget_target()
             raise
         with target:
             _relay(id, data, target, self._config, self._counters)
-
-    def _udp(self, id: bytes, data: Transport) -> None:
-        self._counters.udp_exchanges += 1
-        limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
-        with deadline(timeout_s, "datagram"):
-            datagram = _read_datagram(data, limit)
-        if not 0 < len(datagram) <= limit:
-            self._counters.datagrams_dropped_size += 1
-            return
-        answer = b""
-        with TargetSocket(self._target()[0]) as target:
-            try:
-                target.send(datagram)
-                self._counters.bytes_up += len(datagram)
-                with deadline(timeout_s, "answer"):
-                    answer = target.recv()
-            except OSError as exc:  # silent, or refused by ICMP: an end of stream without an answer says so
-                self._counters.datagrams_unanswered += 1
-                log.debug("exchange %s: target %s: %s", id.decode(), self._config.target, reason(exc))
-        if len(answer) > limit:
-            self._counters.datagrams_dropped_size += 1
-            answer = b""
-        if answer:
-            self._counters.bytes_down += len(answer)
-            data.sendall(answer)
-        data.linger(self._config.limits.drain_linger_s)
 
     def _target(self) -> list[Endpoint]:
         if not self._endpoints:
             self._endpoints = resolve(self._config.target)
         return self._endpoints
+
+    def _forget_target(self) -> None:
+        """Resolve anew the next time: the name may have moved."""
+        self._endpoints = []
 
 
 def _relay(id: bytes, user_side: Transport, target_side: Transport, config: Config, counters: Counters) -> None:
@@ -238,28 +189,3 @@ def _relay(id: bytes, user_side: Transport, target_side: Transport, config: Conf
             outcome.a_to_b,
             outcome.b_to_a,
         )
-
-
-def _read_to_end(data: Transport, limit: int) -> bytes:
-    """Read until the peer's end of stream, or one byte more than ``limit``."""
-    read = b""
-    while len(read) <= limit and (piece := data.recv(limit + 1 - len(read))):
-        read += piece
-    return read
-
-
-def _read_datagram(data: Transport, limit: int) -> bytes:
-    """Read a datagram that nothing frames: up to the end of stream, or to a short silence.
-
-    Our server half-closes behind it, the original's does not (protocol v1).
-    """
-    read = b""
-    while len(read) <= limit:
-        silence_s = END_OF_DATAGRAM_S if len(read) >= ONE_SEGMENT else 0 if read else None
-        piece = None
-        with gevent.Timeout(silence_s, False):
-            piece = data.recv(MAX_DATAGRAM)
-        if not piece:
-            break
-        read += piece
-    return read

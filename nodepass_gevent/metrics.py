@@ -8,15 +8,21 @@ class Counters:
     """What has happened since the start. Bytes are user data; up is user to target."""
 
     tcp_exchanges: int = 0
-    udp_exchanges: int = 0
+    udp_exchanges: int = 0  # of one datagram and its answer
+    udp_sessions: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    datagrams_up: int = 0
+    datagrams_down: int = 0
     exchanges_failed: int = 0  # ended by a reset, a timeout or a missing data connection
     launches_lost: int = 0  # a launch whose data connection never came
     signals_malformed: int = 0
     signals_unknown: int = 0
     datagrams_dropped_busy: int = 0  # over the limit of exchanges
-    datagrams_dropped_size: int = 0  # empty, or longer than UDP_DATA_BUF_SIZE
+    datagrams_dropped_size: int = 0  # outside of sessions: empty, or longer than UDP_DATA_BUF_SIZE
+    datagrams_dropped_queue: int = 0  # a session's data connection was full, or ended
+    datagrams_dropped_network: int = 0  # a session's, not taken by the network they were for
+    datagrams_refused: int = 0  # the target's host said that nobody listens
     datagrams_unanswered: int = 0
     callers_refused: int = 0
     data_connections_refused: int = 0

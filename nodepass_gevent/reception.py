@@ -33,7 +33,7 @@ from .wire import Bye, Need, Ping
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = frozenset((opening.NEED,))
+CAPABILITIES = frozenset((opening.NEED, wire.UDP))
 SPEAKS = "it speaks"  # the verdict on a caller that is not silent
 
 
@@ -237,7 +237,8 @@ class Reception:
             silence_s=lambda: self._limits.dead_intervals * interval_s,
         )
         id = secrets.token_bytes(opening.SESSION_LENGTH)
-        client = Client(2, key, stream, session, pool, handshake.session_keys(id) if handshake else None, heard)
+        keys = handshake.session_keys(id) if handshake else None
+        client = Client(2, key, stream, session, pool, keys, agreed, heard)
         self._clients.admit(client, id)
         welcome = Welcome(id, agreed, interval_s, self._config.max_pool_capacity)
         if handshake:

@@ -95,9 +95,9 @@ class Server:
             target = _bound(target, public)
             parts.append(partial(net.serve, public, self._ingress.user, self._paused, self._ingress.room))
         if config.network != "tcp":
-            datagrams = stack.enter_context(closing(PublicSocket(target)))
+            datagrams = PublicSocket(target)  # closed after its last session
             target = replace(target, port=datagrams.port)
-            parts.append(partial(datagrams.serve, self._ingress.datagram))
+            parts.append(partial(self._ingress.udp.serve, datagrams))
         ports.append(f"public {target} ({config.network.replace('both', 'tcp and udp')})")
         key = ", with a tunnel key" if config.keyed else ""
         log.info("listening: %s, tls %d%s", ", ".join(ports), config.tls, key)

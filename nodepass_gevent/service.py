@@ -138,6 +138,8 @@ def _drain(roles: Sequence[Role], running: Group) -> None:
     """Stop accepting; let exchanges end within SHUTDOWN_TIMEOUT; then end them."""
     timeout_s = max(role.config.shutdown_timeout_s for role in roles)
     log.info("stopping: exchanges %d, given %g s to end", sum(len(role.exchanges) for role in roles), timeout_s)
+    for role in roles:
+        role.exchanges.draining = True
     running.kill()
     end = time.monotonic() + timeout_s
     for role in roles:

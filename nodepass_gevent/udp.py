@@ -3,6 +3,7 @@
 import socket
 import struct
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import gevent
 from gevent.socket import wait_read, wait_write
@@ -12,9 +13,9 @@ from .config import Address
 from .net import Endpoint
 from .transport import RawSocket
 
-MAX_DATAGRAM = 65507  # bytes of payload in IPv4
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
+TARGET_BUFFER = 1 << 20  # the same for the replies of one target in a session
 IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
 _ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
 
@@ -39,14 +40,20 @@ class PublicSocket:
     def port(self) -> int:
         return self._socket.getsockname()[1]
 
-    def serve(self, handle: Callable[[bytes, Callable[[bytes], None]], None]) -> None:
+    def serve(self, handle: Callable[[bytes, Any], None]) -> None:
         """Receive for ever: ``handle(datagram, reply)`` must not block; ``reply(bytes)`` answers the sender."""
+        sock = self._socket
         while True:
-            wait_read(self._socket.fileno())
+            wait_read(sock.fileno())
             try:
                 for _ in range(BATCH):
-                    size, ancillary, _, sender = self._socket.recvmsg_into([_buffer], self._ancillary)
-                    handle(bytes(_buffer[:size]), _Reply(self._socket, sender, ancillary))
+                    if self._ancillary:
+                        size, ancillary, _, sender = sock.recvmsg_into([_buffer], self._ancillary)
+                        reply = Reply(sock, sender, tuple(_as_source(*entry) for entry in ancillary))
+                    else:
+                        size, sender = sock.recvfrom_into(_buffer)
+                        reply = Reply(sock, sender, ())
+                    handle(bytes(_buffer[:size]), reply)
             except BlockingIOError:
                 pass
             except OSError:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
@@ -56,20 +63,22 @@ class PublicSocket:
         self._socket.close()
 
 
-class _Reply:
-    """How to answer one datagram."""
+class Reply(NamedTuple):
+    """How to answer one user; equal for all datagrams from one address that were sent to one local address."""
 
-    __slots__ = ("_ancillary", "_sender", "_socket")
+    socket: RawSocket
+    sender: tuple
+    source: tuple  # ancillary data: the local address that was asked
 
-    def __init__(self, sock: RawSocket, sender: tuple, ancillary: list) -> None:
-        self._socket, self._sender, self._ancillary = sock, sender, ancillary
-
-    def __call__(self, datagram: bytes) -> None:
+    def __call__(self, datagram: memoryview | bytes) -> None:
         """Send; OSError when the network does not take it, and then it is lost, as datagrams may be."""
-        self._socket.sendmsg([datagram], [_as_source(*entry) for entry in self._ancillary], 0, self._sender)
+        if self.source:
+            self.socket.sendmsg([datagram], self.source, 0, self.sender)
+        else:
+            self.socket.sendto(datagram, self.sender)
 
     def __str__(self) -> str:
-        return str(Address(*self._sender[:2]))
+        return str(Address(*self.sender[:2]))
 
 
 def _as_source(level: int, kind: int, data: bytes) -> tuple[int, int, bytes]:
@@ -80,9 +89,15 @@ def _as_source(level: int, kind: int, data: bytes) -> tuple[int, int, bytes]:
 
 
 class TargetSocket:
-    """A fresh UDP socket, connected to the target: its answers only, and its ICMP refusals as OSError."""
+    """A fresh UDP socket, connected to the target: its answers only, and its ICMP refusals as OSError.
+
+    ``send`` and ``recv`` wait, ``push`` and ``pull`` do not, and pass over refusals: a target that restarts refuses for
+    a moment. ``refusals`` counts those.
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.refusals = 0
         self._socket = RawSocket(endpoint.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             self._socket.connect(endpoint.sockaddr)
@@ -101,10 +116,37 @@ class TargetSocket:
     def recv(self) -> bytes:
         """Wait for one datagram; the caller sets the deadline."""
         while True:
+            wait_read(self._socket.fileno())  # first: it takes the target longer than one system call
             try:
                 return bytes(_buffer[: self._socket.recv_into(_buffer)])
             except BlockingIOError:
-                wait_read(self._socket.fileno())
+                pass
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def expect_many(self) -> None:
+        """Ask the kernel for room for bursts."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TARGET_BUFFER)
+
+    def push(self, datagram: memoryview | bytes) -> None:
+        """Send at once, or raise OSError; then it is lost."""
+        try:
+            self._socket.send(datagram)
+        except ConnectionRefusedError:  # of an earlier one: the kernel tells, and has not sent this one
+            self.refusals += 1
+            self._socket.send(datagram)
+
+    def pull(self) -> bytes:
+        """Give a datagram that is there; BlockingIOError when there is none."""
+        try:
+            return bytes(_buffer[: self._socket.recv_into(_buffer)])
+        except ConnectionRefusedError:
+            self.refusals += 1
+            return bytes(_buffer[: self._socket.recv_into(_buffer)])
+
+    def __str__(self) -> str:
+        return str(self.endpoint)
 
     def __enter__(self) -> "TargetSocket":
         return self

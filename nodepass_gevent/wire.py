@@ -6,6 +6,7 @@ A line is empty (a keep-alive) or a URL of host, optional query and fragment, an
 
     (empty)                     server -> client: keep-alive; in profile v2 answered by another one
     //<id>#1   //<id>#2         server -> client: launch data connection <id> for a TCP user, for a UDP datagram
+    //<id>#3                    v2, server -> client: launch it for a UDP session
     //<n>#need                  v2, server -> client: n users wait without a data connection
     //[?why=<reason>]#bye       v2, both ways: no new launches
 
@@ -27,6 +28,7 @@ from .errors import ProtocolError
 MAX_LINE = 256  # bytes; the longest real signal is about 150
 ID_LENGTH = 8  # bytes: 32 random bits in hexadecimal
 PING = b"\n"
+UDP = b"udp"  # a capability: UDP sessions
 
 _WORD = rb"[A-Za-z0-9._~,%-]"
 _LINE = re.compile(rb"//(%b*)(?:\?(%b+=%b*(?:&%b+=%b*)*))?#(%b*)" % ((_WORD,) * 6))
@@ -50,6 +52,7 @@ class Kind(Enum):
 
     TCP = b"1"
     UDP = b"2"
+    UDP_SESSION = b"3"
 
 
 _KINDS = {kind.value: kind for kind in Kind}

@@ -1,12 +1,18 @@
-"""What the tests of ingress and egress share: settings, counters and the exchanges themselves."""
+"""What the tests of ingress and egress share: both of them with fake peers, settings, counters, and the exchanges."""
 
+import socket
 from dataclasses import replace
 
+import pytest
 from support import LIMITS, LOOPBACK, wait_until
 
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
+from nodepass_gevent.errors import NoDataConnection
+from nodepass_gevent.forward import Egress, Ingress
 from nodepass_gevent.metrics import Counters
+from nodepass_gevent.pool import AcceptingPool
+from nodepass_gevent.wire import Launch
 
 LIMIT = 2000  # bytes of a datagram here
 SHORT_S = 0.02  # a deadline that a test waits out
@@ -52,3 +58,114 @@ class Side:
         """Wait until all exchanges have ended, and give what was counted."""
         wait_until(lambda: len(self.exchanges) == 0)
         return happened(self.counters)
+
+
+class FakeLink:
+    """A client whose launches are a list."""
+
+    def __init__(self, *capabilities):
+        self.capabilities = frozenset(capabilities)
+        self.pool = AcceptingPool(capacity=16)
+        self.sent = []
+        self.send = self.sent.append
+
+
+class IngressSide(Side):
+    def __init__(self, pair, settings, *capabilities):
+        super().__init__(settings)
+        self._pair = pair
+        self.link = FakeLink(*capabilities)
+        self.answers = []
+        self.ingress = Ingress(self._find_link, self.exchanges, self.config, self.counters)
+
+    def _find_link(self, timeout_s):
+        if self.link is None:
+            raise NoDataConnection("no client is connected")
+        return self.link
+
+    def end(self):
+        super().end()
+        if self.link:
+            self.link.pool.close()
+
+    def add_data(self, id=ID):
+        """Make a data connection ready, and give the client's end of it."""
+        data, client = self._pair()
+        self.link.pool.add(id, data)
+        return client
+
+    def user(self):
+        """Let a user come, and give the user's end."""
+        accepted, user = self._pair()
+        self.ingress.user(accepted)
+        return user
+
+    def datagram(self, datagram):
+        self.ingress.udp.datagram(datagram, self.answers.append)
+
+
+@pytest.fixture
+def ingress(pair):
+    made = []
+
+    def make(*capabilities, **settings):
+        made.append(IngressSide(pair, settings, *capabilities))
+        return made[-1]
+
+    yield make
+    for side in made:
+        side.end()
+
+
+class FakePool:
+    """Data connections by id; one that is not there is not waited for."""
+
+    def __init__(self):
+        self.ready = {}
+        self.on_missing = lambda: None
+
+    def take(self, id, timeout_s):
+        if id not in self.ready:
+            self.on_missing()
+            raise NoDataConnection(f"no data connection {id.decode()}")
+        return self.ready.pop(id)
+
+
+class EgressSide(Side):
+    def __init__(self, pair, settings):
+        super().__init__({"role": "client", "tunnel": Address("127.0.0.1", 1), **settings})
+        self._pair = pair
+        self.pool = FakePool()
+        self.egress = Egress(self.pool, self.exchanges, self.config, self.counters)
+
+    def launch(self, kind, id=ID):
+        """Launch a data connection, and give the server's end of it."""
+        data, server = self._pair()
+        self.pool.ready[id] = data
+        self.egress.launch(Launch(id, kind))
+        return server
+
+
+@pytest.fixture
+def egress(pair):
+    made = []
+
+    def make(**settings):
+        made.append(EgressSide(pair, settings))
+        return made[-1]
+
+    yield make
+    for side in made:
+        side.end()
+
+
+@pytest.fixture
+def udp_target(no_leaks):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(5)
+        yield sock
+
+
+def address_of(sock):
+    return Address(*sock.getsockname())

@@ -13,12 +13,12 @@ import nodepass_gevent
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
     {"__init__", "errors"},
-    {"callers", "certificates", "crew", "log", "metrics", "tunnel_key", "usage", "values", "wire"},
+    {"callers", "certificates", "crew", "frames", "log", "metrics", "tunnel_key", "usage", "values", "wire"},
     {"config"},
     {"configfile", "keyring", "opening", "transport", "url"},
-    {"net", "options", "relay"},
+    {"net", "options", "relay", "udp_relay"},
     {"udp", "verification"},
-    {"tls_context"},
+    {"datagrams", "tls_context"},
     {"tls"},
     {"authentication", "forward", "pool"},
     {"session"},
@@ -30,9 +30,9 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"__main__"},
 )
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
-SANS_IO = {"config", "errors", "metrics", "opening", "tunnel_key", "url", "values", "wire"}
-KNOW_WATCHERS = {"crew", "net", "pool", "relay", "tls", "transport", "udp"}  # may use descriptors and the loop itself
-CATCH_ALL = {"relay": 1, "service": 1}  # who may `except Exception`: the end of an exchange, and the service loop
+SANS_IO = {"config", "errors", "frames", "metrics", "opening", "tunnel_key", "url", "values", "wire"}
+KNOW_WATCHERS = {"crew", "net", "pool", "relay", "tls", "transport", "udp", "udp_relay"}  # may use the loop
+CATCH_ALL = {"relay": 1, "service": 1, "udp_relay": 1}  # `except Exception`: ends of exchanges, service loop
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines
 
 

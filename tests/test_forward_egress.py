@@ -1,57 +1,13 @@
-import os
 import socket
 
 import gevent
 import pytest
-from exchanges import ID, LIMIT, SHORT_S, Side, happened
-from support import bounded, is_reset, read_all, read_exactly, reset, wait_until
+from exchanges import ID, address_of, happened
+from support import is_reset, read_all, reset, wait_until
 
 from nodepass_gevent.config import Address
-from nodepass_gevent.errors import NoDataConnection
-from nodepass_gevent.forward import ONE_SEGMENT, Egress
+from nodepass_gevent.forward import Egress
 from nodepass_gevent.wire import Kind, Launch
-
-
-class FakePool:
-    """Data connections by id; one that is not there is not waited for."""
-
-    def __init__(self):
-        self.ready = {}
-        self.on_missing = lambda: None
-
-    def take(self, id, timeout_s):
-        if id not in self.ready:
-            self.on_missing()
-            raise NoDataConnection(f"no data connection {id.decode()}")
-        return self.ready.pop(id)
-
-
-class EgressSide(Side):
-    def __init__(self, pair, settings):
-        super().__init__({"role": "client", "tunnel": Address("127.0.0.1", 1), **settings})
-        self._pair = pair
-        self.pool = FakePool()
-        self.egress = Egress(self.pool, self.exchanges, self.config, self.counters)
-
-    def launch(self, kind, id=ID):
-        """Launch a data connection, and give the server's end of it."""
-        data, server = self._pair()
-        self.pool.ready[id] = data
-        self.egress.launch(Launch(id, kind))
-        return server
-
-
-@pytest.fixture
-def egress(pair):
-    made = []
-
-    def make(**settings):
-        made.append(EgressSide(pair, settings))
-        return made[-1]
-
-    yield make
-    for side in made:
-        side.end()
 
 
 @pytest.fixture
@@ -60,18 +16,6 @@ def target(no_leaks):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(5)
         yield listener
-
-
-@pytest.fixture
-def udp_target(no_leaks):
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.settimeout(5)
-        yield sock
-
-
-def address_of(sock):
-    return Address(*sock.getsockname())
 
 
 def accept(listener):
@@ -174,99 +118,3 @@ def test_more_launches_than_there_can_be_data_connections_are_counted_as_lost(eg
     gevent.idle()
     assert happened(side.counters)["launches_lost"] == 1
     assert all(finish(server, target) for server in servers[:4])
-
-
-PIECES = {
-    "whole": lambda datagram: [datagram],
-    "in two": lambda datagram: [datagram[:ONE_SEGMENT], datagram[ONE_SEGMENT:]],
-    "in small ones": lambda datagram: [datagram[:600], *(datagram[at : at + 50] for at in range(600, LIMIT, 50))],
-}
-
-
-@pytest.mark.parametrize("half_close", [True, False])
-@pytest.mark.parametrize("cut", PIECES)
-def test_a_datagram_arrives_whole_however_it_was_cut(cut, half_close, egress, udp_target):
-    side = egress(target=address_of(udp_target))
-    server = side.launch(Kind.UDP)
-    datagram = os.urandom(LIMIT)
-    for piece in PIECES[cut](datagram):
-        server.sendall(piece)
-        gevent.idle()
-    if half_close:
-        server.shutdown(1)
-    received, sender = udp_target.recvfrom(65536)
-    assert received == datagram
-    udp_target.sendto(b"answer", sender)
-    assert read_all(server) == b"answer"
-    server.close()
-    assert side.counted == {"udp_exchanges": 1, "bytes_up": LIMIT, "bytes_down": 6}
-
-
-def test_an_answer_of_the_greatest_size_arrives_whole(egress, udp_target):
-    side = egress(target=address_of(udp_target))
-    server = side.launch(Kind.UDP)
-    server.sendall(b"q")
-    _, sender = udp_target.recvfrom(65536)
-    answer = os.urandom(LIMIT)
-    udp_target.sendto(answer, sender)
-    assert read_all(server) == answer
-    server.close()
-    assert side.counted == {"udp_exchanges": 1, "bytes_up": 1, "bytes_down": LIMIT}
-
-
-def test_a_silent_target_frees_its_slot_and_ends_without_a_reset(egress, udp_target):
-    side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
-    server = side.launch(Kind.UDP)
-    server.sendall(b"question")
-    assert read_all(server) == b""
-    server.close()
-    assert side.counted == {"udp_exchanges": 1, "bytes_up": 8, "datagrams_unanswered": 1}
-
-
-def test_a_target_that_refuses_datagrams_frees_its_slot_at_once_and_ends_without_a_reset(egress, udp_target):
-    refused = address_of(udp_target)
-    udp_target.close()
-    side = egress(target=refused, udp_read_timeout_s=60)
-    server = side.launch(Kind.UDP)
-    server.sendall(b"question")
-    assert read_all(server) == b""
-    server.close()
-    assert side.counted == {"udp_exchanges": 1, "bytes_up": 8, "datagrams_unanswered": 1}
-
-
-def test_a_target_s_answer_that_is_too_long_is_dropped_and_counted(egress, udp_target):
-    side = egress(target=address_of(udp_target))
-    server = side.launch(Kind.UDP)
-    server.sendall(b"question")
-    _, sender = udp_target.recvfrom(65536)
-    udp_target.sendto(bytes(LIMIT + 1), sender)
-    assert read_all(server) == b""
-    server.close()
-    assert side.counted == {"udp_exchanges": 1, "bytes_up": 8, "datagrams_dropped_size": 1}
-
-
-@pytest.mark.parametrize("size", [0, LIMIT + 1])
-def test_a_launched_datagram_that_is_empty_or_too_long_is_dropped_and_counted(size, egress, udp_target):
-    side = egress(target=address_of(udp_target))
-    server = side.launch(Kind.UDP)
-    server.sendall(bytes(size))
-    server.shutdown(1)
-    assert read_all(server) == b""
-    assert side.counted == {"udp_exchanges": 1, "datagrams_dropped_size": 1}
-
-
-def test_a_launched_datagram_that_never_comes_is_a_failure(egress, udp_target):
-    side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
-    assert is_reset(side.launch(Kind.UDP))
-    assert side.counted == {"udp_exchanges": 1, "exchanges_failed": 1}
-
-
-def test_after_its_answer_a_datagram_s_exchange_waits_for_the_server_no_longer_than_set(egress, udp_target):
-    side = egress(target=address_of(udp_target), drain_linger_s=SHORT_S)
-    server = side.launch(Kind.UDP)
-    server.sendall(b"question")
-    _, sender = udp_target.recvfrom(65536)
-    udp_target.sendto(b"answer", sender)
-    assert read_exactly(server, 6) == b"answer"
-    with bounded():  # the server, as the original's, never ends its side
-        assert side.counted == {"udp_exchanges": 1, "bytes_up": 8, "bytes_down": 6}

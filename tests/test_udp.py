@@ -8,7 +8,8 @@ import pytest
 from support import BOUND_S, LOOPBACK, bounded, endpoint_of, wait_until
 
 from nodepass_gevent.config import Address
-from nodepass_gevent.udp import BATCH, MAX_DATAGRAM, PublicSocket, TargetSocket
+from nodepass_gevent.frames import MAX_DATAGRAM
+from nodepass_gevent.udp import BATCH, PublicSocket, TargetSocket
 
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
@@ -249,3 +250,45 @@ def test_a_silent_target_is_given_up_at_the_callers_deadline(no_leaks):
             sock.send(b"question")
             with pytest.raises(gevent.Timeout), gevent.Timeout(0.02):
                 sock.recv()
+
+
+def test_a_user_is_the_same_for_all_datagrams_from_its_address_to_one_of_ours(serve):
+    asked = []
+    port = serve("", lambda datagram, reply: asked.append((datagram, reply))).port
+    with user() as one, user() as two:
+        for sock, host in ((one, "127.0.0.1"), (one, "127.0.0.1"), (one, "127.0.0.2"), (two, "127.0.0.1")):
+            sock.sendto(b"x", (host, port))
+        wait_until(lambda: len(asked) == 4)
+    first, again, elsewhere, other = (reply for _, reply in asked)
+    assert first == again and hash(first) == hash(again)
+    assert len({first, elsewhere, other}) == 3
+
+
+def test_a_target_socket_takes_what_is_there_and_does_not_wait(no_leaks):
+    with user() as target:
+        target.bind(("127.0.0.1", 0))
+        with TargetSocket(endpoint_of(target)) as sock:
+            with pytest.raises(BlockingIOError):
+                sock.pull()
+            sock.push(memoryview(b"question"))
+            question, tunnel = target.recvfrom(100)
+            for answer in (b"one", b"", b"three"):
+                target.sendto(answer, tunnel)
+            assert [question, *(sock.pull() for _ in range(3))] == [b"question", b"one", b"", b"three"]
+
+
+@pytest.mark.parametrize("told", ["pull", "push"])
+def test_a_target_that_restarts_is_reached_again_and_no_datagram_is_lost_to_its_refusals(no_leaks, told):
+    with closing(user()) as target:
+        target.bind(("127.0.0.1", 0))
+        endpoint = endpoint_of(target)
+    with TargetSocket(endpoint) as sock:
+        sock.push(b"lost")
+        if told == "pull":
+            with pytest.raises(BlockingIOError):
+                sock.pull()
+        with user() as target:
+            target.bind(endpoint.sockaddr)
+            sock.push(b"question")
+            assert target.recv(100) == b"question"
+        assert sock.refusals == 1

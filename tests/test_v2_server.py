@@ -2,11 +2,12 @@
 
 import contextlib
 import re
+import socket
 from dataclasses import replace
 
 import gevent
 import pytest
-from support import as_stream, bounded, read_all, read_exactly, wait_until
+from support import BOUND_S, as_stream, bounded, read_all, read_exactly, wait_until
 from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line
 
 from nodepass_gevent import opening, tls
@@ -126,6 +127,57 @@ def test_a_peer_without_the_capability_is_asked_for_nothing(serve, connect, call
     user = connect(running, "user")
     client.join()
     assert is_served(user, client)
+
+
+def datagram_user(running):
+    user = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    user.settimeout(BOUND_S)
+    user.connect((HERE, running.public))
+    return user
+
+
+def test_a_client_with_udp_has_a_session_for_each_user_address(serve, call):
+    running = serve(network="udp")
+    client = call(running, b"//?v=2&c=udp#hello\n").join(2)
+    with datagram_user(running) as one, datagram_user(running) as two:
+        for user, word in ((one, b"1"), (two, b"2")):
+            user.send(word)
+            user.send(b"")
+            data, kind = client.launched()
+            assert (kind, read_exactly(data, 5)) == (b"3", b"\0\1" + word + b"\0\0")
+            data.sendall(b"\0\0\0\6answer")
+            assert (user.recv(100), user.recv(100)) == (b"", b"answer")
+            data.close()
+
+
+def test_a_client_without_udp_is_given_one_datagram_at_a_time(serve, call):
+    running = serve(network="udp")
+    client = call(running).join(2)
+    with datagram_user(running) as user:
+        for word in (b"one", b"two"):
+            user.send(word)
+            data, kind = client.launched()
+            assert (kind, read_all(data)) == (b"2", word)
+            data.sendall(b"answer")
+            data.close()
+            assert user.recv(100) == b"answer"
+
+
+def test_sessions_outlive_the_control_channel_and_the_kind_is_that_of_each_client(serve, call, connect):
+    running = serve(network="udp")
+    first = call(running, b"//?v=2&c=udp#hello\n").join()
+    with datagram_user(running) as old, datagram_user(running) as new:
+        old.send(b"1")
+        data, _ = first.launched()
+        first.close()
+        second = call(running).join()  # a client without
+        new.send(b"2")
+        other, kind = second.launched()
+        assert (kind, read_all(other)) == (b"2", b"2")
+        old.send(b"3")
+        assert read_exactly(data, 6) == b"\0\0011\0\0013"
+        data.close()
+        other.close()
 
 
 @pytest.mark.parametrize("session", [b"0123456789abcdef", b"short", b"0123456789ABCDEF"])

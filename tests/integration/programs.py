@@ -73,11 +73,13 @@ def redis():
 
 
 @contextlib.contextmanager
-def dnsmasq(directory, hosts):
-    """Answer for `hosts` (name to IPv4 address) and ask nobody else; yields the UDP port."""
+def dnsmasq(directory, hosts, texts=None):
+    """Answer for `hosts` (name to address) and `texts` (name to TXT records), ask nobody else; yields the UDP port."""
     port = free_port("both")
     lines = ["no-resolv", "no-hosts", "bind-interfaces", "listen-address=127.0.0.1", f"port={port}", "log-facility=-"]
     lines += [f"host-record={name},{address}" for name, address in hosts.items()]
+    lines += ["edns-packet-max=4096"]
+    lines += [f"txt-record={name},{text}" for name, many in (texts or {}).items() for text in many]
     config = directory / "dnsmasq.conf"
     config.write_text("\n".join(lines) + "\n")
     with running(["dnsmasq", "--no-daemon", "--user=", "--pid-file=", f"--conf-file={config}"], port, "udp"):
@@ -86,8 +88,8 @@ def dnsmasq(directory, hosts):
 
 @contextlib.contextmanager
 def iperf3_server():
-    """Wait for throughput tests; yields the port."""
-    port = free_port()
+    """Wait for throughput tests; yields the port, which is for TCP and UDP."""
+    port = free_port("both")
     with running(["iperf3", "--server", "--bind", "127.0.0.1", "--port", str(port)], port):
         yield port
 

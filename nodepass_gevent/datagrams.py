@@ -1,0 +1,316 @@
+"""Datagrams on their way: Ingress, from users of the public port to a launch; Egress, from a launch to the target.
+
+With a peer that has the capability ``udp`` a user's address has a session: one data connection for all its datagrams,
+both ways, framed. With any other peer each datagram is an exchange of its own, with one answer, and nothing frames it.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+
+import gevent
+
+from .config import Config
+from .crew import Crew
+from .errors import NotCarried, TunnelError
+from .frames import MAX_DATAGRAM
+from .metrics import Counters
+from .net import Endpoint
+from .transport import Transport, deadline, reason
+from .udp import PublicSocket, TargetSocket
+from .udp_relay import UDPRelay
+from .wire import Kind
+
+log = logging.getLogger(__name__)
+
+ONE_SEGMENT = 512  # bytes; what is shorter fits IPv4's least TCP segment and was not cut in pieces
+END_OF_DATAGRAM_S = 0.02  # silence that ends a longer one, where the sender does not half-close
+EVICTABLE_S = 1.0  # of silence: a session gives its place to a newcomer when all places are taken
+EVICTION_TRIES = 8  # sessions that are looked at for a newcomer
+DRAINED_S = 1.0  # of silence that ends a session while the process is about to end
+
+Reply = Callable[[memoryview | bytes], object]  # answers one user; equal and hashed alike for the same user
+
+
+class DatagramIngress:
+    """Users of the public UDP port. ``framed()`` says whether the peer of now carries sessions.
+
+    ``launch(kind, timeout_s)`` gives a data connection and its id, or raises TunnelError: NotCarried when the peer that
+    has come does not carry that kind.
+    """
+
+    def __init__(
+        self,
+        launch: Callable[[Kind, float], tuple[bytes, Transport]],
+        framed: Callable[[], bool],
+        exchanges: Crew,
+        config: Config,
+        counters: Counters,
+    ) -> None:
+        self._launch = launch
+        self._framed = framed
+        self._exchanges = exchanges
+        self._config = config
+        self._counters = counters
+        self._limit = max(config.semaphore_limit // 2, 1)
+        self._asking = 0  # exchanges of one datagram
+        self._sessions: dict[Reply, UDPRelay] = {}  # by user
+        self._launched: dict[bytes, UDPRelay] = {}  # the same by the id of their data connection
+        self._refused_s: dict[bytes, float] = {}
+        self._leaving: gevent.Greenlet | None = None  # receives for the last sessions, and then closes the socket
+
+    def serve(self, public: PublicSocket) -> None:
+        """Receive until killed; then the sessions and exchanges that are left keep the socket until they have ended."""
+        receiver = gevent.spawn(_receive, public, self.datagram)
+        try:
+            receiver.get()
+        finally:
+            if self._sessions or self._asking:
+                self._leaving = receiver
+            else:
+                receiver.kill()
+
+    def datagram(self, datagram: bytes, reply: Reply) -> None:
+        """Take a datagram of a user. Never blocks."""
+        session = self._sessions.get(reply)
+        if session is not None:
+            session.send(datagram)
+        elif self._leaving is not None:
+            self._counters.datagrams_dropped_busy += 1
+        elif self._framed():
+            self._open_session(datagram, reply)
+        else:
+            self._open_exchange(datagram, reply)
+
+    def refuse(self, id: bytes, seconds: float) -> None:
+        """End the session on data connection ``id``, and drop what its user sends for some time."""
+        if id in self._launched:
+            self._refused_s[id] = seconds
+            self._launched[id].end("refused by the client", failed=True)
+
+    def _ended(self) -> None:
+        """The last to end lets the public socket go, where it is left for it."""
+        if self._leaving is not None and not self._sessions and not self._asking:
+            self._leaving.kill(block=False)
+            self._leaving = None
+
+    # Sessions
+
+    def _open_session(self, datagram: bytes, reply: Reply) -> None:
+        if len(self._sessions) + self._asking >= self._limit:
+            self._evict()
+        if len(self._sessions) + self._asking >= self._limit or self._exchanges.full():
+            self._counters.datagrams_dropped_busy += 1
+            return
+        session = self._sessions[reply] = UDPRelay(reply)
+        session.send(datagram)
+        self._exchanges.spawn(self._run_session, session, reply)
+
+    def _evict(self) -> None:
+        """End one session that has been idle; those that are looked at and stay are last in the row after that."""
+        for reply in list(islice(self._sessions, EVICTION_TRIES)):
+            session = self._sessions.pop(reply)
+            if session.running and session.idle_s() >= EVICTABLE_S:
+                session.end("idle, and another user came")
+                return
+            self._sessions[reply] = session
+
+    def _run_session(self, session: UDPRelay, reply: Reply) -> None:
+        started, id = time.monotonic(), b""
+        try:
+            id, data = self._launch(Kind.UDP_SESSION, self._config.limits.pool_wait_s)
+            self._counters.udp_sessions += 1
+            self._launched[id] = session
+            with data:
+                session.run(data, partial(_idle_timeout_s, self._config, self._exchanges))
+            if seconds := self._refused_s.pop(id, 0.0):
+                gevent.sleep(seconds)
+        except NotCarried:  # by the peer for which its first datagrams have waited
+            del self._sessions[reply]
+            for datagram in session.take_waiting():
+                self._open_exchange(datagram, reply)
+        except TunnelError as exc:
+            session.end(reason(exc))
+            self._counters.datagrams_unanswered += len(session.take_waiting())
+        finally:
+            self._launched.pop(id, None)
+            if self._sessions.get(reply) is session:
+                del self._sessions[reply]
+            self._ended()
+            _count_drops(self._counters, session)
+            self._counters.datagrams_up += session.framed
+            self._counters.datagrams_down += session.delivered
+            self._counters.bytes_up += session.framed_bytes
+            self._counters.bytes_down += session.delivered_bytes
+            _log_session(id, f"{reply} -> tunnel", session, started)
+
+    # Crew of one datagram
+
+    def _open_exchange(self, datagram: bytes, reply: Reply) -> None:
+        """Start the exchange of one datagram, or drop it: v1 cannot frame an empty one."""
+        if not 0 < len(datagram) <= self._config.udp_data_buf_size:
+            self._counters.datagrams_dropped_size += 1
+        elif len(self._sessions) + self._asking >= self._limit or self._exchanges.full():
+            self._counters.datagrams_dropped_busy += 1
+        else:
+            self._counters.udp_exchanges += 1
+            self._asking += 1
+            self._exchanges.spawn(self._run_exchange, datagram, reply)
+
+    def _run_exchange(self, datagram: bytes, reply: Reply) -> None:
+        try:
+            with deadline(self._config.udp_read_timeout_s, "datagram"):
+                answer = self._ask(datagram)
+            if not answer:
+                raise TimeoutError("no answer")
+            self._counters.datagrams_down += 1
+            self._counters.bytes_down += len(answer)
+            reply(answer)
+        except (OSError, TunnelError) as exc:
+            self._counters.datagrams_unanswered += 1
+            log.debug("datagram of %s: %s", reply, reason(exc))
+        finally:
+            self._asking -= 1
+            self._ended()
+
+    def _ask(self, datagram: bytes) -> bytes:
+        _, data = self._launch(Kind.UDP, self._config.udp_read_timeout_s)
+        with data:
+            data.sendall(datagram)
+            data.shutdown_write()
+            self._counters.datagrams_up += 1
+            self._counters.bytes_up += len(datagram)
+            answer = _read_to_end(data, self._config.udp_data_buf_size)
+        if len(answer) > self._config.udp_data_buf_size:
+            self._counters.datagrams_dropped_size += 1
+            raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
+        return answer
+
+
+class DatagramEgress:
+    """Launches of datagrams and sessions, brought to the first of ``target()``'s endpoints; ``forget()`` them all."""
+
+    def __init__(
+        self,
+        target: Callable[[], list[Endpoint]],
+        forget: Callable[[], None],
+        exchanges: Crew,
+        config: Config,
+        counters: Counters,
+    ) -> None:
+        self._target = target
+        self._forget = forget
+        self._exchanges = exchanges
+        self._config = config
+        self._counters = counters
+
+    def session(self, id: bytes, data: Transport) -> None:
+        """Carry a session over ``data``, framed, to and from a socket of its own, until a side ends or it is idle."""
+        self._counters.udp_sessions += 1
+        started = time.monotonic()
+        with TargetSocket(self._target()[0]) as target:
+            target.expect_many()
+            session = UDPRelay(target.push)
+            try:
+                session.run(data, partial(_idle_timeout_s, self._config, self._exchanges), target)
+            finally:
+                _count_drops(self._counters, session)
+                self._counters.datagrams_refused += target.refusals
+                self._counters.datagrams_up += session.delivered
+                self._counters.datagrams_down += session.framed
+                self._counters.bytes_up += session.delivered_bytes
+                self._counters.bytes_down += session.framed_bytes
+                _log_session(id, f"tunnel -> {target}", session, started)
+                if not session.framed:  # not one answer
+                    self._forget()
+
+    def exchange(self, id: bytes, data: Transport) -> None:
+        """Carry one datagram and one answer over ``data``, unframed."""
+        self._counters.udp_exchanges += 1
+        limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
+        with deadline(timeout_s, "datagram"):
+            datagram = _read_datagram(data, limit)
+        if not 0 < len(datagram) <= limit:
+            self._counters.datagrams_dropped_size += 1
+            return
+        answer = b""
+        with TargetSocket(self._target()[0]) as target:
+            try:
+                target.send(datagram)
+                self._counters.datagrams_up += 1
+                self._counters.bytes_up += len(datagram)
+                with deadline(timeout_s, "answer"):
+                    answer = target.recv()
+            except OSError as exc:  # silent, or refused by ICMP: an end of stream without an answer says so
+                self._counters.datagrams_unanswered += 1
+                log.debug("exchange %s: target %s: %s", id.decode(), self._config.target, reason(exc))
+                self._forget()
+        if len(answer) > limit:
+            self._counters.datagrams_dropped_size += 1
+            answer = b""
+        if answer:
+            self._counters.datagrams_down += 1
+            self._counters.bytes_down += len(answer)
+            data.sendall(answer)
+        data.linger(self._config.limits.drain_linger_s)
+
+
+def _receive(public: PublicSocket, handle: Callable[[bytes, Reply], None]) -> None:
+    try:
+        public.serve(handle)
+    finally:
+        public.close()
+
+
+def _idle_timeout_s(config: Config, exchanges: Crew) -> float:
+    """Say for how long a session may be silent now."""
+    timeout_s = config.limits.udp_session_timeout_s
+    return min(timeout_s, DRAINED_S) if exchanges.draining else timeout_s
+
+
+def _count_drops(counters: Counters, session: UDPRelay) -> None:
+    counters.exchanges_failed += session.failed
+    counters.datagrams_dropped_queue += session.dropped_queue
+    counters.datagrams_dropped_size += session.dropped_size
+    counters.datagrams_dropped_network += session.dropped_network
+
+
+def _log_session(id: bytes, way: str, session: UDPRelay, started: float) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug(
+            "session %s: %s: %s after %.3f s, %d datagrams in, %d out, %d dropped",
+            id.decode() or "without a data connection",
+            way,
+            session.how,
+            time.monotonic() - started,
+            session.framed,
+            session.delivered,
+            session.dropped_queue + session.dropped_size + session.dropped_network,
+        )
+
+
+def _read_to_end(data: Transport, limit: int) -> bytes:
+    """Read until the peer's end of stream, or one byte more than ``limit``."""
+    read = b""
+    while len(read) <= limit and (piece := data.recv_next(limit + 1 - len(read))):
+        read += piece
+    return read
+
+
+def _read_datagram(data: Transport, limit: int) -> bytes:
+    """Read a datagram that nothing frames: up to the end of stream, or to a short silence.
+
+    Our server half-closes behind it, the original's does not (protocol v1).
+    """
+    read = b""
+    while len(read) <= limit:
+        silence_s = END_OF_DATAGRAM_S if len(read) >= ONE_SEGMENT else 0 if read else None
+        piece = None
+        with gevent.Timeout(silence_s, False):
+            piece = data.recv(MAX_DATAGRAM)
+        if not piece:
+            break
+        read += piece
+    return read

@@ -1,0 +1,217 @@
+"""The two-way way of the datagrams of one UDP session over its data connection, with a bounded queue.
+
+``send(datagram)`` never blocks; ``run(data, ...)`` blocks its greenlet until the session has ended. Underneath
+everything runs in callbacks of watchers, as in ``relay``: no greenlet and no task per datagram. What comes in one turn
+of the event loop leaves in one write.
+"""
+
+import errno
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import gevent
+from gevent.hub import Waiter
+
+from .frames import LENGTH, MAX_DATAGRAM, Frames, format_frame
+from .transport import READ, WRITE, Transport, reason
+
+QUEUE = 262144  # bytes that wait for a data connection which is full: 200 datagrams as the Internet has them
+QUEUE_DATAGRAMS = 4096  # so that many tiny ones do not take more memory than that
+WRITE_AT = 65536  # bytes; written at once, where less waits for more of the same turn
+CHUNK = 16384  # bytes per read; as empty datagrams 8,192 of them, and then everybody else has a turn
+RECEIVE_BATCH = 64  # datagrams of a target per wake-up, then the same
+TICK_S = 0.5  # between two looks at the time that a session has been idle
+LOST = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE, errno.EPERM))  # one datagram alone
+
+_buffer = memoryview(bytearray(CHUNK))  # a callback never yields
+
+
+class Target(Protocol):
+    """Where datagrams come from that are not handed over by ``send``: a socket to the target."""
+
+    def fileno(self) -> int:
+        """Give the descriptor, for a watcher."""
+
+    def pull(self) -> bytes:
+        """Give a datagram that is there, or raise OSError: BlockingIOError when there is none."""
+
+
+class UDPRelay:
+    """One session. ``deliver(datagram)`` is called for each datagram that comes out of the data connection.
+
+    It must not block, nor keep the datagram, and raises OSError: with an errno of LOST that datagram is lost, with any
+    other the session. What happened stands in the attributes: ``framed`` datagrams went into the data connection,
+    ``delivered`` ones came out of it.
+    """
+
+    __slots__ = (
+        "_blocked", "_data", "_deliver", "_end", "_frames", "_loop", "_queue", "_queued", "_rest",
+        "_scheduled", "_target", "_watchers", "_writer", "active_at", "delivered", "delivered_bytes", "dropped_network",
+        "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "running",
+    )  # fmt: skip
+
+    def __init__(self, deliver: Callable[[memoryview | bytes], object]) -> None:
+        self._deliver = deliver
+        self._queue: list[bytes] = []  # frames
+        self._queued = 0  # bytes of datagrams in them
+        self._rest: memoryview | bytes = b""  # of what is being written, not taken yet
+        self._frames = Frames()
+        self._loop = gevent.get_hub().loop
+        self._data: Transport | None = None
+        self._target: Target | None = None
+        self._blocked = True  # nothing can be written now
+        self._scheduled = False  # what is queued will be written in this turn
+        self._end: Any = Waiter()
+        self._writer: Any = None  # made when the data connection first has to be waited for
+        self._watchers: list[Any] = []
+        self.active_at: float = self._loop.now()  # when a datagram last came or went, by the clock of the event loop
+        self.framed = self.framed_bytes = self.delivered = self.delivered_bytes = 0
+        self.dropped_queue = 0  # the data connection was full, or ended
+        self.dropped_size = 0
+        self.dropped_network = 0  # not taken where they were to be delivered
+        self.running = False  # there is a data connection
+        self.how = ""  # it ended, when it has
+        self.failed = False
+
+    def send(self, datagram: bytes) -> None:
+        """Put a datagram into the data connection before long; drop and count it when too much waits already."""
+        size = len(datagram)
+        if size > MAX_DATAGRAM:
+            self.dropped_size += 1
+            return
+        if self._queued + size >= WRITE_AT and not self._blocked:
+            self._guard(self._write)
+        if self._queued + size > QUEUE or len(self._queue) >= QUEUE_DATAGRAMS or self.how:
+            self.dropped_queue += 1
+            return
+        self._queue.append(format_frame(datagram))
+        self._queued += size
+        self.active_at = self._loop.now()
+        if not self._scheduled and not self._blocked:
+            self._scheduled = True
+            self._loop.run_callback(self._guard, self._write)
+
+    def take_waiting(self) -> list[bytes]:
+        """Take back the datagrams that are not written yet."""
+        frames, self._queue, self._queued = self._queue, [], 0
+        return [frame[LENGTH:] for frame in frames]
+
+    def idle_s(self) -> float:
+        """Say for how long no datagram has come or gone."""
+        return self._loop.now() - self.active_at
+
+    def end(self, how: str, *, failed: bool = False) -> None:
+        """End the session; the first reason counts. May be called from anywhere, and before ``run``."""
+        if not self.how:
+            self.how, self.failed = how, failed
+            self._blocked = True
+            self._loop.run_callback(self._end.switch, None)
+
+    def run(self, data: Transport, idle_timeout_s: Callable[[], float], target: Target | None = None) -> None:
+        """Carry datagrams until a side ends or fails, or none has come for ``idle_timeout_s()``; the caller closes."""
+        self._data, self._target = data, target
+        self._blocked = bool(self.how)
+        self.running = True
+        data.watch(self._guard, self._on_readable)
+        tick_s = min(TICK_S, idle_timeout_s() / 4)
+        self._watch(self._loop.timer(tick_s, tick_s), self._check_idle, idle_timeout_s)
+        if target is not None:
+            self._watch(self._loop.io(target.fileno(), READ), self._guard, self._on_target_readable)
+        try:
+            self._guard(self._write)
+            if data.buffered:
+                self._guard(self._on_readable)
+            self._end.get()
+        finally:
+            self.running = False
+            self.how = self.how or "killed"
+            self._blocked = True
+            self.dropped_queue += len(self.take_waiting())
+            data.unwatch()
+            for watcher in self._watchers:
+                watcher.stop()
+                watcher.close()
+
+    def _watch(self, watcher: Any, callback: Callable[..., None], *args: object) -> None:
+        self._watchers.append(watcher)
+        watcher.start(callback, *args)
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Run one step in the event loop, which must not see an exception."""
+        try:
+            step()
+        except BlockingIOError:
+            pass
+        except Exception as exc:  # ours or a peer's: it ends this session and no other
+            self.end(reason(exc), failed=True)
+
+    def _check_idle(self, idle_timeout_s: Callable[[], float]) -> None:
+        timeout_s = idle_timeout_s()
+        if self.idle_s() >= timeout_s:
+            self.end(f"idle for {timeout_s:g} s")
+
+    # Into the data connection
+
+    def _write(self) -> None:
+        """Write what waits, as far as the data connection takes it now."""
+        self._scheduled = False
+        data = self._data
+        assert data
+        while not self._blocked and (self._queue or self._rest):
+            if not self._rest:
+                self.framed += len(self._queue)
+                self.framed_bytes += self._queued
+                self._rest = self._queue[0] if len(self._queue) == 1 else b"".join(self._queue)
+                self._queue.clear()
+                self._queued = 0
+            taken = data.push(self._rest)
+            self._rest = memoryview(self._rest)[taken:] if taken < len(self._rest) else b""
+            if (self._rest and not taken) or not data.flush():
+                self._wait_for_data_connection()
+
+    def _wait_for_data_connection(self) -> None:
+        assert self._data
+        self._blocked = True
+        if self._writer is None:
+            self._writer = self._loop.io(self._data.fileno(), WRITE)
+            self._watchers.append(self._writer)
+        self._writer.start(self._guard, self._on_writable)
+
+    def _on_writable(self) -> None:
+        assert self._data
+        if self._data.flush():
+            self._writer.stop()
+            self._blocked = False
+            self._write()
+
+    def _on_target_readable(self) -> None:
+        assert self._target
+        for _ in range(RECEIVE_BATCH):
+            self.send(self._target.pull())
+
+    # Out of the data connection
+
+    def _on_readable(self) -> None:
+        assert self._data
+        count = self._data.pull(_buffer)
+        if not count:
+            self.end("ended")
+            return
+        datagrams = self._frames.feed(_buffer[:count])
+        if datagrams:
+            self.active_at = self._loop.now()
+            for datagram in datagrams:
+                self._deliver_one(datagram)
+        if self._data.buffered:  # no descriptor will tell
+            self._loop.run_callback(self._guard, self._on_readable)
+
+    def _deliver_one(self, datagram: memoryview | bytes) -> None:
+        try:
+            self._deliver(datagram)
+        except OSError as exc:
+            if exc.errno not in LOST:
+                raise
+            self.dropped_network += 1
+        else:
+            self.delivered += 1
+            self.delivered_bytes += len(datagram)

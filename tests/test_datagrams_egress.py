@@ -1,0 +1,200 @@
+"""Datagrams at the egress: exchanges of one, and sessions, against a target of plain sockets."""
+
+import os
+import socket
+from contextlib import closing
+
+import gevent
+import pytest
+from exchanges import LIMIT, SHORT_S, address_of
+from support import bounded, is_reset, read_all, read_exactly
+
+from nodepass_gevent.config import Address
+from nodepass_gevent.datagrams import ONE_SEGMENT
+from nodepass_gevent.frames import format_frame
+from nodepass_gevent.wire import Kind
+
+PIECES = {
+    "whole": lambda datagram: [datagram],
+    "in two": lambda datagram: [datagram[:ONE_SEGMENT], datagram[ONE_SEGMENT:]],
+    "in small ones": lambda datagram: [datagram[:600], *(datagram[at : at + 50] for at in range(600, LIMIT, 50))],
+}
+
+
+@pytest.mark.parametrize("half_close", [True, False])
+@pytest.mark.parametrize("cut", PIECES)
+def test_a_datagram_arrives_whole_however_it_was_cut(cut, half_close, egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP)
+    datagram = os.urandom(LIMIT)
+    for piece in PIECES[cut](datagram):
+        server.sendall(piece)
+        gevent.idle()
+    if half_close:
+        server.shutdown(1)
+    received, sender = udp_target.recvfrom(65536)
+    assert received == datagram
+    udp_target.sendto(b"answer", sender)
+    assert read_all(server) == b"answer"
+    server.close()
+    assert side.counted == {
+        "udp_exchanges": 1,
+        "datagrams_up": 1,
+        "bytes_up": LIMIT,
+        "datagrams_down": 1,
+        "bytes_down": 6,
+    }
+
+
+def test_an_answer_of_the_greatest_size_arrives_whole(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP)
+    server.sendall(b"q")
+    _, sender = udp_target.recvfrom(65536)
+    answer = os.urandom(LIMIT)
+    udp_target.sendto(answer, sender)
+    assert read_all(server) == answer
+    server.close()
+    assert side.counted == {
+        "udp_exchanges": 1,
+        "datagrams_up": 1,
+        "bytes_up": 1,
+        "datagrams_down": 1,
+        "bytes_down": LIMIT,
+    }
+
+
+def test_a_silent_target_frees_its_slot_and_ends_without_a_reset(egress, udp_target):
+    side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
+    server = side.launch(Kind.UDP)
+    server.sendall(b"question")
+    assert read_all(server) == b""
+    server.close()
+    assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "datagrams_unanswered": 1}
+
+
+def test_a_target_that_refuses_datagrams_frees_its_slot_at_once_and_ends_without_a_reset(egress, udp_target):
+    refused = address_of(udp_target)
+    udp_target.close()
+    side = egress(target=refused, udp_read_timeout_s=60)
+    server = side.launch(Kind.UDP)
+    server.sendall(b"question")
+    assert read_all(server) == b""
+    server.close()
+    assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "datagrams_unanswered": 1}
+
+
+def test_a_target_s_answer_that_is_too_long_is_dropped_and_counted(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP)
+    server.sendall(b"question")
+    _, sender = udp_target.recvfrom(65536)
+    udp_target.sendto(bytes(LIMIT + 1), sender)
+    assert read_all(server) == b""
+    server.close()
+    assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "datagrams_dropped_size": 1}
+
+
+@pytest.mark.parametrize("size", [0, LIMIT + 1])
+def test_a_launched_datagram_that_is_empty_or_too_long_is_dropped_and_counted(size, egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP)
+    server.sendall(bytes(size))
+    server.shutdown(1)
+    assert read_all(server) == b""
+    assert side.counted == {"udp_exchanges": 1, "datagrams_dropped_size": 1}
+
+
+def test_a_launched_datagram_that_never_comes_is_a_failure(egress, udp_target):
+    side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
+    assert is_reset(side.launch(Kind.UDP))
+    assert side.counted == {"udp_exchanges": 1, "exchanges_failed": 1}
+
+
+def test_after_its_answer_a_datagram_s_exchange_waits_for_the_server_no_longer_than_set(egress, udp_target):
+    side = egress(target=address_of(udp_target), drain_linger_s=SHORT_S)
+    server = side.launch(Kind.UDP)
+    server.sendall(b"question")
+    _, sender = udp_target.recvfrom(65536)
+    udp_target.sendto(b"answer", sender)
+    assert read_exactly(server, 6) == b"answer"
+    with bounded():  # the server, as the original's, never ends its side
+        counted = {"datagrams_up": 1, "bytes_up": 8, "datagrams_down": 1, "bytes_down": 6}
+        assert side.counted == {"udp_exchanges": 1, **counted}
+
+
+# Sessions
+
+
+def frames(*datagrams):
+    return b"".join(map(format_frame, datagrams))
+
+
+def test_a_session_has_one_socket_and_carries_any_number_of_datagrams_both_ways(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP_SESSION)
+    datagrams = [b"one", b"", os.urandom(LIMIT + 1), os.urandom(65507)]  # the limit is that of v1
+    server.sendall(frames(*datagrams))
+    received = [udp_target.recvfrom(65536) for _ in datagrams]
+    assert [datagram for datagram, _ in received] == datagrams
+    assert len({sender for _, sender in received}) == 1
+    for datagram in datagrams:
+        udp_target.sendto(datagram, received[0][1])
+    assert read_exactly(server, len(frames(*datagrams))) == frames(*datagrams)
+    server.close()
+    size = sum(map(len, datagrams))
+    counts = {"datagrams_up": 4, "datagrams_down": 4, "bytes_up": size, "bytes_down": size}
+    assert side.counted == {"udp_sessions": 1} | counts
+
+
+def test_the_end_of_the_servers_stream_ends_a_session_after_all_datagrams_before_it(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP_SESSION)
+    server.sendall(frames(b"first", b"last"))
+    server.shutdown(1)
+    assert read_all(server) == b""
+    assert [udp_target.recv(100), udp_target.recv(100)] == [b"first", b"last"]
+    assert side.counted == {"udp_sessions": 1, "datagrams_up": 2, "bytes_up": 9}
+
+
+def test_an_idle_session_ends_and_leaves_nothing_behind(egress, udp_target):
+    side = egress(target=address_of(udp_target), udp_session_timeout_s=SHORT_S)
+    server = side.launch(Kind.UDP_SESSION)
+    assert read_all(server) == b""
+    assert side.counted == {"udp_sessions": 1}
+
+
+def test_a_target_that_restarts_does_not_end_the_session(egress, udp_target):
+    restarting = address_of(udp_target)
+    udp_target.close()
+    side = egress(target=restarting)
+    server = side.launch(Kind.UDP_SESSION)
+    for _ in range(3):
+        server.sendall(frames(b"lost"))
+        gevent.idle()
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as target:
+        target.settimeout(5)
+        target.bind((restarting.host, restarting.port))
+        server.sendall(frames(b"question"))
+        question, sender = target.recvfrom(100)
+        target.sendto(b"answer", sender)
+        assert (question, read_exactly(server, 8)) == (b"question", frames(b"answer"))
+    server.close()
+    counted = side.counted
+    assert counted.pop("datagrams_refused") >= 1
+    assert counted == {"udp_sessions": 1, "datagrams_up": 4, "datagrams_down": 1, "bytes_up": 20, "bytes_down": 6}
+
+
+def test_a_target_that_cannot_be_reached_at_all_is_a_failure(egress):
+    side = egress(target=Address("255.255.255.255", 9))
+    server = side.launch(Kind.UDP_SESSION)
+    assert is_reset(server)
+    assert side.counted == {"udp_sessions": 1, "exchanges_failed": 1}
+
+
+def test_a_server_that_breaks_the_frames_loses_the_session(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP_SESSION)
+    server.sendall(b"\xff\xff" + bytes(100))
+    is_reset(server)  # or an end: there are bytes that nobody has read
+    assert side.counted == {"udp_sessions": 1, "exchanges_failed": 1}
