@@ -11,7 +11,7 @@ import gevent
 from . import authentication, net, opening, tls, tunnel_key, wire
 from .config import Config, Limits
 from .crew import Crew
-from .errors import KeyMismatch, PolicyError, ProtocolError, RefusedByPeer
+from .errors import KeyMismatch, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
 from .forward import Egress
 from .keyring import KeyRing
 from .metrics import Counters
@@ -22,12 +22,12 @@ from .session import Session
 from .tls_context import OFF, VERIFIED, ClientPolicy
 from .transport import Stream, Transport, deadline
 from .tunnel_key import SessionKeys
-from .wire import Bye, Launch, Need, Ping
+from .wire import Bye, Fail, Launch, Need, Ping
 
 log = logging.getLogger(__name__)
 
 CHUNK = 1024  # bytes per read while the welcome is awaited
-CAPABILITIES = frozenset((opening.NEED, wire.UDP))
+CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, wire.UDP))
 
 
 class Client:
@@ -42,6 +42,7 @@ class Client:
             config.tunnel.host, sni=config.sni, ca=config.ca, pin=config.pin, crt=config.crt, key=config.key
         )
         self._warned = False  # of what a v1 control channel leaves open
+        self._source_missed = False  # and said so
 
     def __str__(self) -> str:
         return f"client of {self.config.tunnel}"
@@ -91,39 +92,55 @@ class Client:
         if control.peek() is not None:
             raise ProtocolError("the server sent bytes behind its first line")
         name, keyed = self.config.tunnel_name or "", self.config.keyed
-        hello = opening.format_hello(Hello(name, frozenset() if keyed else CAPABILITIES))
+        can = CAPABILITIES | ({opening.FROM} if self.config.proxy_protocol else set())
+        hello = opening.format_hello(Hello(name, frozenset() if keyed else can))
         control.sendall(hello)
         with deadline(self.config.limits.opening_timeout_s, "welcome"):
             transport = self._secure(control, first.tls, opening.ALPN_CONTROL)
             lines = wire.Lines(opening.MAX_FIRST_LINE)
             if keyed:
-                welcome, keys, early = self._authenticate(transport, lines, line, hello[:-1])
+                welcome, keys, early = self._authenticate(transport, lines, line, hello[:-1], can)
             else:
                 answer, *early = _read_lines(transport, lines)
                 welcome, keys = opening.parse_welcome(answer), None
         if isinstance(welcome, Bye):
-            raise PolicyError(f"the server takes no client now: {wire.printable(welcome.why)}")
+            raise _refusal(welcome)
         endpoint = Endpoint(control.socket.family, control.peer)
         dial = partial(self._dial_v2, endpoint, first.tls, Data(welcome.session), keys)
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
         pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most)
-        signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, pool.dial_more)
+        can &= welcome.capabilities
+
+        def fail(id: bytes, why: str) -> bool:
+            return opening.FAIL in can and session.send(wire.format_fail(Fail(id, why.encode())))
+
+        egress = Egress(pool, self.exchanges, self.config, self.counters, fail, told_users=opening.FROM in can)
+        signals = _Signals(egress, self.counters, pool.dial_more)
         silence_s = self.config.limits.dead_intervals * welcome.ping_interval_s
-        session = Session(transport, pool, signals.receive, silence_s=lambda: silence_s)
+        session = Session(
+            transport,
+            pool,
+            signals.receive,
+            silence_s=lambda: silence_s,
+            leave_s=self.config.leave_s if opening.BYE in can else None,
+        )
         signals.on_ping = partial(session.send, wire.PING)
         lines.limit = wire.MAX_LINE  # the welcome alone may be longer
         signals.lines = lines
+        signals.obeys_bye = True
         signals.obey(early)
+        if opening.FROM not in can:
+            self._miss_source()
         log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
         session.run()
 
     def _authenticate(
-        self, transport: Transport, lines: wire.Lines, first: bytes, hello: bytes
+        self, transport: Transport, lines: wire.Lines, first: bytes, hello: bytes, can: frozenset[bytes]
     ) -> tuple[Welcome | Bye, SessionKeys | None, list[bytes]]:
         """Prove the tunnel key, and verify that the server has it; give the welcome and the lines behind it."""
         assert isinstance(transport, tls.TLSStream), "a tunnel key needs TLS"
         nonce = secrets.token_bytes(tunnel_key.CLIENT_NONCE_LENGTH)
-        handshake = authentication.prove(transport, self._keys.roots[0], first, hello, nonce, CAPABILITIES)
+        handshake = authentication.prove(transport, self._keys.roots[0], first, hello, nonce, can)
         try:
             answer, *early = _read_lines(transport, lines)
         except RefusedByPeer:  # of our certificate TLS 1.3 tells only now
@@ -172,6 +189,7 @@ class Client:
         silence = _Silence(self.config.limits)
         signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters)
         signals.on_ping = silence.note_ping
+        self._miss_source()
         log.info(
             "connected to %s, profile v1, data port %d, tls %d, for %s",
             control, first.port, first.tls, self.config.target,
@@ -201,6 +219,12 @@ class Client:
 
     # Both
 
+    def _miss_source(self) -> None:
+        """Say once that the target will not be told who its users are."""
+        if self.config.proxy_protocol and not self._source_missed:
+            self._source_missed = True
+            log.warning("the server does not tell users' addresses: the target is told that they are not known")
+
     def _secure(self, stream: Stream, mode: int, alpn: bytes = b"", line: bytes = b"") -> Transport:
         if mode == OFF:
             return stream
@@ -212,14 +236,15 @@ class _Signals:
     """What the server says once the control channel is up."""
 
     def __init__(self, egress: Egress, counters: Counters, on_need: Callable[[int], None] = lambda users: None) -> None:
-        self.on_ping: Callable[[], None] = lambda: None
+        self.on_ping: Callable[[], object] = lambda: None
         self.lines = wire.Lines()
+        self.obeys_bye = False  # a v1 server knows none
         self._egress = egress
         self._counters = counters
         self._on_need = on_need
 
     def receive(self, data: bytes) -> None:
-        """Take what came on the control channel; ProtocolError for a line without end."""
+        """Take what came on the control channel; ProtocolError for a line without end, PeerLeft at a bye."""
         self.obey(self.lines.feed(data))
 
     def obey(self, lines: list[bytes]) -> None:
@@ -238,6 +263,8 @@ class _Signals:
                     self.on_ping()
                 case Need():
                     self._on_need(signal.users)
+                case Bye() if self.obeys_bye:
+                    raise _refusal(signal) if signal.why == b"busy" else PeerLeft("the server said bye")
                 case _:
                     self._counters.signals_unknown += 1
 
@@ -260,6 +287,10 @@ class _Silence:
         if not self._interval_s:
             return None
         return max(self._limits.dead_intervals * self._interval_s, self._limits.dead_timeout_s)
+
+
+def _refusal(bye: Bye) -> PolicyError:
+    return PolicyError(f"the server takes no client now: {wire.printable(bye.why)}")
 
 
 def _read_lines(transport: Transport, lines: wire.Lines) -> list[bytes]:

@@ -2,16 +2,20 @@
 
 import logging
 import time
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 from gevent.event import Event
 
 from . import wire
-from .errors import NoDataConnection, SessionLost
+from .errors import LaunchFailed, NoDataConnection, PeerLeft, SessionEnded, SessionLost
+from .forward import Abortable
+from .metrics import Counters
 from .pool import AcceptingPool
 from .session import Session
 from .transport import Stream
 from .tunnel_key import SessionKeys
+from .wire import Bye, Fail, Ping
 
 log = logging.getLogger(__name__)
 
@@ -28,20 +32,52 @@ class Client:
     keys: SessionKeys | None = None  # what its data connections prove themselves with, where there is a tunnel key
     capabilities: frozenset[bytes] = frozenset()  # that both sides have
     heard: Event = field(default_factory=Event)  # set by whatever comes on its control channel
+    launched: MutableMapping[bytes, Abortable] = field(default_factory=dict)  # exchanges by their connection's id
 
     @property
     def alive(self) -> bool:
         return not self.pool.closed and self.stream.peek() is not False
 
-    def send(self, line: bytes) -> None:
-        """Queue a line on the control channel."""
-        self.session.send(line)
+    def send(self, line: bytes) -> bool:
+        """Queue a line on the control channel; False when it is ending."""
+        return self.session.send(line)
 
     def answers(self, timeout_s: float) -> bool:
         """Ping it, and say whether it answers in time."""
         self.heard.clear()
         self.send(wire.PING)
         return self.heard.wait(timeout_s)
+
+
+class Signals:
+    """What a v2 client says once it is welcome: answers to pings, launches that failed, bye."""
+
+    def __init__(self, launched: MutableMapping[bytes, Abortable], counters: Counters) -> None:
+        self.heard = Event()  # set by whatever comes
+        self._lines = wire.Lines()
+        self._launched = launched
+        self._counters = counters
+
+    def receive(self, data: bytes) -> None:
+        """Take what came on the control channel; ProtocolError for what is no line, PeerLeft at a bye."""
+        self.heard.set()
+        for line in self._lines.feed(data):
+            match wire.parse_signal(line):
+                case Ping():
+                    pass
+                case Fail() as fail:
+                    self._fail(fail)
+                case Bye():
+                    raise PeerLeft("it said bye")
+                case _:
+                    self._counters.signals_unknown += 1
+
+    def _fail(self, fail: Fail) -> None:
+        """End the exchange of a launch that failed; not one that has been answered, whatever its peer says now."""
+        running = self._launched.get(fail.id)
+        if running is None or not running.abort(LaunchFailed(wire.printable(fail.why, wire.MAX_LINE)[1:-1])):
+            self._counters.signals_stale += 1
+            log.debug("launch %s failed, says its client: it has ended, or works", fail.id.decode())
 
 
 class Clients:
@@ -101,6 +137,8 @@ class Clients:
         log.info("client %s connected, profile v%d", client.stream, client.profile)
         try:
             client.session.run()
+        except SessionEnded as exc:
+            log.info("client %s left: %s", client.stream, exc)
         except SessionLost as exc:
             log.warning("client %s: %s", client.stream, exc)
         finally:

@@ -91,6 +91,7 @@ class Config:
     data_port: int | None = _within(1, 65535, None)  # None: any free one
     network: str = _one_of("tcp", "udp", "both", default="both")
     protocol: str = _one_of("auto", "1", "2", default="auto")
+    proxy_protocol: int = _one_of(0, 1, 2, default=0)  # of the header for the target; 0: none
     semaphore_limit: int = _within(1, 1 << 20, 1024)
     min_pool_capacity: int = _within(1, 1 << 16, 16)
     max_pool_capacity: int = _within(1, 1 << 16, 1024)
@@ -115,6 +116,11 @@ class Config:
             self._check_client()
         else:
             self._check_server()
+
+    @property
+    def leave_s(self) -> float:
+        """How long an orderly end of a session may take."""
+        return min(self.limits.drain_linger_s, self.shutdown_timeout_s)
 
     @property
     def url(self) -> str:
@@ -188,6 +194,8 @@ class Config:
                 raise self.fault("url", f"dials {shown(address)}; a client needs ports from 1 to 65535")
 
     def _check_server(self) -> None:
+        if self.proxy_protocol:
+            raise self.fault("proxy_protocol", "belongs to the client, which connects to the target")
         for name in ("sni", "pin"):
             if getattr(self, name) is not None:
                 raise self.fault(name, "belongs to the client; a server has none")

@@ -6,22 +6,24 @@ both ways, framed. With any other peer each datagram is an exchange of its own, 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from itertools import islice
+from typing import Any, Protocol
 
 import gevent
 
+from . import proxy_protocol
 from .config import Config
 from .crew import Crew
-from .errors import NotCarried, TunnelError
+from .errors import ConnectError, NotCarried, TunnelError
 from .frames import MAX_DATAGRAM
 from .metrics import Counters
 from .net import Endpoint
 from .transport import Transport, deadline, reason
 from .udp import PublicSocket, TargetSocket
 from .udp_relay import UDPRelay
-from .wire import Kind
+from .wire import Kind, Launch
 
 log = logging.getLogger(__name__)
 
@@ -31,19 +33,30 @@ EVICTABLE_S = 1.0  # of silence: a session gives its place to a newcomer when al
 EVICTION_TRIES = 8  # sessions that are looked at for a newcomer
 DRAINED_S = 1.0  # of silence that ends a session while the process is about to end
 
-Reply = Callable[[memoryview | bytes], object]  # answers one user; equal and hashed alike for the same user
+REFUSED_S = 1.0  # what a user sends is dropped for that long after its peer has said that its launch failed
+
+
+class Reply(Protocol):
+    """Answers one user; equal and hashed alike for the same user."""
+
+    @property
+    def sender(self) -> tuple:
+        """The user's address."""
+
+    def __call__(self, datagram: memoryview | bytes) -> object:
+        """Send a datagram, or raise OSError."""
 
 
 class DatagramIngress:
     """Users of the public UDP port. ``framed()`` says whether the peer of now carries sessions.
 
-    ``launch(kind, timeout_s)`` gives a data connection and its id, or raises TunnelError: NotCarried when the peer that
-    has come does not carry that kind.
+    ``launch(kind, timeout_s, user)`` gives a data connection's id, itself and what runs at its peer, by id; or it
+    raises TunnelError: NotCarried when the peer that has come does not carry that kind.
     """
 
     def __init__(
         self,
-        launch: Callable[[Kind, float], tuple[bytes, Transport]],
+        launch: Callable[[Kind, float, tuple], tuple[bytes, Transport, MutableMapping[bytes, Any]]],
         framed: Callable[[], bool],
         exchanges: Crew,
         config: Config,
@@ -57,8 +70,6 @@ class DatagramIngress:
         self._limit = max(config.semaphore_limit // 2, 1)
         self._asking = 0  # exchanges of one datagram
         self._sessions: dict[Reply, UDPRelay] = {}  # by user
-        self._launched: dict[bytes, UDPRelay] = {}  # the same by the id of their data connection
-        self._refused_s: dict[bytes, float] = {}
         self._leaving: gevent.Greenlet | None = None  # receives for the last sessions, and then closes the socket
 
     def serve(self, public: PublicSocket) -> None:
@@ -83,12 +94,6 @@ class DatagramIngress:
             self._open_session(datagram, reply)
         else:
             self._open_exchange(datagram, reply)
-
-    def refuse(self, id: bytes, seconds: float) -> None:
-        """End the session on data connection ``id``, and drop what its user sends for some time."""
-        if id in self._launched:
-            self._refused_s[id] = seconds
-            self._launched[id].end("refused by the client", failed=True)
 
     def _ended(self) -> None:
         """The last to end lets the public socket go, where it is left for it."""
@@ -119,14 +124,17 @@ class DatagramIngress:
 
     def _run_session(self, session: UDPRelay, reply: Reply) -> None:
         started, id = time.monotonic(), b""
+        launched: MutableMapping[bytes, Any] = {}
         try:
-            id, data = self._launch(Kind.UDP_SESSION, self._config.limits.pool_wait_s)
+            id, data, launched = self._launch(Kind.UDP_SESSION, self._config.limits.pool_wait_s, reply.sender)
             self._counters.udp_sessions += 1
-            self._launched[id] = session
+            launched[id] = session
             with data:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges))
-            if seconds := self._refused_s.pop(id, 0.0):
-                gevent.sleep(seconds)
+            if session.refused:
+                self._counters.launches_failed += 1
+                log.warning("user %s dropped for %g s: %s", reply, REFUSED_S, session.how)
+                gevent.sleep(REFUSED_S)
         except NotCarried:  # by the peer for which its first datagrams have waited
             del self._sessions[reply]
             for datagram in session.take_waiting():
@@ -135,7 +143,7 @@ class DatagramIngress:
             session.end(reason(exc))
             self._counters.datagrams_unanswered += len(session.take_waiting())
         finally:
-            self._launched.pop(id, None)
+            launched.pop(id, None)
             if self._sessions.get(reply) is session:
                 del self._sessions[reply]
             self._ended()
@@ -162,7 +170,7 @@ class DatagramIngress:
     def _run_exchange(self, datagram: bytes, reply: Reply) -> None:
         try:
             with deadline(self._config.udp_read_timeout_s, "datagram"):
-                answer = self._ask(datagram)
+                answer = self._ask(datagram, reply.sender)
             if not answer:
                 raise TimeoutError("no answer")
             self._counters.datagrams_down += 1
@@ -175,8 +183,8 @@ class DatagramIngress:
             self._asking -= 1
             self._ended()
 
-    def _ask(self, datagram: bytes) -> bytes:
-        _, data = self._launch(Kind.UDP, self._config.udp_read_timeout_s)
+    def _ask(self, datagram: bytes, user: tuple) -> bytes:
+        _, data, _ = self._launch(Kind.UDP, self._config.udp_read_timeout_s, user)
         with data:
             data.sendall(datagram)
             data.shutdown_write()
@@ -190,29 +198,37 @@ class DatagramIngress:
 
 
 class DatagramEgress:
-    """Launches of datagrams and sessions, brought to the first of ``target()``'s endpoints; ``forget()`` them all."""
+    """Launches of datagrams and sessions, brought to the first of ``target()``'s endpoints; ``forget()`` them all.
+
+    ``refuse(id, data, why)`` tells the peer that nothing comes of a launch; ``user(launch)`` is whom it is for.
+    """
 
     def __init__(
         self,
         target: Callable[[], list[Endpoint]],
         forget: Callable[[], None],
+        refuse: Callable[[bytes, Transport, str], None],
+        user: Callable[[Launch], tuple | None],
         exchanges: Crew,
         config: Config,
         counters: Counters,
     ) -> None:
         self._target = target
         self._forget = forget
+        self._refuse = refuse
+        self._user = user
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
 
-    def session(self, id: bytes, data: Transport) -> None:
+    def session(self, launch: Launch, data: Transport) -> None:
         """Carry a session over ``data``, framed, to and from a socket of its own, until a side ends or it is idle."""
+        id = launch.id
         self._counters.udp_sessions += 1
         started = time.monotonic()
-        with TargetSocket(self._target()[0]) as target:
+        with self._open_target(launch, data) as target:
             target.expect_many()
-            session = UDPRelay(target.push)
+            session = UDPRelay(_Introduced(target.push, self._header(launch, target)))
             try:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges), target)
             finally:
@@ -226,8 +242,26 @@ class DatagramEgress:
                 if not session.framed:  # not one answer
                     self._forget()
 
-    def exchange(self, id: bytes, data: Transport) -> None:
+    def _open_target(self, launch: Launch, data: Transport) -> TargetSocket:
+        try:
+            return TargetSocket(self._target()[0])
+        except ConnectError as exc:
+            self._refuse(launch.id, data, exc.why)
+            raise
+        except OSError:  # no way there, or no descriptor
+            self._forget()
+            self._refuse(launch.id, data, "unreachable")
+            raise
+
+    def _header(self, launch: Launch, target: TargetSocket) -> bytes:
+        """Give what stands before the first datagram: version 1 of the PROXY protocol has no such thing."""
+        if self._config.proxy_protocol != proxy_protocol.V2:
+            return b""
+        return proxy_protocol.datagram_header(self._user(launch), target.endpoint.sockaddr)
+
+    def exchange(self, launch: Launch, data: Transport) -> None:
         """Carry one datagram and one answer over ``data``, unframed."""
+        id = launch.id
         self._counters.udp_exchanges += 1
         limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
         with deadline(timeout_s, "datagram"):
@@ -236,9 +270,9 @@ class DatagramEgress:
             self._counters.datagrams_dropped_size += 1
             return
         answer = b""
-        with TargetSocket(self._target()[0]) as target:
+        with self._open_target(launch, data) as target:
             try:
-                target.send(datagram)
+                target.send(self._header(launch, target) + datagram)
                 self._counters.datagrams_up += 1
                 self._counters.bytes_up += len(datagram)
                 with deadline(timeout_s, "answer"):
@@ -255,6 +289,21 @@ class DatagramEgress:
             self._counters.bytes_down += len(answer)
             data.sendall(answer)
         data.linger(self._config.limits.drain_linger_s)
+
+
+class _Introduced:
+    """Puts ``header`` before the first datagram that ``push`` takes."""
+
+    __slots__ = ("_header", "_push")
+
+    def __init__(self, push: Callable[[memoryview | bytes], object], header: bytes) -> None:
+        self._push, self._header = push, header
+
+    def __call__(self, datagram: memoryview | bytes) -> None:
+        if self._header:
+            datagram = self._header + datagram
+        self._push(datagram)
+        self._header = b""
 
 
 def _receive(public: PublicSocket, handle: Callable[[bytes, Reply], None]) -> None:

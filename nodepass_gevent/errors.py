@@ -7,9 +7,12 @@
     │   ├── CertificateRefused  by this side, within the TLS handshake
     │   └── RefusedByPeer       the other way round; it is also the ConnectionError that it looks like
     │   └── KeyMismatch         its proof of the tunnel key is wrong
+    ├── PeerLeft            a peer ends the session in good order
+    ├── LaunchFailed        the peer cannot make an exchange of a launch
     └── TunnelError         a wait ended without what it waited for
         ├── ConnectError        no connection to the named address
         ├── SessionLost         the control channel ended
+        │   └── SessionEnded        in good order
         ├── PoolClosed          the session of this pool ended
         ├── NoDataConnection    none became ready in time
         └── NotCarried          the peer that has come lacks a capability
@@ -50,12 +53,28 @@ class KeyMismatch(PolicyError):
     """A peer does not have our tunnel key."""
 
 
+class PeerLeft(NodePassError):
+    """A peer said bye."""
+
+
+class LaunchFailed(NodePassError):
+    """The peer cannot make an exchange of a launch, for the reason ``why``."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"its peer could not begin the exchange: {why or 'no reason given'}")
+        self.why = why
+
+
 class TunnelError(NodePassError):
     """Something the tunnel waited for did not come."""
 
 
 class ConnectError(TunnelError):
-    """No connection could be made; the text names the address and the reason."""
+    """No connection could be made; the text names the address and the reason, ``why`` is a word for the peer."""
+
+    def __init__(self, text: str, why: str = "unreachable") -> None:
+        super().__init__(text)
+        self.why = why
 
 
 class SessionLost(TunnelError):
@@ -64,6 +83,10 @@ class SessionLost(TunnelError):
     def __init__(self, text: str, lived_s: float) -> None:
         super().__init__(text)
         self.lived_s = lived_s
+
+
+class SessionEnded(SessionLost):
+    """The control channel ended in good order: the peer said bye."""
 
 
 class PoolClosed(TunnelError):

@@ -7,22 +7,27 @@ launched it.
 
 import logging
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
+from typing import Any, Protocol
 
+import gevent
 from gevent.pool import Pool
 
-from . import relay, wire
+from . import opening, proxy_protocol, relay, wire
 from .config import Config
 from .crew import Crew
 from .datagrams import DatagramEgress, DatagramIngress
-from .errors import ConnectError, NodePassError, NotCarried, TunnelError
+from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, NotCarried, TunnelError
 from .metrics import Counters
 from .net import Endpoint, connect, resolve
+from .relay import Exchange, Outcome
 from .transport import Stream, Transport, reason
 from .wire import Kind, Launch
 
 log = logging.getLogger(__name__)
+
+CHUNK = 4096  # bytes per read of what nobody wants
 
 
 class OldestFirst(Protocol):
@@ -48,10 +53,21 @@ class Link(Protocol):
 
     @property
     def capabilities(self) -> frozenset[bytes]:
-        """What it is agreed that both sides can."""
+        """What it and this side can beyond v1."""
 
-    def send(self, line: bytes) -> None:
-        """Queue a line for it."""
+    @property
+    def launched(self) -> MutableMapping[bytes, "Abortable"]:
+        """The exchanges that run on its data connections, by id."""
+
+    def send(self, line: bytes) -> bool:
+        """Queue a line for it; False when it takes none any more."""
+
+
+class Abortable(Protocol):
+    """A launched exchange that its peer may declare failed."""
+
+    def abort(self, error: Exception) -> bool:
+        """End it with ``error``; False when the peer has answered already, and then it goes on."""
 
 
 class Ingress:
@@ -62,7 +78,7 @@ class Ingress:
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
-        self.udp = DatagramIngress(self._launch, self._framed, exchanges, config, counters)
+        self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters)
 
     def room(self) -> int:
         """Wait until there is room for a user, and say for how many."""
@@ -75,16 +91,37 @@ class Ingress:
         self._exchanges.spawn(self._tcp, user)
 
     def _tcp(self, user: Stream) -> None:
+        end = time.monotonic() + self._config.limits.pool_wait_s
         with user:
             try:
-                id, data = self._launch(Kind.TCP, self._config.limits.pool_wait_s)
+                if not self._carry(user, end):
+                    self._counters.launches_repeated += 1
+                    self._carry(user, end, again=True)
             except TunnelError as exc:
                 self._counters.exchanges_failed += 1
                 log.warning("user %s refused: %s", user, exc)
                 user.reset()
-                return
-            with data:
-                _relay(id, user, data, self._config, self._counters)
+
+    def _carry(self, user: Stream, end: float, *, again: bool = False) -> bool:
+        """Carry a user on a data connection; False when that proved dead before a byte, and another may do."""
+        limits = self._config.limits
+        id, data, link = self._launch(Kind.TCP, end - time.monotonic(), user.peer)
+        started = time.monotonic()
+        with data:
+            running = link.launched[id] = Exchange(user, data, limits.half_closed_timeout_s)
+            try:
+                outcome = running.run(limits.idle_timeout_s)
+            finally:
+                link.launched.pop(id, None)
+            if not again and not running.began and _is_dead(outcome.error, user, end):
+                log.debug("data connection %s of user %s was dead: %s", id.decode(), user, outcome.error)
+                data.reset()
+                return False
+            if isinstance(outcome.error, LaunchFailed):
+                self._counters.launches_failed += 1
+                log.warning("user %s reset: %s", user, outcome.error)
+            _conclude(id, user, data, outcome, started, self._counters)
+        return True
 
     def _framed(self) -> bool:
         """Whether the peer of now carries UDP sessions; while there is none, hope so."""
@@ -93,8 +130,14 @@ class Ingress:
         except TunnelError:
             return True
 
-    def _launch(self, kind: Kind, timeout_s: float) -> tuple[bytes, Transport]:
-        """Take a data connection from whichever peer has one first, and say what it is for."""
+    def _launch_datagrams(
+        self, kind: Kind, timeout_s: float, user: tuple
+    ) -> tuple[bytes, Transport, MutableMapping[bytes, Any]]:
+        id, data, link = self._launch(kind, timeout_s, user)
+        return id, data, link.launched
+
+    def _launch(self, kind: Kind, timeout_s: float, user: tuple | None = None) -> tuple[bytes, Transport, Link]:
+        """Take a data connection from whichever peer has one first, and say what it is for, and for whom."""
         end = time.monotonic() + timeout_s
         while True:
             link = self._link(end - time.monotonic())
@@ -106,21 +149,37 @@ class Ingress:
                 if time.monotonic() < end:  # this peer is gone; perhaps the next comes in time
                     continue
                 raise
-            link.send(wire.format_launch(Launch(id, kind)))
-            return id, data
+            if link.send(wire.format_launch(Launch(id, kind, user if opening.FROM in link.capabilities else None))):
+                return id, data, link
+            data.reset()  # this peer has gone in between
 
 
 class Egress:
-    """Launches of one session, each brought to the target; beyond the limit they wait, and none is lost."""
+    """Launches of one session, each brought to the target; beyond the limit they wait, and none is lost.
 
-    def __init__(self, pool: ById, exchanges: Crew, config: Config, counters: Counters) -> None:
+    ``fail(id, why)`` tells the peer that a launch does not become an exchange; False where there is no way to.
+    ``told_users``: the peer has agreed to tell who they are.
+    """
+
+    def __init__(
+        self,
+        pool: ById,
+        exchanges: Crew,
+        config: Config,
+        counters: Counters,
+        fail: Callable[[bytes, str], bool] = lambda id, why: False,
+        *,
+        told_users: bool = False,
+    ) -> None:
         self._pool = pool
+        self._fail = fail
+        self._told_users = told_users
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
         self._waiting = Pool(config.max_pool_capacity)  # launches that wait for a slot, each in its greenlet
         self._endpoints: list[Endpoint] = []
-        udp = DatagramEgress(self._target, self._forget_target, exchanges, config, counters)
+        udp = DatagramEgress(self._target, self._forget_target, self._refuse, self._user, exchanges, config, counters)
         self._carry = {Kind.TCP: self._tcp, Kind.UDP: udp.exchange, Kind.UDP_SESSION: udp.session}
 
     def launch(self, launch: Launch) -> None:
@@ -131,6 +190,7 @@ class Egress:
             self._waiting.spawn(self._exchanges.spawn, self._run, launch)
         else:  # more launches than there are data connections: the peer does not keep the protocol
             self._counters.launches_lost += 1
+            self._fail(launch.id, "busy")
 
     def _run(self, launch: Launch) -> None:
         try:
@@ -138,24 +198,48 @@ class Egress:
         except NodePassError as exc:
             self._counters.launches_lost += 1
             log.warning("launch of %s lost: %s", launch.id.decode(), exc)
+            if isinstance(exc, NoDataConnection):
+                self._fail(launch.id, wire.GONE.decode())
             return
         try:
             with data:
-                self._carry[launch.kind](launch.id, data)
+                self._carry[launch.kind](launch, data)
         except (OSError, ConnectError) as exc:
             self._counters.exchanges_failed += 1
             log.warning("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
 
-    def _tcp(self, id: bytes, data: Transport) -> None:
+    def _tcp(self, launch: Launch, data: Transport) -> None:
         self._counters.tcp_exchanges += 1
         limits = self._config.limits
         try:
             target = connect(self._target(), limits.target_timeout_s, limits)
-        except ConnectError:
+        except ConnectError as exc:
             self._forget_target()
+            self._refuse(launch.id, data, exc.why)
+            raise
+        except OSError:  # no descriptor, no memory
+            self._refuse(launch.id, data, "busy")
             raise
         with target:
-            _relay(id, data, target, self._config, self._counters)
+            if self._config.proxy_protocol:
+                target.sendall(proxy_protocol.header(self._config.proxy_protocol, self._user(launch), target.peer))
+            started = time.monotonic()
+            outcome = relay.exchange(data, target, limits.half_closed_timeout_s, limits.idle_timeout_s)
+            _conclude(launch.id, data, target, outcome, started, self._counters)
+
+    def _user(self, launch: Launch) -> tuple | None:
+        """Give the user's address, where the peer has agreed to tell it."""
+        return launch.user if self._told_users else None
+
+    def _refuse(self, id: bytes, data: Transport, why: str) -> None:
+        """Tell the peer that there will be no exchange, and leave it a moment to end its user by that word.
+
+        The reset that follows here could overtake it, and says less.
+        """
+        if self._fail(id, why):
+            with suppress(OSError), gevent.Timeout(self._config.limits.drain_linger_s, False):
+                while data.recv(CHUNK):
+                    pass
 
     def _target(self) -> list[Endpoint]:
         if not self._endpoints:
@@ -167,11 +251,21 @@ class Egress:
         self._endpoints = []
 
 
-def _relay(id: bytes, user_side: Transport, target_side: Transport, config: Config, counters: Counters) -> None:
-    """Copy both ways, count, and pass a failure of one side on to the other as a reset."""
-    started = time.monotonic()
-    limits = config.limits
-    outcome = relay.exchange(user_side, target_side, limits.half_closed_timeout_s, limits.idle_timeout_s)
+def _is_dead(error: Exception | None, user: Stream, end: float) -> bool:
+    """Whether an exchange that has read nothing, not even an end, from either side ended by its data connection.
+
+    Nothing can be lost or come twice when its user is given another one. A peer that says so has not taken the
+    connection; a broken one counts only while the user is as good as new, for later it is a target's own reset.
+    """
+    if isinstance(error, LaunchFailed):
+        return error.why == wire.GONE.decode()
+    return isinstance(error, ConnectionError) and time.monotonic() < end and user.peek() is not False
+
+
+def _conclude(
+    id: bytes, user_side: Transport, target_side: Transport, outcome: Outcome, started: float, counters: Counters
+) -> None:
+    """Count and log what was copied, and pass a failure of one side on to the other as a reset."""
     counters.bytes_up += outcome.a_to_b
     counters.bytes_down += outcome.b_to_a
     if outcome.error is not None:

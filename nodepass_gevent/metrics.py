@@ -16,8 +16,11 @@ class Counters:
     datagrams_down: int = 0
     exchanges_failed: int = 0  # ended by a reset, a timeout or a missing data connection
     launches_lost: int = 0  # a launch whose data connection never came
+    launches_failed: int = 0  # the peer said so
+    launches_repeated: int = 0  # the data connection proved dead before a byte; its user was given another one
     signals_malformed: int = 0
     signals_unknown: int = 0
+    signals_stale: int = 0  # about a launch that is no more, or works
     datagrams_dropped_busy: int = 0  # over the limit of exchanges
     datagrams_dropped_size: int = 0  # outside of sessions: empty, or longer than UDP_DATA_BUF_SIZE
     datagrams_dropped_queue: int = 0  # a session's data connection was full, or ended

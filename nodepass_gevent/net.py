@@ -54,7 +54,7 @@ def resolve(address: Address, *, passive: bool = False) -> list[Endpoint]:
             with deadline(RESOLVE_TIMEOUT_S, "resolve"):
                 found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=flags)
         except (OSError, UnicodeError) as exc:
-            raise ConnectError(f"resolve {address.host}: {reason(exc)}") from exc
+            raise ConnectError(f"resolve {address.host}: {reason(exc)}", "resolve") from exc
         return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
     literal = ipaddress.ip_address(address.host)
     if literal.version == 4:
@@ -156,7 +156,7 @@ def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits) -> 
     Raises ConnectError with the last address and reason.
     """
     share_s = timeout_s / max(len(endpoints), 1)  # of one of several
-    failure = "no address"
+    failure, why = ("no address", "resolve")
     for endpoint in endpoints:
         sock = RawSocket(endpoint.family, _NONBLOCKING)
         try:
@@ -165,11 +165,18 @@ def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits) -> 
             return Stream(sock, endpoint.sockaddr)
         except OSError as exc:
             sock.close()
-            failure = f"{endpoint}: {reason(exc)}"
+            failure, why = (f"{endpoint}: {reason(exc)}", _word(exc))
         except BaseException:
             sock.close()
             raise
-    raise ConnectError(f"connect {failure}")
+    raise ConnectError(f"connect {failure}", why)
+
+
+def _word(exc: OSError) -> str:
+    """Name the reason of a failed connection as signals do."""
+    if isinstance(exc, TimeoutError):
+        return "timeout"
+    return "refused" if isinstance(exc, ConnectionRefusedError) else "unreachable"
 
 
 def _connect(sock: RawSocket, endpoint: Endpoint, timeout_s: float) -> None:

@@ -35,7 +35,7 @@ VERSION = b"2"
 NONCE_LENGTH = 16  # bytes in a first line that offers v2
 SESSION_LENGTH = 8  # bytes, written as hexadecimal digits in lines
 ALPN_CONTROL, ALPN_DATA = b"nodepass-ctl/2", b"nodepass-data/2"
-NEED = b"need"  # a capability
+NEED, FAIL, BYE, FROM = (b"need", b"fail", b"bye", b"from")  # a capability
 
 _PORT = re.compile(rb"[1-9][0-9]{0,4}")
 _SESSION = re.compile(rb"[0-9a-f]{16}")

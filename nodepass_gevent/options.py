@@ -70,6 +70,8 @@ SETTINGS = (
     Setting("url", "NODEPASS_URL", str, "URL", _ADDRESSES, "the tunnel, like the argument URL"),
     Setting("network", "NODEPASS_NETWORK", str, "", _ADDRESSES, "what the tunnel carries"),
     Setting("protocol", "NODEPASS_PROTOCOL", str, "", _ADDRESSES, "profile of the wire protocol"),
+    Setting("proxy_protocol", "NODEPASS_PROXY_PROTOCOL", parse_integer, "", _ADDRESSES,
+            "client: version of the PROXY protocol by which the target is told the user's address, 0 for none"),
     Setting("data_port", "NODEPASS_DATA_PORT", parse_integer, "PORT", _ADDRESSES,
             "server: port of v1 data connections", unset="any free one"),
     Setting("tls", "NODEPASS_TLS", parse_integer, "", _TLS,

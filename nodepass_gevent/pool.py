@@ -66,7 +66,7 @@ class _Idle:
 class AcceptingPool:
     """Data connections that a peer dialled. Nothing may arrive on one before it is launched."""
 
-    def __init__(self, capacity: int, on_shortage: Callable[[int], None] = lambda takers: None) -> None:
+    def __init__(self, capacity: int, on_shortage: Callable[[int], object] = lambda takers: None) -> None:
         self.capacity = capacity
         self._on_shortage = on_shortage  # told, once a turn of the event loop, how many more takers have to wait
         self._short = 0
@@ -137,6 +137,13 @@ class AcceptingPool:
         self._idle.pop(id).reset()
         log.debug("idle data connection %s dropped: its peer closed it or spoke out of turn", id.decode())
 
+    def leave(self) -> None:
+        """Give no more away: the session is about to end."""
+        self.close()
+
+    def settle(self) -> None:
+        """Nothing that was launched waits here."""
+
     def run(self) -> str:
         """Live until closed; nothing to do meanwhile."""
         self._closed.wait()
@@ -181,6 +188,7 @@ class DialingPool:
         self._ended: dict[bytes, Transport] = {}  # end of stream has come, in this round
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before
         self._takers: dict[bytes, AsyncResult] = {}
+        self._leaving = False
         self._closed = False
 
     def __len__(self) -> int:
@@ -227,6 +235,14 @@ class DialingPool:
         self._owed = min(self._owed + count, self._maximum)
         self._fill()
 
+    def leave(self) -> None:
+        """Dial no more: the session is about to end. What is launched is given still."""
+        self._leaving = True
+
+    def settle(self) -> None:
+        """Wait until nobody waits for a connection that was launched."""
+        gevent.wait(list(self._takers.values()))
+
     def close(self) -> None:
         """Reset what is idle, end the dials; whoever waits is told PoolClosed."""
         self._closed = True
@@ -250,7 +266,7 @@ class DialingPool:
             self._gathering.start(self._fill)
 
     def _fill(self) -> None:
-        if self._refusal:
+        if self._refusal or self._leaving:
             return
         room = min(DIALS_AT_ONCE, self._maximum - len(self._idle)) - self._dialling
         begun = min(max(self._missing(), self._owed), room)

@@ -13,11 +13,10 @@ import secrets
 from contextlib import ExitStack, suppress
 
 import gevent
-from gevent.event import Event
 
 from . import authentication, net, opening, tls, wire
 from .callers import Caller, Callers
-from .clients import Client, Clients
+from .clients import Client, Clients, Signals
 from .config import Config
 from .errors import CertificateRefused, KeyMismatch, ProtocolError
 from .joining import Joining
@@ -29,11 +28,11 @@ from .session import Session
 from .tls_context import ServerCertificate
 from .transport import Stream, Transport, deadline, reason
 from .tunnel_key import Handshake
-from .wire import Bye, Need, Ping
+from .wire import Bye, Need
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = frozenset((opening.NEED, wire.UDP))
+CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, opening.FROM, wire.UDP))
 SPEAKS = "it speaks"  # the verdict on a caller that is not silent
 
 
@@ -228,17 +227,19 @@ class Reception:
             if opening.NEED in agreed
             else (lambda users: None),
         )
-        heard = Event()
+        launched: dict = {}
+        signals = Signals(launched, self._counters)
         session = Session(
             control,
             pool,
-            self._count_signals(heard),
+            signals.receive,
             ping_interval_s=self._config.report_interval_s,
             silence_s=lambda: self._limits.dead_intervals * interval_s,
+            leave_s=self._config.leave_s if opening.BYE in agreed else None,
         )
         id = secrets.token_bytes(opening.SESSION_LENGTH)
         keys = handshake.session_keys(id) if handshake else None
-        client = Client(2, key, stream, session, pool, keys, agreed, heard)
+        client = Client(2, key, stream, session, pool, keys, agreed, signals.heard, launched)
         self._clients.admit(client, id)
         welcome = Welcome(id, agreed, interval_s, self._config.max_pool_capacity)
         if handshake:
@@ -266,18 +267,6 @@ class Reception:
             log.warning("client %s answers no ping: another one takes its place", current.stream)
             current.pool.close()
         return None
-
-    def _count_signals(self, heard: Event):
-        """Make the receiver of a v2 client's lines: answers to pings, and what is not known yet."""
-        lines = wire.Lines()
-
-        def receive(data: bytes) -> None:
-            heard.set()
-            for line in lines.feed(data):
-                if not isinstance(wire.parse_signal(line), Ping):
-                    self._counters.signals_unknown += 1
-
-        return receive
 
     # Profile v1: the data port
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.hub import Waiter
 
-from .transport import WRITE, Stream, Transport
+from .transport import WRITE, Stream, Transport, soon
 
 BUFFER = 65536  # bytes; one read
 BULKY = 3  # full reads in a row that make a flow bulky
@@ -76,12 +76,13 @@ class _Flow:
 
     __slots__ = (
         "_calm", "_done", "_ending", "_full", "_held", "_pipe", "_rest", "_writer",
-        "ended", "moved", "sink", "source",
+        "began", "ended", "moved", "sink", "source",
     )  # fmt: skip
 
     def __init__(self, source: Transport, sink: Transport, done: Callable[[Exception | None], None]) -> None:
         self.source, self.sink, self._done = source, sink, done
         self.moved = 0  # bytes that the sink has taken
+        self.began = False  # something was read
         self.ended = False  # end of stream is passed on, and all bytes before it
         self._ending = False  # it is read
         self._rest: bytes | memoryview = b""  # read, and not taken yet
@@ -135,6 +136,7 @@ class _Flow:
     def _copy(self) -> bool:
         """Move one bufferful; True when more may be moved at once."""
         count = self.source.pull(_buffer)
+        self.began = True
         if not count:
             return self._end()
         taken = self.sink.push(_buffer[:count])
@@ -230,15 +232,15 @@ class _Silences:
 
     def __init__(self, timeout_s: float, what: str) -> None:
         self._what = f"{what} for {timeout_s:g} s"
-        self._looked_at: dict[_Exchange, tuple[int, int]] = {}  # bytes moved, and looks since they last did
+        self._looked_at: dict[Exchange, tuple[int, int]] = {}  # bytes moved, and looks since they last did
         self._timer = gevent.get_hub().loop.timer(timeout_s / LOOKS, timeout_s / LOOKS, ref=False)
 
-    def add(self, exchange: "_Exchange") -> None:
+    def add(self, exchange: "Exchange") -> None:
         if not self._looked_at:
             self._timer.start(self._look)
         self._looked_at[exchange] = exchange.moved, 0
 
-    def remove(self, exchange: "_Exchange") -> None:
+    def remove(self, exchange: "Exchange") -> None:
         self._looked_at.pop(exchange, None)
 
     def _look(self) -> None:
@@ -255,8 +257,8 @@ class _Silences:
 _silences = lru_cache(64)(_Silences)  # by timeout
 
 
-class _Exchange:
-    """Both flows, and the greenlet that waits for their end."""
+class Exchange:
+    """Both flows, and the greenlet that waits for their end. ``exchange`` tells more."""
 
     __slots__ = ("_ended", "_flows", "_half_closed")
 
@@ -288,6 +290,20 @@ class _Exchange:
                 idle.remove(self)
         return Outcome(there.moved, back.moved, error)
 
+    @property
+    def began(self) -> bool:
+        """Whether something was read from a side, if only its end."""
+        there, back = self._flows
+        return there.began or back.began
+
+    def abort(self, error: Exception) -> bool:
+        """End with ``error``; False, and no end, when bytes have come from b already."""
+        back = self._flows[1]
+        if back.moved or back._rest:
+            return False
+        soon(self.end, error)
+        return True
+
     def end(self, error: Exception | None) -> None:
         """Note that one flow has ended, or why both must."""
         there, back = self._flows
@@ -304,4 +320,4 @@ def exchange(a: Transport, b: Transport, half_closed_timeout_s: float, idle_time
     An exchange in which nothing moves for ``idle_timeout_s`` (0: no limit), or, half-closed, for
     ``half_closed_timeout_s``, ends with TimeoutError.
     """
-    return _Exchange(a, b, half_closed_timeout_s).run(idle_timeout_s)
+    return Exchange(a, b, half_closed_timeout_s).run(idle_timeout_s)

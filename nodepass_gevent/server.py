@@ -62,10 +62,10 @@ class Server:
         with ExitStack() as stack:
             parts = self._open(stack)
             self._clients.open()
-            stack.callback(self._clients.close)
             stack.callback(self._callers.kill)
             self._joiners = Crew()
             stack.callback(self._joiners.kill)
+            stack.callback(self._clients.close)
             running = Group()
             stack.callback(running.kill)
             first = gevent.wait([running.spawn(part) for part in parts], count=1)[0]

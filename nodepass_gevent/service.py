@@ -2,11 +2,13 @@
 
 import gc
 import logging
+import math
 import os
+import random
 import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import gevent
@@ -17,7 +19,7 @@ from gevent.pool import Group
 from . import log as log_lines
 from .config import Config
 from .crew import Crew
-from .errors import NodePassError, PolicyError, SessionLost
+from .errors import NodePassError, PolicyError, SessionEnded, SessionLost
 from .metrics import Counters
 from .transport import reason
 
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
 GC_THRESHOLD = 20_000  # objects more than there were: a tunnel that grows, or a leak
 REPEAT_S = 60.0  # a reason that stays the same is logged that often
+CLEAN_S = 1.0  # a session that lived this long and ended in good order is followed by a try at once
 HEALTHY_PER_PAUSE = 12  # a session that lived this many pauses ends the row: a minute at a pause of 5 s
 
 
@@ -44,27 +47,32 @@ class Role(Protocol):
 
 
 class Backoff:
-    """Pauses between tries: none at first, then FIRST_PAUSE_S, doubled each time up to ``longest_s``."""
+    """Pauses between tries: none at first, then FIRST_PAUSE_S, doubled each time up to ``longest_s``.
 
-    def __init__(self, longest_s: float) -> None:
+    Each is shortened by up to a half, as ``draw`` (0 to 1) says: the clients of a lost server do not come all at once.
+    """
+
+    def __init__(self, longest_s: float, draw: Callable[[], float]) -> None:
         self._longest_s = longest_s
+        self._draw = draw
         self._next_s = 0.0
 
-    def pause_s(self, lived_s: float) -> float:
-        """Give the pause after a try that worked for ``lived_s`` seconds."""
-        if lived_s and lived_s >= HEALTHY_PER_PAUSE * self._next_s:
+    def pause_s(self, lived_s: float, *, clean: bool = False) -> float:
+        """Give the pause after a try that worked for ``lived_s`` seconds, and ended in good order when ``clean``."""
+        healthy_s = min(HEALTHY_PER_PAUSE * self._next_s, CLEAN_S if clean else math.inf)
+        if lived_s and lived_s >= healthy_s:
             self._next_s = 0.0
         pause_s = self._next_s
         self._next_s = min(max(pause_s * 2, FIRST_PAUSE_S), self._longest_s)
-        return pause_s
+        return round(pause_s * (1 - self._draw() / 2), 3)
 
 
 class Service:
     """One role, kept running."""
 
-    def __init__(self, role: Role) -> None:
+    def __init__(self, role: Role, draw: Callable[[], float] = random.random) -> None:
         self.role = role
-        self._backoff = Backoff(role.config.service_cooldown_s)
+        self._backoff = Backoff(role.config.service_cooldown_s, draw)
         self._retry_now = Event()
         self._said = ""  # the last reason that was logged above DEBUG, and when
         self._said_at = -REPEAT_S
@@ -89,12 +97,14 @@ class Service:
 
     def _try(self) -> float:
         """Run the role once, say how it ended, and give the pause before the next time."""
-        lived_s = 0.0
+        lived_s, level, clean = 0.0, logging.WARNING, False
         try:
             self.role.run()
             why = "it ended"
         except PolicyError as exc:  # trying sooner changes nothing
             return self._say(logging.ERROR, str(exc), self.role.config.service_cooldown_s)
+        except SessionEnded as exc:
+            lived_s, why, level, clean = exc.lived_s, str(exc), logging.INFO, True
         except SessionLost as exc:
             lived_s, why = exc.lived_s, str(exc)
         except (OSError, NodePassError) as exc:
@@ -102,7 +112,7 @@ class Service:
         except Exception:  # a fault of ours: say so, and go on serving
             log.exception("%s: unexpected error", self.role)
             why = "unexpected error"
-        return self._say(logging.WARNING, why, self._backoff.pause_s(lived_s))
+        return self._say(level, why, self._backoff.pause_s(lived_s, clean=clean))
 
     def _say(self, level: int, why: str, pause_s: float) -> float:
         """Log why a try ended, the same reason above DEBUG at most every REPEAT_S; give the pause back."""
@@ -140,8 +150,8 @@ def _drain(roles: Sequence[Role], running: Group) -> None:
     log.info("stopping: exchanges %d, given %g s to end", sum(len(role.exchanges) for role in roles), timeout_s)
     for role in roles:
         role.exchanges.draining = True
-    running.kill()
     end = time.monotonic() + timeout_s
+    running.kill()
     for role in roles:
         role.exchanges.join(max(end - time.monotonic(), 0))
     cut = sum(len(role.exchanges) for role in roles)

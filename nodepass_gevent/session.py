@@ -2,7 +2,8 @@
 
 After the handshake the two sides of a tunnel are alike here: a reader that hands on what comes, a writer
 that sends signals and keep-alives, and a pool that keeps itself ready. What the bytes mean is for ``receive``,
-which the role above supplies.
+which the role above supplies. Where the peer knows it, an orderly end is a bye each way: whoever means to end says it
+and goes on obeying until the peer's own bye, so that no launch is lost between the two.
 """
 
 import time
@@ -14,10 +15,12 @@ import gevent
 from gevent.event import Event
 
 from . import wire
-from .errors import PolicyError, ProtocolError, SessionLost
+from .errors import NodePassError, PeerLeft, PolicyError, ProtocolError, SessionEnded, SessionLost
 from .transport import Transport, reason, soon
+from .wire import Bye
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory
+MAX_DUE = 65536  # lines; a peer that reads leaves at most as many as it has data connections
 
 
 class ReadyPool(Protocol):
@@ -26,6 +29,12 @@ class ReadyPool(Protocol):
     def run(self) -> str | PolicyError:
         """Live; give how it ended."""
 
+    def leave(self) -> None:
+        """Begin nothing new: the session is about to end."""
+
+    def settle(self) -> None:
+        """Wait until what is launched is taken."""
+
     def close(self) -> None:
         """End it at once."""
 
@@ -33,8 +42,9 @@ class ReadyPool(Protocol):
 class Session:
     """A live control channel.
 
-    ``receive(data)`` takes what the peer sends and raises ProtocolError when it may not; ``silence_s()`` is how
-    long the peer may stay silent (None: for ever); ``ping_interval_s`` None sends no keep-alives.
+    ``receive(data)`` takes what the peer sends and raises ProtocolError when it may not, PeerLeft or PolicyError at its
+    bye; ``silence_s()`` is how long the peer may stay silent (None: for ever); ``ping_interval_s`` None sends no
+    keep-alives; ``leave_s`` is how long an orderly end may take (None: the peer knows no bye).
     """
 
     def __init__(
@@ -45,20 +55,29 @@ class Session:
         *,
         ping_interval_s: float | None = None,
         silence_s: Callable[[], float | None] = lambda: None,
+        leave_s: float | None = None,
     ) -> None:
         self.control = control
         self.pool = pool
         self._receive = receive
         self._ping_interval_s = ping_interval_s
         self._silence_s = silence_s
+        self._leave_s = leave_s
         self._due: list[bytes] = []
         self._wake = Event()  # what is due is for the writer: the peer reads slowly, or not at all
+        self._ending = False  # no line follows those that are due
 
-    def send(self, line: bytes) -> None:
-        """Queue a line; all lines of one turn of the event loop go out in one segment. Never blocks."""
+    def send(self, line: bytes) -> bool:
+        """Queue a line; all lines of one turn of the event loop go out in one segment. Never blocks.
+
+        False: the session is ending, and the line is not sent.
+        """
+        if self._ending:
+            return False
         self._due.append(line)
         if len(self._due) == 1:
             soon(self._send_now)
+        return True
 
     def _send_now(self) -> None:
         """Send what is due, without the writer as long as the kernel takes everything."""
@@ -73,26 +92,44 @@ class Session:
             self._wake.set()
 
     def run(self) -> None:
-        """Live until the channel or the pool ends, end the other too, and raise SessionLost, or PolicyError."""
+        """Live until the channel or the pool ends, and end the other too; raises SessionLost or PolicyError."""
         started = time.monotonic()
         greenlets = [gevent.spawn(part) for part in (self._read, self._write, self.pool.run)]
         try:
             first = gevent.wait(greenlets, count=1)[0]
-            if isinstance(first.value, PolicyError):
-                raise first.value
             how = first.value if first.successful() else repr(first.exception)
+            if isinstance(how, PeerLeft):
+                self._leave(*greenlets)
+                raise SessionEnded(str(how), time.monotonic() - started)
+            if isinstance(how, PolicyError):
+                raise how
             raise SessionLost(f"control channel lost: {how}", time.monotonic() - started)
-        except gevent.GreenletExit:  # an orderly stop on this side: the peer sees an end, and no reset
-            gevent.killall(greenlets)
-            with suppress(OSError):
-                self.control.finish()
-            self.control.close()
+        except gevent.GreenletExit:  # an orderly stop on this side
+            self._leave(*greenlets)
             raise
         finally:
+            self._ending = True
             self.pool.close()
             gevent.killall(greenlets)
 
-    def _read(self) -> str:
+    def _leave(self, reader: gevent.Greenlet, writer: gevent.Greenlet, pool: gevent.Greenlet) -> None:
+        """End in good order: the peer sees an end, and no reset; where it knows it, after a bye each way."""
+        with suppress(OSError), gevent.Timeout(self._leave_s, False):
+            if self._leave_s is None or self._ending:
+                gevent.killall([reader, writer])
+            else:
+                self.pool.leave()
+                self.send(wire.format_bye(Bye()))
+                self._ending = True
+                self._wake.set()
+                gevent.joinall([reader, writer])
+                self.pool.settle()
+                self.control.linger(self._leave_s)
+            self.control.finish()
+        gevent.killall([reader, writer, pool])
+        self.control.close()
+
+    def _read(self) -> str | NodePassError:
         while True:
             limit_s, data = self._silence_s(), None
             try:
@@ -103,6 +140,10 @@ class Session:
                 if not data:
                     return "closed by the peer"
                 self._receive(data)
+                if len(self._due) > MAX_DUE:
+                    return "the peer makes us speak and does not read"
+            except (PeerLeft, PolicyError) as exc:
+                return exc
             except (OSError, ProtocolError) as exc:
                 return reason(exc)
 
@@ -119,6 +160,9 @@ class Session:
                     self.control.sendall(lines)
                     if not self._due:
                         self._wake.clear()
+                if self._ending:
+                    self.control.shutdown_write()
+                    return "it has said bye"
             except OSError as exc:
                 return reason(exc)
             self._wake.wait(self._ping_interval_s and max(ping_due - time.monotonic(), 0))

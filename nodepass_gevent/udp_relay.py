@@ -47,7 +47,7 @@ class UDPRelay:
     __slots__ = (
         "_blocked", "_data", "_deliver", "_end", "_frames", "_loop", "_queue", "_queued", "_rest",
         "_scheduled", "_target", "_watchers", "_writer", "active_at", "delivered", "delivered_bytes", "dropped_network",
-        "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "running",
+        "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "refused", "running",
     )  # fmt: skip
 
     def __init__(self, deliver: Callable[[memoryview | bytes], object]) -> None:
@@ -72,6 +72,7 @@ class UDPRelay:
         self.running = False  # there is a data connection
         self.how = ""  # it ended, when it has
         self.failed = False
+        self.refused = False  # the peer says that nothing came of its launch
 
     def send(self, datagram: bytes) -> None:
         """Put a datagram into the data connection before long; drop and count it when too much waits already."""
@@ -106,6 +107,14 @@ class UDPRelay:
             self.how, self.failed = how, failed
             self._blocked = True
             self._loop.run_callback(self._end.switch, None)
+
+    def abort(self, error: Exception) -> bool:
+        """End by the peer's word that the launch failed; False when it has answered, and then the session goes on."""
+        if self.delivered:
+            return False
+        self.refused = True
+        self.end(str(error), failed=True)
+        return True
 
     def run(self, data: Transport, idle_timeout_s: Callable[[], float], target: Target | None = None) -> None:
         """Carry datagrams until a side ends or fails, or none has come for ``idle_timeout_s()``; the caller closes."""

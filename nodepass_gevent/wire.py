@@ -7,6 +7,8 @@ A line is empty (a keep-alive) or a URL of host, optional query and fragment, an
     (empty)                     server -> client: keep-alive; in profile v2 answered by another one
     //<id>#1   //<id>#2         server -> client: launch data connection <id> for a TCP user, for a UDP datagram
     //<id>#3                    v2, server -> client: launch it for a UDP session
+    //<id>?from=<address>#1     v2: the same, with the user's address and port
+    //<id>?why=<reason>#fail    v2, client -> server: the launch of <id> does not become an exchange
     //<n>#need                  v2, server -> client: n users wait without a data connection
     //[?why=<reason>]#bye       v2, both ways: no new launches
 
@@ -16,25 +18,28 @@ give it with one. Whatever the grammar does not allow raises ProtocolError; keys
 are passed over.
 """
 
+import ipaddress
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 from .errors import ProtocolError
 
 MAX_LINE = 256  # bytes; the longest real signal is about 150
 ID_LENGTH = 8  # bytes: 32 random bits in hexadecimal
 PING = b"\n"
+GONE = b"gone"  # why a launch fails: its data connection is not there
 UDP = b"udp"  # a capability: UDP sessions
 
 _WORD = rb"[A-Za-z0-9._~,%-]"
 _LINE = re.compile(rb"//(%b*)(?:\?(%b+=%b*(?:&%b+=%b*)*))?#(%b*)" % ((_WORD,) * 6))
 _BAD_PERCENT = re.compile(rb"%(?![0-9A-Fa-f]{2})")
 _ID = re.compile(rb"[0-9a-f]{8}")
-_LAUNCH = re.compile(rb"//([0-9a-f]{8})#([12])")
+_LAUNCH = re.compile(rb"//([0-9a-f]{8})#([123])")
+_ADDRESS = re.compile(rb"(?:([0-9.]{7,15})|\[([0-9A-Fa-f:.]{2,45})\]):([1-9][0-9]{0,4})")
 NUMBER = re.compile(rb"[0-9]{1,9}")
 
 
@@ -64,6 +69,15 @@ class Launch:
 
     id: bytes
     kind: Kind
+    user: tuple | None = None  # its address and port, where they are known
+
+
+@dataclass(frozen=True)
+class Fail:
+    """The launch of data connection ``id`` does not become an exchange."""
+
+    id: bytes
+    why: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ def parse_line(line: bytes) -> Line:
     return Line(host, MappingProxyType(values), fragment)
 
 
-def parse_signal(line: bytes) -> Ping | Launch | Need | Bye | Unknown:
+def parse_signal(line: bytes) -> Ping | Launch | Fail | Need | Bye | Unknown:
     """Read one line of a control channel that is up."""
     if match := _LAUNCH.fullmatch(line):  # nearly every line
         return Launch(match[1], _KINDS[match[2]])
@@ -120,16 +134,52 @@ def parse_signal(line: bytes) -> Ping | Launch | Need | Bye | Unknown:
         if not NUMBER.fullmatch(parts.host):
             raise ProtocolError(f"not a number of users: {printable(line)}")
         return Need(int(parts.host))
+    if parts.fragment == b"fail":
+        return Fail(parse_id(parts.host), parts.query.get("why", b""))
     try:
         kind = Kind(parts.fragment)
     except ValueError:
         return Unknown(parts.fragment)
-    return Launch(parse_id(parts.host), kind)
+    return Launch(parse_id(parts.host), kind, _parse_user(parts.query.get("from", b"")))
 
 
 def format_launch(launch: Launch) -> bytes:
     """Write the signal that pairs a user with a data connection."""
-    return b"//%b#%b\n" % (launch.id, launch.kind.value)
+    user = b"?from=" + _format_user(*launch.user[:2]) if launch.user else b""
+    return b"//%b%b#%b\n" % (launch.id, user, launch.kind.value)
+
+
+def _parse_user(text: bytes) -> tuple[str, int] | None:
+    """Read an IP address and a port; None for anything else, which says nothing about the user.
+
+    It goes on to the target, so it is written anew: not a byte of the peer's own passes.
+    """
+    match = _ADDRESS.fullmatch(text)
+    if not match or int(match[3]) > 65535:
+        return None
+    try:
+        return _canonical((match[1] or match[2]).decode(), bool(match[2])), int(match[3])
+    except ValueError:
+        return None
+
+
+def _format_user(host: str, port: int) -> bytes:
+    """Write a user's address as the system gives it: mapped IPv4 as IPv4, and without a zone."""
+    if ":" in host:
+        host = _canonical(host.partition("%")[0], True)
+    return quote(f"[{host}]:{port}" if ":" in host else f"{host}:{port}", safe="").encode()
+
+
+def _canonical(host: str, v6: bool) -> str:
+    if not v6:
+        return str(ipaddress.IPv4Address(host))
+    address = ipaddress.IPv6Address(host)
+    return str(address.ipv4_mapped or address)
+
+
+def format_fail(fail: Fail) -> bytes:
+    """Write that a launch does not become an exchange, and why."""
+    return b"//%b?why=%b#fail\n" % (fail.id, fail.why)
 
 
 def format_need(need: Need) -> bytes:

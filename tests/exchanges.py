@@ -66,8 +66,24 @@ class FakeLink:
     def __init__(self, *capabilities):
         self.capabilities = frozenset(capabilities)
         self.pool = AcceptingPool(capacity=16)
+        self.launched = {}
         self.sent = []
-        self.send = self.sent.append
+
+    def send(self, line):
+        self.sent.append(line)
+        return True
+
+
+class _Reply:
+    """Answers a user into a list."""
+
+    sender = ("192.0.2.1", 443)
+
+    def __init__(self, answers):
+        self._answers = answers
+
+    def __call__(self, datagram):
+        self._answers.append(datagram)
 
 
 class IngressSide(Side):
@@ -101,7 +117,7 @@ class IngressSide(Side):
         return user
 
     def datagram(self, datagram):
-        self.ingress.udp.datagram(datagram, self.answers.append)
+        self.ingress.udp.datagram(datagram, _Reply(self.answers))
 
 
 @pytest.fixture

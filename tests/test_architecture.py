@@ -13,7 +13,19 @@ import nodepass_gevent
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
     {"__init__", "errors"},
-    {"callers", "certificates", "crew", "frames", "log", "metrics", "tunnel_key", "usage", "values", "wire"},
+    {
+        "callers",
+        "certificates",
+        "crew",
+        "frames",
+        "log",
+        "metrics",
+        "proxy_protocol",
+        "tunnel_key",
+        "usage",
+        "values",
+        "wire",
+    },
     {"config"},
     {"configfile", "keyring", "opening", "transport", "url"},
     {"net", "options", "relay", "udp_relay"},
@@ -30,7 +42,9 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"__main__"},
 )
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
-SANS_IO = {"config", "errors", "frames", "metrics", "opening", "tunnel_key", "url", "values", "wire"}
+SANS_IO = {
+    "config", "errors", "frames", "metrics", "opening", "proxy_protocol", "tunnel_key", "url", "values", "wire",
+}  # fmt: skip
 KNOW_WATCHERS = {"crew", "net", "pool", "relay", "tls", "transport", "udp", "udp_relay"}  # may use the loop
 CATCH_ALL = {"relay": 1, "service": 1, "udp_relay": 1}  # `except Exception`: ends of exchanges, service loop
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines

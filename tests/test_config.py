@@ -43,6 +43,7 @@ def test_the_defaults_are_those_of_the_original():
         "data-port": None,
         "network": "both",
         "protocol": "auto",
+        "proxy-protocol": 0,
         "semaphore-limit": 1024,
         "min-pool-capacity": 16,
         "max-pool-capacity": 1024,
@@ -198,6 +199,14 @@ def test_tls_2_needs_a_certificate_on_the_server_only():
         server(tls=2)
     assert server(tls=2, crt="a", key="b").tls == 2
     assert client(tls=2).tls == 2
+
+
+def test_the_header_for_the_target_belongs_to_the_client():
+    assert client(proxy_protocol=2).proxy_protocol == 2
+    with pytest.raises(ConfigError, match="proxy-protocol: '2' belongs to the client"):
+        server(proxy_protocol=2)
+    with pytest.raises(ConfigError, match="is not one of 0, 1, 2"):
+        client(proxy_protocol=3)
 
 
 def test_what_belongs_to_the_server_is_refused_for_a_client():

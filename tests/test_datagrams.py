@@ -7,7 +7,8 @@ import pytest
 from exchanges import ID, LIMIT, SHORT_S, FakeLink, happened
 from support import bounded, is_reset, read_all, read_exactly, wait_until
 
-from nodepass_gevent import wire
+from nodepass_gevent import opening, wire
+from nodepass_gevent.errors import LaunchFailed
 from nodepass_gevent.frames import format_frame
 
 
@@ -123,6 +124,8 @@ def test_an_answer_that_is_too_long_is_dropped_and_counted(ingress):
 
 class User:
     """A user as the public socket names it: a reply that is equal for all of its datagrams."""
+
+    sender = ("192.0.2.1", 443)
 
     def __init__(self, name):
         self.name = name
@@ -279,12 +282,32 @@ def test_users_who_wait_for_a_data_connection_keep_their_places(framed):
     assert happened(side.counters) == {"datagrams_dropped_busy": 1}
 
 
+def test_a_session_tells_who_its_user_is_where_that_is_agreed(ingress):
+    side = ingress(wire.UDP, opening.FROM)
+    client = side.add_data()
+    side.ingress.udp.datagram(b"question", User("a"))
+    assert read_exactly(client, 10) == frames(b"question")
+    assert side.link.sent == [b"//0a1b2c3d?from=192.0.2.1%3A443#3\n"]
+
+
+def test_a_session_that_is_answered_goes_on_whatever_its_peer_says(framed):
+    side, user = framed(), User("a")
+    client = side.add_data()
+    side.ingress.udp.datagram(b"question", user)
+    assert read_exactly(client, 10) == frames(b"question")
+    client.sendall(frames(b"answer"))
+    wait_until(lambda: user.answers == [b"answer"])
+    assert not side.link.launched[ID].abort(LaunchFailed("refused"))
+    side.ingress.udp.datagram(b"more", user)
+    assert read_exactly(client, 6) == frames(b"more")
+
+
 def test_a_refused_user_is_dropped_for_a_while_and_then_served_again(framed):
     side, user = framed(), User("a")
     client = side.add_data()
     side.ingress.udp.datagram(b"question", user)
     assert read_exactly(client, 10) == frames(b"question")
-    side.ingress.udp.refuse(ID, 0.1)
+    assert side.link.launched[ID].abort(LaunchFailed("refused"))
     assert read_all(client) == b""
     side.ingress.udp.datagram(b"dropped", user)
     assert len(side.link.sent) == 1
@@ -293,7 +316,7 @@ def test_a_refused_user_is_dropped_for_a_while_and_then_served_again(framed):
     side.ingress.udp.datagram(b"question", user)
     assert read_exactly(again, 10) == frames(b"question")
     assert side.counters.datagrams_dropped_queue == 1
-    side.ingress.udp.refuse(b"ffffffff", 1)  # of no session: nothing happens
+    assert ID not in side.link.launched
 
 
 def test_while_the_process_ends_a_session_stays_only_as_long_as_something_moves(framed):

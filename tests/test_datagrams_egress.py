@@ -6,13 +6,16 @@ from contextlib import closing
 
 import gevent
 import pytest
-from exchanges import LIMIT, SHORT_S, address_of
+from exchanges import ID, LIMIT, SHORT_S, address_of
+from proxyprotocol.result import ProxyResultLocal
+from proxyprotocol.v2 import ProxyProtocolV2
 from support import bounded, is_reset, read_all, read_exactly
 
 from nodepass_gevent.config import Address
 from nodepass_gevent.datagrams import ONE_SEGMENT
+from nodepass_gevent.forward import Egress
 from nodepass_gevent.frames import format_frame
-from nodepass_gevent.wire import Kind
+from nodepass_gevent.wire import Kind, Launch
 
 PIECES = {
     "whole": lambda datagram: [datagram],
@@ -198,3 +201,70 @@ def test_a_server_that_breaks_the_frames_loses_the_session(egress, udp_target):
     server.sendall(b"\xff\xff" + bytes(100))
     is_reset(server)  # or an end: there are bytes that nobody has read
     assert side.counted == {"udp_sessions": 1, "exchanges_failed": 1}
+
+
+# The header for the target
+
+
+def first_of(datagram):
+    """Cut the header of the PROXY protocol off, as somebody else's parser reads it."""
+    size = 16 + int.from_bytes(datagram[14:16], "big")
+    return ProxyProtocolV2().unpack(datagram[:size]), datagram[size:]
+
+
+def introduce(side):
+    """Make the peer one that has agreed to tell who its users are."""
+    side.egress = Egress(side.pool, side.exchanges, side.config, side.counters, told_users=True)
+
+
+def launch(pair_end, side, kind, user):
+    side.pool.ready[ID] = pair_end
+    side.egress.launch(Launch(ID, kind, user))
+
+
+@pytest.mark.parametrize("user", [("192.0.2.1", 443), ("2001:db8::1", 443), None])
+def test_the_first_datagram_of_a_session_tells_who_the_user_is(egress, udp_target, pair, user):
+    side = egress(target=address_of(udp_target), proxy_protocol=2)
+    introduce(side)
+    data, server = pair()
+    launch(data, side, Kind.UDP_SESSION, user)
+    server.sendall(b"".join(map(format_frame, (b"first", b"second"))))
+    result, rest = first_of(udp_target.recvfrom(65536)[0])
+    assert rest == b"first"
+    if user is None:
+        assert isinstance(result, ProxyResultLocal)
+    else:
+        assert (str(result.source[0]), result.source[1]) == user
+        assert result.protocol == socket.SOCK_DGRAM
+    assert udp_target.recvfrom(65536)[0] == b"second"
+    server.close()
+
+
+def test_an_exchange_of_one_datagram_tells_it_too(egress, udp_target):
+    side = egress(target=address_of(udp_target), proxy_protocol=2)
+    server = side.launch(Kind.UDP)
+    server.sendall(b"question")
+    received, sender = udp_target.recvfrom(65536)
+    result, rest = first_of(received)
+    assert isinstance(result, ProxyResultLocal) and rest == b"question"
+    udp_target.sendto(b"answer", sender)
+    assert read_all(server) == b"answer"
+    assert side.counted["bytes_up"] == 8
+
+
+def test_version_1_has_no_header_for_datagrams(egress, udp_target, pair):
+    side = egress(target=address_of(udp_target), proxy_protocol=1)
+    data, server = pair()
+    launch(data, side, Kind.UDP_SESSION, ("192.0.2.1", 443))
+    server.sendall(format_frame(b"first"))
+    assert udp_target.recvfrom(65536)[0] == b"first"
+    server.close()
+
+
+def test_a_session_whose_target_has_no_address_is_told_to_the_peer(egress, pair):
+    side, told = egress(target=Address("no-such-name.invalid", 1), drain_linger_s=0.05), []
+    side.egress = Egress(side.pool, side.exchanges, side.config, side.counters, lambda *why: told.append(why) or True)
+    data, server = pair()
+    launch(data, side, Kind.UDP_SESSION, None)
+    assert is_reset(server)
+    assert told == [(ID, "resolve")]

@@ -107,7 +107,7 @@ def test_it_proves_its_key_and_serves_a_server_that_has_it_too(keyed):
     keyed.run().secure()
     assert keyed.hello == b"//?v=2#hello\n"  # in clear, and so without its capabilities
     assert keyed.proof.tag == keyed.handshake().client_tag
-    assert keyed.proof.capabilities == {b"need", b"udp"}
+    assert keyed.proof.capabilities == {b"bye", b"fail", b"need", b"udp"}
     keyed.answer()
     data = keyed.join(b"0123abcd")
     keyed.control.sendall(b"//0123abcd#1\n")

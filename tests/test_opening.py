@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nodepass_gevent import opening, wire
 from nodepass_gevent.errors import ProtocolError
 from nodepass_gevent.opening import ClientProof, Data, FirstLine, Hello, ServerProof, Welcome
-from nodepass_gevent.wire import Bye, Need
+from nodepass_gevent.wire import Bye, Fail, Kind, Launch, Need
 
 SESSION = bytes.fromhex("0123456789abcdef")
 NONCE = bytes(range(16))
@@ -19,9 +19,25 @@ OPENINGS = [
     (b"//site%20a%2F%C3%BC?v=2&c=need,udp#hello", Hello("site a/ü", frozenset((b"need", b"udp")))),
     (b"//0123456789abcdef?v=2#data", Data(SESSION)),
 ]
-SIGNALS = [(b"//3#need", Need(3)), (b"//#bye", Bye()), (b"//?why=busy#bye", Bye(b"busy"))]
+ID = b"0a1b2c3d"
+SIGNALS = [
+    (b"//3#need", Need(3)),
+    (b"//#bye", Bye()),
+    (b"//?why=busy#bye", Bye(b"busy")),
+    (b"//0a1b2c3d?why=refused#fail", Fail(ID, b"refused")),
+    (b"//0a1b2c3d#1", Launch(ID, Kind.TCP)),
+    (b"//0a1b2c3d?from=192.0.2.1%3A443#1", Launch(ID, Kind.TCP, ("192.0.2.1", 443))),
+    (b"//0a1b2c3d?from=%5B2001%3Adb8%3A%3A1%5D%3A65535#2", Launch(ID, Kind.UDP, ("2001:db8::1", 65535))),
+]
 WELCOMED = Welcome(SESSION, frozenset((b"need",)), 5, 1024)
-FORMAT = {Hello: opening.format_hello, Data: opening.format_data, Need: wire.format_need, Bye: wire.format_bye}
+FORMAT = {
+    Hello: opening.format_hello,
+    Data: opening.format_data,
+    Launch: wire.format_launch,
+    Fail: wire.format_fail,
+    Need: wire.format_need,
+    Bye: wire.format_bye,
+}
 
 
 @pytest.mark.parametrize(("line", "said"), OPENINGS)
@@ -38,6 +54,37 @@ def test_a_signal_is_read_and_written(line, signal):
 
 def test_a_bye_may_have_an_empty_query():
     assert wire.parse_signal(b"//?#bye") == Bye()
+
+
+@pytest.mark.parametrize(
+    ("sockaddr", "written"),
+    [
+        (("::ffff:192.0.2.1", 443, 0, 0), b"192.0.2.1%3A443"),
+        (("fe80::1%eth0", 443, 0, 2), b"%5Bfe80%3A%3A1%5D%3A443"),
+    ],
+)
+def test_a_user_is_named_without_zone_and_by_ipv4_where_that_is_mapped(sockaddr, written):
+    assert wire.format_launch(Launch(ID, Kind.TCP, sockaddr)) == b"//0a1b2c3d?from=%b#1\n" % written
+
+
+def test_a_user_named_in_another_form_is_known_by_the_canonical_one():
+    for written, user in (
+        (b"%5B2001%3ADB8%3A0%3A0%3A%3A1%5D%3A443", ("2001:db8::1", 443)),
+        (b"%5B%3A%3Affff%3A192.0.2.1%5D%3A443", ("192.0.2.1", 443)),
+    ):
+        assert wire.parse_signal(b"//0a1b2c3d?from=%b#1" % written).user == user
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"", b"192.0.2.1", b"192.0.2.1%3A", b"192.0.2.1%3A0", b"192.0.2.1%3A65536", b"192.0.2.256%3A1",
+        b"010.0.0.1%3A1", b"2001%3Adb8%3A%3A1%3A443", b"%5B192.0.2.1%5D%3A1", b"%5Bfe80%3A%3A1%25eth0%5D%3A1",
+        b"localhost%3A80", b"192.0.2.1%3A1%0D%0APROXY", b"192.0.2.1%3A1%0A", b"%D9%A1.0.0.1%3A1", b"1.1.1.1%3A%D9%A1",
+    ],
+)  # fmt: skip
+def test_a_user_that_is_no_address_is_not_known(written):
+    assert wire.parse_signal(b"//0a1b2c3d?from=%b#1" % written) == Launch(ID, Kind.TCP)
 
 
 def test_a_welcome_is_read_and_written():
@@ -135,7 +182,9 @@ def test_a_malformed_opening_is_refused(line):
         opening.parse_opening(line)
 
 
-@pytest.mark.parametrize("line", [b"//x#need", b"//-1#need", b"//#need", b"//1234567890#need", b"//?x#bye"])
+@pytest.mark.parametrize(
+    "line", [b"//x#need", b"//-1#need", b"//#need", b"//1234567890#need", b"//?x#bye", b"//1#fail"]
+)
 def test_a_malformed_signal_is_refused(line):
     with pytest.raises(ProtocolError):
         wire.parse_signal(line)

@@ -50,6 +50,7 @@ def error(*argv, **environ):
 TEXTS = {  # a value other than the default, as written and in Config
     "network": ("udp", "udp"),
     "protocol": ("2", "2"),
+    "proxy-protocol": ("1", 1),
     "data-port": ("10102", 10102),
     "tls": ("1", 1),
     "crt": ("/etc/a%b.pem", "/etc/a%b.pem"),
@@ -92,7 +93,7 @@ TEXTS = {  # a value other than the default, as written and in Config
     "keepalive-count": ("19", 19),
     "tcp-user-timeout": ("21s", 21),
 }
-CLIENTS = ("ca", "sni", "pin")  # a server has none, or not without tls
+CLIENTS = ("ca", "sni", "pin", "proxy-protocol")  # a server has none, or not without tls
 PARTNER = {"crt": ("key", "/x"), "key": ("crt", "/x"), "tunnel-key": ("tls", "1"), "tunnel-key-file": ("tls", "1")}
 # fmt: off
 NAMED_ELSEWHERE = ("TUNNEL_KEY", "SEMAPHORE_LIMIT", "MIN_POOL_CAPACITY", "MAX_POOL_CAPACITY", "UDP_DATA_BUF_SIZE",
@@ -573,6 +574,7 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "url = server://:10101/127.0.0.1:8080     # command line",
         "network = both                           # default",
         "protocol = auto                          # default",
+        "proxy-protocol = 0                       # default",
         "# data-port =                            # default: any free one",
         "tls = 1                                  # URL query",
         "# crt =                                  # default: none",

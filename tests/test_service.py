@@ -14,7 +14,7 @@ from support import wait_until
 
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
-from nodepass_gevent.errors import ConnectError, PolicyError, SessionLost
+from nodepass_gevent.errors import ConnectError, PolicyError, SessionEnded, SessionLost
 from nodepass_gevent.metrics import Counters
 from nodepass_gevent.service import Backoff, Service
 
@@ -56,7 +56,7 @@ def serve(spawn, caplog):
     caplog.set_level(logging.DEBUG, "nodepass_gevent.service")
 
     def run(role):
-        spawn(Service(role).run)
+        spawn(Service(role, lambda: 0).run)
         assert role.works.wait(5)
 
     return run
@@ -75,10 +75,36 @@ def serve(spawn, caplog):
     ],
 )
 def test_pauses_double_and_start_again_after_health(longest_s, tries):
-    backoff = Backoff(longest_s)
+    backoff = Backoff(longest_s, lambda: 0)
     for lived_s, expected_s in tries:
         pause_s = backoff.pause_s(lived_s)
         assert expected_s is None or pause_s == pytest.approx(expected_s)
+
+
+# (how long each session lived until its clean end, the pause that follows)
+@pytest.mark.parametrize(
+    "tries",
+    [
+        [(1, 0), (1, 0), (1, 0), (1, 0)],  # at once, again and again
+        [(0.5, 0), (0.5, 0.1), (0.5, 0.2), (0.5, 0.4), (1, 0)],  # but no peer makes it turn without pause
+    ],
+)
+def test_after_a_clean_end_the_next_try_is_at_once(tries):
+    backoff = Backoff(5, lambda: 0)
+    for lived_s, expected_s in tries:
+        assert backoff.pause_s(lived_s, clean=True) == pytest.approx(expected_s)
+
+
+@pytest.mark.parametrize(("drawn", "pauses_s"), [(0, [0, 0.1, 0.2]), (0.5, [0, 0.075, 0.15]), (1, [0, 0.05, 0.1])])
+def test_pauses_are_shortened_by_up_to_a_half(drawn, pauses_s):
+    backoff = Backoff(5, lambda: drawn)
+    assert [backoff.pause_s(0) for _ in range(3)] == pytest.approx(pauses_s)
+
+
+def test_a_clean_end_is_no_warning_and_followed_by_a_try_at_once(serve, caplog):
+    serve(Failing(SessionEnded("the server said bye", 1.0), SessionEnded("the server said bye", 1.0)))
+    first, _ = caplog.records
+    assert (first.levelname, first.getMessage()) == ("INFO", "role: the server said bye; trying again now")
 
 
 def test_a_role_that_fails_twice_is_started_again_at_once_and_then_after_a_pause(serve, caplog):

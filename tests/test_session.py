@@ -1,3 +1,4 @@
+import contextlib
 import time
 
 import gevent
@@ -198,6 +199,20 @@ def test_sending_never_blocks_and_loses_nothing_when_the_peer_does_not_read(run)
     wait_until(running.control.unacknowledged)
     running.session.send(b"//ffffffff#1\n")
     assert read_exactly(running.peer, 13 * len(lines) + 13) == b"".join([*lines, b"//ffffffff#1\n"])
+
+
+def test_a_peer_that_has_itself_answered_and_does_not_read_ends_the_session(run, spawn):
+    running = run(lambda data: [running.session.send(b"//%b?why=busy#fail\n" % (b"0" * 8)) for _ in data])
+    running.peer.settimeout(None)
+
+    def ask_for_ever():
+        with contextlib.suppress(OSError):
+            while True:
+                running.peer.sendall(b"\n" * 4096)
+
+    spawn(ask_for_ever)
+    with bounded(30):
+        assert "does not read" in str(running.lost())
 
 
 def test_the_first_keep_alive_goes_out_at_once_and_then_one_each_interval(run):

@@ -34,7 +34,7 @@ class Offering:
         return line
 
     def welcome(self, interval_s=5, most=100):
-        assert self.line() == b"//?v=2&c=need,udp#hello\n"
+        assert self.line() == b"//?v=2&c=bye,fail,need,udp#hello\n"
         self.server.say(b"//%b?c=need&i=%d&p=%d&x=1#welcome\n" % (SESSION, interval_s, most))
         return self
 

@@ -15,6 +15,7 @@ from nodepass_gevent.errors import ProtocolError
 from nodepass_gevent.tls_context import SELF_SIGNED, ClientPolicy
 
 HELLO = b"//?v=2&c=need,later&x=1#hello\n"
+LAUNCH = re.compile(rb"//([0-9a-f]{8})(?:\?from=[^#]+)?#([0-9])")
 WELCOME = re.compile(rb"//([0-9a-f]{16})\?c=([a-z,]*)&i=(\d+)&p=(\d+)#welcome")
 
 
@@ -53,7 +54,7 @@ class V2Client:
         return line
 
     def launched(self):
-        while not (launch := re.fullmatch(rb"//([0-9a-f]{8})#([0-9])", self.signal())):
+        while not (launch := re.fullmatch(LAUNCH, self.signal())):
             pass
         return self.idle.pop(launch[1]), launch[2]
 
@@ -237,7 +238,7 @@ def test_a_client_that_does_not_answer_pings_is_declared_dead(serve, call, said)
 def test_unknown_signals_are_counted_and_passed_over(serve, connect, call):
     running = serve()
     client = call(running).join()
-    client.control.sendall(b"//x#later\n\n//?why=x#bye\n")
+    client.control.sendall(b"//x#later\n\n//0123abcd#1\n")
     wait_until(lambda: running.counters.signals_unknown == 2)
     assert is_served(connect(running, "user"), client)
 

@@ -44,7 +44,9 @@ def expected(meaning):
         case "keep-alive":
             return Ping()
         case "launch":
-            return Launch(meaning["id"].encode(), NETWORKS[meaning["network"]])
+            user = meaning.get("query", {}).get("from")
+            kind = NETWORKS[meaning["network"]]
+            return Launch(meaning["id"].encode(), kind, user and (user.split(":")[0], int(user.split(":")[1])))
         case "unknown":
             return Unknown(meaning["fragment"].encode())
 

@@ -64,6 +64,39 @@ def nginx(directory):
 
 
 @contextlib.contextmanager
+def nginx_behind_proxy(directory):
+    """Answer every request with the user's and the destination's address of the PROXY header; yields the port."""
+    port = free_port()
+    state = directory / "nginx"
+    state.mkdir()
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "\n".join(f"{kind}_temp_path {state}/{kind};" for kind in kinds)
+    told = "$proxy_protocol_addr $proxy_protocol_port $proxy_protocol_server_port"
+    config = state / "nginx.conf"
+    config.write_text(
+        f"daemon off; master_process off; pid {state}/pid; error_log stderr; events {{}}\n"
+        f"http {{ log_format told '{told}'; access_log {state}/access.log told; {paths}\n"
+        f"server {{ listen 127.0.0.1:{port} proxy_protocol; location / {{ return 200 '{told}'; }} }} }}\n"
+    )
+    with running(["nginx", "-p", str(state), "-c", str(config), "-e", "stderr"], port):
+        yield port
+
+
+@contextlib.contextmanager
+def haproxy(directory):
+    """Answer every request with the user's and the destination's address of the PROXY header; yields the port."""
+    port = free_port()
+    config = directory / "haproxy.cfg"
+    config.write_text(
+        "defaults\n    mode http\n    timeout client 10s\n"
+        f"frontend told\n    bind 127.0.0.1:{port} accept-proxy\n"
+        '    http-request return status 200 content-type text/plain lf-string "%[src] %[src_port] %[dst_port]"\n'
+    )
+    with running(["haproxy", "-db", "-f", str(config)], port):
+        yield port
+
+
+@contextlib.contextmanager
 def redis():
     """Run a database that writes nothing to disk; yields the port."""
     port = free_port()
