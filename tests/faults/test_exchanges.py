@@ -178,7 +178,7 @@ def test_a_slow_link_is_shared_among_twenty_users():
             network.run(
                 "tc", "qdisc", "add", "dev", "lo", "root", "tbf", "rate", "20mbit", "burst", "256k", "latency", "200ms"
             )
-            word = payload(100_000)
+            word = payload(30_000)
 
             def visit(_):
                 began = time.monotonic()
