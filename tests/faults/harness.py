@@ -49,7 +49,8 @@ LONGEST_LOG_LINE = 512
 FORBIDDEN = re.compile(
     r"  (ERROR|FATAL)  |Traceback|Exception ignored|ConcurrentObjectUseError|ResourceWarning|Unexpected EOF"
 )
-LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}  [A-Z]+  |greenlets \d+$")
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}  [A-Z]+  |(greenlets|killed) \d+$")
+DIALLERS = 16  # greenlets that a pool keeps for its next dials
 
 
 def unavailable(why: str) -> None:
@@ -261,7 +262,9 @@ def standing(tunnel, *, users=10, grown_kib=GROWN_KIB, settled_s=SETTLED_S):
         assert process.returncode is None, process.tail(10)
         try:
             wait_until(lambda p=process, f=figures: descriptors(p) == f.fds, settled_s, "the descriptors are back")
-            wait_until(lambda p=process, f=figures: greenlets(p) <= f.greenlets, settled_s, "the greenlets are back")
+            wait_until(
+                lambda p=process, f=figures: greenlets(p) <= f.greenlets + DIALLERS, settled_s, "the greenlets are back"
+            )
         except AssertionError as exc:
             links = sorted(os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir() if link.is_symlink())
             raise AssertionError(f"{exc}: {figures}, now {Figures.of(process)} {links}\n{process.tail(10)}") from None

@@ -12,7 +12,7 @@ import trustme
 from integration.harness import certificates
 
 from .harness import LIMITS, SLACK, Tunnel, complaints, need
-from .peers import dial, how_it_ends, read_exactly, read_line
+from .peers import dial, read_exactly, read_line
 
 DAY = datetime.timedelta(days=1)
 
