@@ -6,7 +6,6 @@ memory has not grown, and the logs hold no error, no traceback and no line that 
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import shutil
@@ -39,7 +38,8 @@ LIMITS = {
     "pool_wait_s": 3.0,
     "half_closed_timeout_s": 2.0,
     "connect_timeout_s": 2.0,
-    "control_dead_s": 3.0,
+    "target_timeout_s": 2.0,
+    "dead_timeout_s": 3.0,
     "drain_linger_s": 1.0,
 }
 SLACK = 3  # on deadlines set short
@@ -49,8 +49,7 @@ LONGEST_LOG_LINE = 512
 FORBIDDEN = re.compile(
     r"  (ERROR|FATAL)  |Traceback|Exception ignored|ConcurrentObjectUseError|ResourceWarning|Unexpected EOF"
 )
-LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}  [A-Z]+  |(greenlets|killed) \d+$")
-DIALLERS = 16  # greenlets that a pool keeps for its next dials
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}  [A-Z]+  |greenlets \d+$|killed$")
 
 
 def unavailable(why: str) -> None:
@@ -122,7 +121,9 @@ class Tunnel:
         return [process for process in (self.server, self.client) if process and process.returncode is None]
 
     def _start(self, name, url, query, env, prefix):
-        limits = {"FAULT_LIMITS": json.dumps(LIMITS | self.limits)}
+        limits = {
+            f"NODEPASS_{name.removesuffix('_s').upper()}": f"{value}s" for name, value in (LIMITS | self.limits).items()
+        }
         query = "&".join(filter(None, (query, self.query)))
         command = [*prefix, sys.executable, "-W", "always::ResourceWarning", str(LAUNCHER), f"{url}?{query}"]
         return Process(command, env=QUICK | FIXED_POOL | limits | self.env | env, name=name)
@@ -262,9 +263,7 @@ def standing(tunnel, *, users=10, grown_kib=GROWN_KIB, settled_s=SETTLED_S):
         assert process.returncode is None, process.tail(10)
         try:
             wait_until(lambda p=process, f=figures: descriptors(p) == f.fds, settled_s, "the descriptors are back")
-            wait_until(
-                lambda p=process, f=figures: greenlets(p) <= f.greenlets + DIALLERS, settled_s, "the greenlets are back"
-            )
+            wait_until(lambda p=process, f=figures: greenlets(p) <= f.greenlets, settled_s, "the greenlets are back")
         except AssertionError as exc:
             links = sorted(os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir() if link.is_symlink())
             raise AssertionError(f"{exc}: {figures}, now {Figures.of(process)} {links}\n{process.tail(10)}") from None

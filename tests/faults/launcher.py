@@ -1,9 +1,7 @@
-"""The command as users start it, with doors for tests of faults; the deadlines are shortened from outside.
+"""The command as users start it, with doors for tests of faults.
 
-    FAULT_LIMITS='{"caller_timeout_s": 2}' python tests/faults/launcher.py server://...
-
-SIGUSR1 prints how many greenlets live. SIGUSR2 steps what ``time.time`` says by FAULT_CLOCK_STEP_S, blocks the event loop
-for FAULT_BLOCK_S seconds, and kills FAULT_KILLS exchanges, one each millisecond, wherever they are.
+SIGUSR1 prints how many greenlets are at work. SIGUSR2 steps what ``time.time`` says by FAULT_CLOCK_STEP_S, blocks the
+event loop for FAULT_BLOCK_S seconds, and kills FAULT_KILLS exchanges, one each millisecond, wherever they are.
 FAULT_RAISE="module:function@n,..." lets the n-th call of a function fail as a fault of our own would.
 """
 
@@ -14,13 +12,11 @@ monkey.patch_all()
 import gc  # noqa: E402
 import importlib  # noqa: E402
 import itertools  # noqa: E402
-import json  # noqa: E402
 import os  # noqa: E402
 import random  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
-from dataclasses import fields, replace  # noqa: E402
 
 import gevent  # noqa: E402
 
@@ -28,28 +24,35 @@ sys.path.pop(0)  # this directory is no place to import from
 
 from nodepass_gevent import cli  # noqa: E402
 
-LIMITS = json.loads(os.environ.get("FAULT_LIMITS", "{}"))
 BLOCK_S = float(os.environ.get("FAULT_BLOCK_S", "0"))
 STEP_S = float(os.environ.get("FAULT_CLOCK_STEP_S", "0"))
 KILLS = int(os.environ.get("FAULT_KILLS", "0"))
 roles = []
 
 
-def hurried(make):
-    """Make a role with the given deadlines, be they settings or not."""
+def noted(make):
+    """Remember the roles that are made."""
 
-    def make_hurried(config):
-        settings = {field.name for field in fields(config)}
-        limits = replace(config.limits, **{name: value for name, value in LIMITS.items() if name not in settings})
-        roles.append(make(replace(config, limits=limits, **{name: LIMITS[name] for name in settings & set(LIMITS)})))
+    def make_and_note(config):
+        roles.append(make(config))
         return roles[-1]
 
-    return make_hurried
+    return make_and_note
+
+
+def works(greenlet) -> bool:
+    """Whether a greenlet is in code of the product, and no spare one of a crew that waits for work."""
+    frame = greenlet.gr_frame
+    while frame:
+        if "/nodepass_gevent/" in frame.f_code.co_filename and not frame.f_code.co_filename.endswith("/crew.py"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def count_greenlets() -> None:
     gc.collect()
-    living = sum(isinstance(each, gevent.Greenlet) and not each.dead for each in gc.get_objects())
+    living = sum(isinstance(each, gevent.Greenlet) and works(each) for each in gc.get_objects())
     os.write(1, b"greenlets %d\n" % living)
 
 
@@ -63,20 +66,17 @@ def disturb() -> None:
 
 
 def kill_exchanges() -> None:
-    killed = 0
-    while killed < KILLS:
-        running = [greenlet for greenlet in exchanges_running() if not greenlet.dead]
-        if running:
-            random.choice(running).kill(block=False)
-            killed += 1
-        gevent.sleep(0.001)
-    os.write(1, b"killed %d\n" % killed)
+    for _ in range(KILLS):
+        gevent.get_hub().loop.run_callback(kill_one)
+        gevent.sleep(0.002)
+    os.write(1, b"killed\n")
 
 
-def exchanges_running() -> list:
-    """Give the greenlets of exchanges, whichever group holds them."""
-    groups = [role.exchanges for role in roles]
-    return [greenlet for group in groups for greenlet in getattr(group, "greenlets", None) or group._pool.greenlets]
+def kill_one() -> None:
+    """Kill an exchange from the event loop, so that it is the one that was looked at."""
+    running = [each for role in roles for each in role.exchanges._greenlets.greenlets if works(each)]
+    if running:
+        random.choice(running).throw(gevent.GreenletExit)
 
 
 def raise_once(where: str) -> None:
@@ -98,7 +98,7 @@ def raise_once(where: str) -> None:
 
 for each in filter(None, os.environ.get("FAULT_RAISE", "").split(",")):
     raise_once(each)
-cli.ROLES = {name: hurried(make) for name, make in cli.ROLES.items()}
+cli.ROLES = {name: noted(make) for name, make in cli.ROLES.items()}
 gevent.signal_handler(signal.SIGUSR1, count_greenlets)
 gevent.signal_handler(signal.SIGUSR2, disturb)
 sys.exit(cli.main())
