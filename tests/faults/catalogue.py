@@ -117,8 +117,8 @@ HEAD = """Faults tried
 ============
 
 What was done to the tunnel on purpose, and the tests that show it to be survived: ``scripts/test tests/faults``. Each
-case is held to the same figures: afterwards all users are served with just their own bytes, descriptors and greenlets are
-back where they were, memory has not grown, and no log holds an error, a traceback or an overlong line.
+case is held to the same figures: afterwards all users are served with just their own bytes, descriptors and greenlets
+are back where they were, memory has not grown, and no log holds an error, a traceback or an overlong line.
 ``scripts/soak`` mixes the faults under load, ``scripts/fuzz`` feeds a million inputs. This page is generated from the
 tests, and a test compares the two.
 

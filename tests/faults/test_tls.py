@@ -49,7 +49,7 @@ REASONS = {
 def test_a_client_refuses_a_wrong_certificate_with_its_reason_and_takes_nothing_less(tmp_path, kind, protocol):
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    tunnel = Tunnel("127.0.0.1:1", tls=1, env={"SSL_CERT_FILE": str(tmp_path / "ca.pem")})
+    tunnel = Tunnel("127.0.0.1:1", tls=1, env={"SSL_CERT_FILE": str(tmp_path / "ca.pem")}, limits={"pool_wait_s": 0.5})
     tunnel.query = f"protocol={protocol}"
     with contextlib.ExitStack() as stack:
         stack.callback(tunnel.stop)
@@ -60,7 +60,7 @@ def test_a_client_refuses_a_wrong_certificate_with_its_reason_and_takes_nothing_
         tunnel.client = tunnel._start("client", f"client://localhost:{tunnel.tunnel_port}/127.0.0.1:1", "tls=2", {}, ())
         tunnel.client.wait_for_line(rf"ERROR .*certificate of localhost refused: .*{REASONS[kind]}")
         with (
-            dial(tunnel.public_port, timeout=SLACK * LIMITS["pool_wait_s"]) as user,
+            dial(tunnel.public_port, timeout=10) as user,
             pytest.raises(ConnectionResetError),
         ):
             user.recv(1)
