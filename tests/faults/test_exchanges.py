@@ -164,7 +164,7 @@ def test_a_hundred_readers_who_do_not_read_hold_little_and_slow_nobody(target):
                 user.settimeout(10)
                 assert user.recv(1024)
         with Probing(tunnel) as users:
-            wait_until(lambda: users.tried >= 50, 20, "fifty users beside them")
+            wait_until(lambda: users.tried >= 50, 40, "fifty users beside them")
         assert users.served == users.tried
         for process, before in zip(tunnel.processes, kib, strict=True):
             assert process.rss_kib() - before < 100 * 256
