@@ -15,8 +15,9 @@ from types import SimpleNamespace
 
 from nodepass_gevent import client, configfile, metrics, opening, options, url, wire
 from nodepass_gevent.callers import Caller, Callers
-from nodepass_gevent.config import Address, Config, parse_duration
+from nodepass_gevent.config import Config
 from nodepass_gevent.errors import ConfigError, NodePassError, ProtocolError
+from nodepass_gevent.values import Address, parse_duration
 
 LONGEST = 4096  # bytes of an input
 SECONDS = 0.5  # for one input, on a machine that does other things, too; 1 ms is usual
