@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .tunnel_key import TunnelKey
-from .values import Address, Pins, did_you_mean, format_duration, is_host, shown
+from .values import Address, Networks, Pins, did_you_mean, format_duration, is_host, shown
 
 _TUNNEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")  # the most detailed first
@@ -53,7 +53,12 @@ class Limits:
     drain_linger_s: float = _deadline(2.0)  # after our FIN, the wait for the peer's
     dead_intervals: int = _within(1, 1000, 3)  # of silence; a single lost ping proves little
     dead_timeout_s: float = _deadline(15.0)  # towards a v1 server, whose interval is not known from the start
+    users_per_address: int = _within(0, 1 << 20, 0)  # off: all users may come through one proxy or NAT
+    udp_rate_per_address: int = _within(0, 1 << 20, 0)  # off: an upload over QUIC is thousands a second
     callers: int = _within(1, 1 << 16, 64)  # connections on the tunnel port that are not known yet
+    penalty_after: int = _within(0, 1000, 3)  # wrong proofs from one address; keys are mistyped
+    penalty_first_s: float = _deadline(5.0)  # doubles with each further one
+    penalty_longest_s: float = _deadline(600.0)  # who has the right key by then has not waited for ever
     keepalive_idle_s: int = _whole_seconds(20)  # below the 30 s after which the shortest NATs forget
     keepalive_interval_s: int = _whole_seconds(8)
     keepalive_count: int = _within(1, 127, 3)  # with idle and interval: a dead peer is known after 44 s
@@ -88,6 +93,10 @@ class Config:
     tunnel_key: TunnelKey | None = None
     tunnel_key_file: str | None = None
     tunnel_name: str | None = None  # goes into the key, and so is the same at both ends
+    allow_users: Networks | None = None  # None: everybody
+    deny_users: Networks | None = None  # None: nobody; wins over allow
+    allow_clients: Networks | None = None
+    deny_clients: Networks | None = None
     data_port: int | None = _within(1, 65535, None)  # None: any free one
     network: str = _one_of("tcp", "udp", "both", default="both")
     protocol: str = _one_of("auto", "1", "2", default="auto")
@@ -109,6 +118,9 @@ class Config:
         if self.min_pool_capacity > self.max_pool_capacity:
             most = f"{self.max_pool_capacity} (from {self.source('max-pool-capacity')})"
             raise self.fault("min_pool_capacity", f"is above max-pool-capacity, {most}")
+        if self.limits.penalty_first_s > self.limits.penalty_longest_s:
+            longest = f"{format_duration(self.limits.penalty_longest_s)} (from {self.source('penalty-longest')})"
+            raise self.fault("penalty_first_s", f"is above penalty-longest, {longest}")
         self._check_pair()
         self._check_tunnel_key()
         if self.role == "client":
@@ -179,8 +191,9 @@ class Config:
             raise self.fault("data_port", "is for clients of profile v1, and with a tunnel key none is served")
 
     def _check_client(self) -> None:
-        if self.data_port is not None:
-            raise self.fault("data_port", "belongs to the server; a client has none")
+        for name in ("data_port", "allow_users", "deny_users", "allow_clients", "deny_clients"):
+            if getattr(self, name) is not None:
+                raise self.fault(name, "belongs to the server; a client has none")
         if self.sni is not None and not is_host(self.sni):
             raise self.fault("sni", "is neither a name (ASCII letters, digits, hyphens, dots) nor an address")
         for address in (self.tunnel, self.target):

@@ -69,10 +69,10 @@ class Ingress:
         self._exchanges.wait_available()
         return self._exchanges.free_count()
 
-    def user(self, user: Stream) -> None:
-        """Start the exchange of a TCP user."""
+    def user(self, user: Stream) -> gevent.Greenlet:
+        """Start the exchange of a TCP user, and give it."""
         self._counters.tcp_exchanges += 1
-        self._exchanges.spawn(self._tcp, user)
+        return self._exchanges.spawn(self._tcp, user)
 
     def _tcp(self, user: Stream) -> None:
         with user:

@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .tunnel_key import parse_key
 from .url import FORMS, TunnelURL, parse_url
 from .usage import EXAMPLES, USAGE
-from .values import Pins, did_you_mean, parse_duration, printable, shown
+from .values import Networks, Pins, did_you_mean, parse_duration, printable, shown
 
 
 def parse_integer(text: str) -> int:
@@ -63,6 +63,7 @@ class Setting:
 
 _ADDRESSES, _TLS, _POOL = "addresses and mode", "TLS", "pool and limits"
 _TIMING, _LOGS, _CONFIGURATION = "timing", "logs", "configuration"
+_ACCESS = "who may come in"
 _DEADLINES, _SOCKETS = "deadlines (seldom changed)", "sockets (seldom changed)"
 
 # fmt: off
@@ -97,6 +98,24 @@ SETTINGS = (
     Setting("service_cooldown_s", "SERVICE_COOLDOWN", parse_duration, "TIME", _TIMING, "longest pause before a retry"),
     Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
     Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
+    Setting("allow_users", "NODEPASS_ALLOW_USERS", Networks.parse, "NETWORKS", _ACCESS,
+            "server: networks of users, comma-separated; all others are kept out", unset="all"),
+    Setting("deny_users", "NODEPASS_DENY_USERS", Networks.parse, "NETWORKS", _ACCESS,
+            "server: networks whose users are kept out, even if allowed"),
+    Setting("users_per_address", "NODEPASS_USERS_PER_ADDRESS", parse_integer, "N", _ACCESS,
+            "server: TCP users at once from one address (IPv6: /64); 0: no limit"),
+    Setting("udp_rate_per_address", "NODEPASS_UDP_RATE_PER_ADDRESS", parse_integer, "N", _ACCESS,
+            "server: datagrams per second from one address (IPv6: /64); 0: no limit"),
+    Setting("allow_clients", "NODEPASS_ALLOW_CLIENTS", Networks.parse, "NETWORKS", _ACCESS,
+            "server: networks of clients; all others are kept out", unset="all"),
+    Setting("deny_clients", "NODEPASS_DENY_CLIENTS", Networks.parse, "NETWORKS", _ACCESS,
+            "server: networks whose clients are kept out, even if allowed"),
+    Setting("penalty_after", "NODEPASS_PENALTY_AFTER", parse_integer, "N", _ACCESS,
+            "server: wrong proofs of the tunnel key from which on an address is kept out; 0: never"),
+    Setting("penalty_first_s", "NODEPASS_PENALTY_FIRST", parse_duration, "TIME", _ACCESS,
+            "server: for that long, and twice as long each time"),
+    Setting("penalty_longest_s", "NODEPASS_PENALTY_LONGEST", parse_duration, "TIME", _ACCESS,
+            "server: and no longer than that"),
     Setting("connect_timeout_s", "NODEPASS_CONNECT_TIMEOUT", parse_duration, "TIME", _DEADLINES,
             "client: a dial of the server"),
     Setting("target_timeout_s", "NODEPASS_TARGET_TIMEOUT", parse_duration, "TIME", _DEADLINES,
