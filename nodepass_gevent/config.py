@@ -59,6 +59,9 @@ class Limits:
     penalty_after: int = _within(0, 1000, 3)  # wrong proofs from one address; keys are mistyped
     penalty_first_s: float = _deadline(5.0)  # doubles with each further one
     penalty_longest_s: float = _deadline(600.0)  # who has the right key by then has not waited for ever
+    accept_pause_s: float = _deadline(0.05)  # of a listener without descriptors or memory; doubles
+    accept_pause_longest_s: float = _deadline(1.0)  # as long as users wait without noticing much
+    descriptor_reserve: int = _within(0, 1 << 16, 16)  # for name look-ups (10 at most), files that are read again
     keepalive_idle_s: int = _whole_seconds(20)  # below the 30 s after which the shortest NATs forget
     keepalive_interval_s: int = _whole_seconds(8)
     keepalive_count: int = _within(1, 127, 3)  # with idle and interval: a dead peer is known after 44 s
@@ -73,6 +76,13 @@ def setting_name(field_name: str) -> str:
 def setting_text(field_name: str, value: Any) -> str:
     """Format a field of Config as operators write it."""
     return format_duration(value) if field_name.endswith("_s") else str(value)
+
+
+ORDERED = (  # the first is at most the second
+    ("min_pool_capacity", "max_pool_capacity"),
+    ("penalty_first_s", "penalty_longest_s"),
+    ("accept_pause_s", "accept_pause_longest_s"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +125,8 @@ class Config:
     def __post_init__(self) -> None:
         for each in (*fields(self), *fields(self.limits)):
             self._check_field(each.name, each.metadata)
-        if self.min_pool_capacity > self.max_pool_capacity:
-            most = f"{self.max_pool_capacity} (from {self.source('max-pool-capacity')})"
-            raise self.fault("min_pool_capacity", f"is above max-pool-capacity, {most}")
-        if self.limits.penalty_first_s > self.limits.penalty_longest_s:
-            longest = f"{format_duration(self.limits.penalty_longest_s)} (from {self.source('penalty-longest')})"
-            raise self.fault("penalty_first_s", f"is above penalty-longest, {longest}")
+        for least, most in ORDERED:
+            self._check_order(least, most)
         self._check_pair()
         self._check_tunnel_key()
         if self.role == "client":
@@ -168,6 +174,11 @@ class Config:
             raise self.fault(name, f"is not within {low} to {high}")
         if "whole" in rule and value % 1:
             raise self.fault(name, "is not a whole number of seconds")
+
+    def _check_order(self, least: str, most: str) -> None:
+        if self.value(least) > self.value(most):
+            name, text = setting_name(most), setting_text(most, self.value(most))
+            raise self.fault(least, f"is above {name}, {text} (from {self.source(name)})")
 
     def _check_pair(self) -> None:
         if self.crt and not self.key:

@@ -83,7 +83,7 @@ class Server:
             return stack.enter_context(closing(net.listen(address, config.limits)))
 
         def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
-            return partial(net.serve, listener, handle, self._paused)
+            return partial(net.serve, listener, handle, self._paused, limits=config.limits)
 
         tunnel = listen(config.tunnel)
         ports = [f"tunnel {_bound(config.tunnel, tunnel)}"]
@@ -100,7 +100,7 @@ class Server:
             public = listen(target)
             target = _bound(target, public)
             start = self._admission.guard_users(self._ingress.user)
-            parts.append(partial(net.serve, public, start, self._paused, self._ingress.room))
+            parts.append(partial(net.serve, public, start, self._paused, self._ingress.room, config.limits))
         if config.network != "tcp":
             datagrams = PublicSocket(target, self._admission.admits_datagram)  # closed after its last session
             target = replace(target, port=datagrams.port)

@@ -106,6 +106,7 @@ def test_a_config_names_its_tunnel_by_a_url():
         ("users_per_address", 0, 1048576),
         ("udp_rate_per_address", 0, 1048576),
         ("penalty_after", 0, 1000),
+        ("descriptor_reserve", 0, 65536),
         ("keepalive_idle_s", 1, 32767),
         ("keepalive_interval_s", 1, 32767),
         ("keepalive_count", 1, 127),
@@ -124,11 +125,13 @@ def test_a_value_out_of_range_is_refused_with_its_source_and_the_range(field, le
         assert str(caught.value) == f"{name}: '{value_text}' is not within {allowed} [from environment variable X]"
 
 
-def test_a_first_penalty_above_the_longest_names_both_sources():
+@pytest.mark.parametrize(("first", "longest"), [("penalty", "10m0s"), ("accept-pause", "1s")])
+def test_a_first_time_above_the_longest_names_both_sources(first, longest):
+    field = {"penalty": "penalty_first_s", "accept-pause": "accept_pause_s"}[first]
     with pytest.raises(ConfigError) as caught:
-        server(limits=Limits(penalty_first_s=3600), sources={"penalty-first": "URL query"})
+        server(limits=Limits(**{field: 3600}), sources={setting_name(field): "URL query"})
     assert str(caught.value) == (
-        "penalty-first: '1h0m0s' is above penalty-longest, 10m0s (from default) [from URL query]"
+        f"{setting_name(field)}: '1h0m0s' is above {first}-longest, {longest} (from default) [from URL query]"
     )
 
 
@@ -163,6 +166,9 @@ def test_the_default_limits_are_those_of_the_protocol():
         "penalty_after": 3,
         "penalty_first_s": 5,
         "penalty_longest_s": 600,
+        "accept_pause_s": 0.05,
+        "accept_pause_longest_s": 1,
+        "descriptor_reserve": 16,
         "keepalive_idle_s": 20,
         "keepalive_interval_s": 8,
         "keepalive_count": 3,
