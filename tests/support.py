@@ -59,6 +59,20 @@ def endpoint_of(listener):
     return Endpoint(listener.family, ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, *rest))
 
 
+@contextlib.contextmanager
+def silent_endpoint():
+    """An address that answers no SYN: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield endpoint_of(listener)
+
+
 def reset(sock):
     """Close a peer's socket with RST, at once: gevent's own sockets close a turn later."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

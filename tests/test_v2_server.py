@@ -234,6 +234,19 @@ def test_a_client_that_does_not_answer_pings_is_declared_dead(serve, call, said)
     assert read_all(client.control).strip(b"\n") == b""
 
 
+def test_a_client_is_given_as_many_intervals_as_are_set(serve, call, said):
+    client = call(serve(report_interval_s=0.3, dead_intervals=1))
+    wait_until(lambda: said.find(r"WARNING client .*: control channel lost: silent for 1 s"))
+    assert read_all(client.control).strip(b"\n") == b""
+
+
+def test_bytes_that_a_client_does_not_acknowledge_end_its_session_after_the_time_that_is_set(serve, call):
+    running = serve(tcp_user_timeout_s=1.5)
+    call(running)
+    control = running.server._clients.current().stream.socket
+    assert control.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+
+
 def test_unknown_signals_are_counted_and_passed_over(serve, connect, call):
     running = serve()
     client = call(running).join()
