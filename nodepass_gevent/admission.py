@@ -8,9 +8,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from functools import lru_cache
-
-from gevent import Greenlet
+from functools import lru_cache, partial
 
 from .config import Config
 from .metrics import Counters
@@ -96,33 +94,35 @@ class Admission:
 
         return admit
 
-    def guard_users(self, start: Callable[[Stream], Greenlet]) -> Callable[[Stream], object]:
-        """Reset TCP users from elsewhere at once, and those that are too many from their address."""
+    def guard_users(self, start: Callable[..., object]) -> Callable[[Stream], object]:
+        """Reset TCP users from elsewhere at once, and those that are too many from their address.
+
+        ``start(user, ended)`` must call ``ended()`` when the user has left.
+        """
         if self._users.admits_all and not self._most:
             return start
 
         def admit(user: Stream) -> None:
             host = user.peer[0]
-            if not self._users.admits(host) or self._is_crowd(peer_key(host)):
+            if not self._users.admits(host) or not self._enter(peer_key(host)):
                 self._counters.users_kept_out += 1
                 log.debug("user %s is kept out by its address", user)
                 user.reset()
                 return
-            self._count(peer_key(host), start(user))
+            start(user, partial(self._leave, peer_key(host)))
 
         return admit
 
-    def _is_crowd(self, key: str) -> bool:
-        return bool(self._most) and self._present[key] >= self._most
-
-    def _count(self, key: str, exchange: Greenlet) -> None:
-        def leave(_: Greenlet) -> None:
-            self._present[key] -= 1
-            if not self._present[key]:
-                del self._present[key]
-
+    def _enter(self, key: str) -> bool:
+        if self._most and self._present[key] >= self._most:
+            return False
         self._present[key] += 1
-        exchange.rawlink(leave)
+        return True
+
+    def _leave(self, key: str) -> None:
+        self._present[key] -= 1
+        if not self._present[key]:
+            del self._present[key]
 
     def admits_datagram(self, host: str) -> bool:
         """Whether a datagram from an address is taken; those that are not are counted."""

@@ -50,6 +50,14 @@ def test_users_over_the_limit_of_their_address_are_reset_and_others_are_served(s
     assert is_served(connect(running, "user"), client)
 
 
+def test_a_user_who_is_refused_makes_room_for_another_of_the_address(serve, connect):
+    running = serve(users_per_address=1, pool_wait_s=0.05)  # nobody serves them
+    for _ in range(3):
+        assert is_reset(connect(running, "user"))
+    wait_until(lambda: running.counters.exchanges_failed == 3)
+    assert running.counters.users_kept_out == 0
+
+
 @pytest.mark.parametrize("kind", ["caller", "data"])
 def test_an_address_with_a_penalty_is_closed_at_once_on_the_tunnel_port(serve, connect, kind):
     running = serve()
