@@ -155,7 +155,7 @@ class Reception:
         self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack
     ) -> Client | str:
         """Wait for what a caller says: SPEAKS, the v1 client that a silent one proved to be, or why it must go."""
-        if neighbour and neighbour.profile == 2 and not self._joining.full:
+        if neighbour and neighbour.profile == 2 and self._joining.has_room(neighbour):
             with self._joining.counted(), deadline(self._limits.opening_timeout_s, "opening"):
                 if not stream.seen(1):  # an honest client dials hundreds at once: they count in its own budget
                     stream.wait_for_arrival()
@@ -212,7 +212,6 @@ class Reception:
         unknown.enter_context(self._callers.noted(Caller(key, stream, gevent.getcurrent())))
         control = self._joining.secure(stream, opening.ALPN_CONTROL)
         handshake, capabilities = self._authenticate(control, clear, hello)
-        unknown.close()
         current = self._who_stays()
         hurry.close()
         if current:
@@ -220,6 +219,7 @@ class Reception:
             control.linger(self._limits.drain_linger_s)
             self._refuse(f"second client {stream}, while {current.stream} is connected")
             return
+        unknown.close()
         agreed = capabilities & CAPABILITIES
         interval_s = math.ceil(self._config.report_interval_s)
         pool = AcceptingPool(

@@ -209,6 +209,28 @@ def test_a_second_client_is_told_busy_and_the_first_goes_on(serve, connect, call
     assert is_served(connect(running, "user"), first)
 
 
+def test_those_who_are_told_busy_and_do_not_go_are_bounded(serve, call, said):
+    running = serve(callers=2, drain_linger_s=60)
+    call(running)
+    refused = [call(running, source=ELSEWHERE) for _ in range(5)]
+    assert all(caller.welcome == b"//?why=busy#bye" for caller in refused)
+    wait_until(lambda: sum("too many callers" in line for line in said.lines) == 3)
+
+
+def test_callers_at_the_clients_address_are_bounded_by_the_room_in_its_pool(serve, call):
+    running = serve(callers=2, min_pool_capacity=1, max_pool_capacity=4, opening_timeout_s=60, caller_timeout_s=60)
+    client = call(running).join(3)
+    wait_until(lambda: len(running.server._clients.current().pool) == 3)
+    silent = [dial(running.tunnel) for _ in range(6)]
+    for caller in silent:
+        read_line(caller)
+    wait_until(lambda: running.counters.callers_refused == 3)  # one has a place in the pool, two are in the table
+    assert sum(map(quiet, silent)) == 3
+    for caller in silent:
+        caller.close()
+    client.join()
+
+
 def test_a_client_that_comes_back_is_taken_at_once(serve, connect, call):
     running = serve()
     call(running).join().close()
