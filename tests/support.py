@@ -5,6 +5,7 @@ Every wait here has a bound, and a peer's socket has a timeout, so a test that g
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 import time
@@ -71,6 +72,19 @@ def silent_endpoint():
             filler.setblocking(False)
             filler.connect_ex(listener.getsockname())
         yield endpoint_of(listener)
+
+
+@contextlib.contextmanager
+def out_of_descriptors():
+    """Lower the limit to what is open now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def reset(sock):

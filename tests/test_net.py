@@ -1,15 +1,13 @@
 import errno
-import os
-import resource
 import socket
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
 import gevent
 import pytest
 from gevent.event import Event
-from support import LIMITS, LOOPBACK, endpoint_of, silent_endpoint, wait_until
+from support import LIMITS, LOOPBACK, endpoint_of, out_of_descriptors, silent_endpoint, wait_until
 
 from nodepass_gevent import net
 from nodepass_gevent.config import Address
@@ -136,19 +134,6 @@ def test_an_address_in_use_is_named_in_the_error(listener):
 
 
 # serve
-
-
-@contextmanager
-def out_of_descriptors():
-    """Lower the limit to what is open now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture
