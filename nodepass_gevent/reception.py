@@ -24,6 +24,7 @@ from .joining import Joining
 from .keyring import KeyRing
 from .metrics import Counters
 from .opening import Data, FirstLine, Hello, ServerProof, Welcome
+from .penalties import Penalties
 from .pool import AcceptingPool
 from .session import Session
 from .tls_context import ServerCertificate
@@ -46,6 +47,7 @@ class Reception:
         certificate: ServerCertificate | None,
         keys: KeyRing,
         clients: Clients,
+        penalties: Penalties,
         counters: Counters,
     ) -> None:
         self.data_port: int | None = config.data_port  # where v1 data connections are taken; None: nowhere
@@ -56,6 +58,7 @@ class Reception:
         self._held = Callers(config.limits.callers)
         self._keys = keys
         self._clients = clients
+        self._penalties = penalties
         self._joining = Joining(config, certificate, clients, self._held, counters, self._on_wrong_tag)
 
     # The tunnel port
@@ -142,6 +145,7 @@ class Reception:
     def _on_wrong_tag(self, key: str) -> None:
         """A caller from ``key`` gave a wrong proof of the tunnel key, on a control channel or for a live session."""
         self._counters.tags_wrong += 1
+        self._penalties.report(key)
 
     def _first_line(self, port: int | None) -> bytes:
         nonce = b"" if self._config.protocol == "1" else os.urandom(opening.NONCE_LENGTH)
@@ -212,6 +216,8 @@ class Reception:
         unknown.enter_context(self._callers.noted(Caller(key, stream, gevent.getcurrent())))
         control = self._joining.secure(stream, opening.ALPN_CONTROL)
         handshake, capabilities = self._authenticate(control, clear, hello)
+        if handshake:
+            self._penalties.forgive(key)
         current = self._who_stays()
         hurry.close()
         if current:

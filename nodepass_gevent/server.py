@@ -47,7 +47,7 @@ class Server:
         self._keys = KeyRing(config)
         self._admission = Admission(config, self.counters)
         self.penalties = Penalties(config.limits, self._clients.at)
-        self._reception = Reception(config, self._certificate, self._keys, self._clients, self.counters)
+        self._reception = Reception(config, self._certificate, self._keys, self._clients, self.penalties, self.counters)
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool
         self._joiners = Crew()  # for data connections, where joining takes a handshake

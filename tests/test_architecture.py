@@ -15,7 +15,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"__init__", "errors"},
     {"callers", "certificates", "crew", "frames", "log", "metrics", "tunnel_key", "usage", "values", "wire"},
     {"config"},
-    {"configfile", "descriptors", "keyring", "opening", "penalties", "transport", "url"},
+    {"configfile", "descriptors", "keyring", "opening", "penalties", "settings", "transport", "url"},
     {"net", "options", "relay", "udp_relay"},
     {"udp", "verification"},
     {"datagrams", "tls_context"},
