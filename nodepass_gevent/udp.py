@@ -54,8 +54,7 @@ class PublicSocket:
                     if self._ancillary:
                         size, ancillary, _, sender = sock.recvmsg_into([_buffer], self._ancillary)
                     else:
-                        size, sender = sock.recvfrom_into(_buffer)
-                        ancillary = ()
+                        (size, sender), ancillary = sock.recvfrom_into(_buffer), []
                     if self._admits(sender[0]):
                         source = tuple(_as_source(*entry) for entry in ancillary)
                         handle(bytes(_buffer[:size]), Reply(sock, sender, source))

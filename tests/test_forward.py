@@ -1,4 +1,5 @@
 import gevent
+import pytest
 from exchanges import SHORT_S, FakeLink
 from support import is_reset, read_all, read_exactly, reset, wait_until
 

@@ -91,18 +91,18 @@ def ask(running, count, source):
 
 
 def test_datagrams_from_elsewhere_are_dropped_and_counted(serve):
-    running = serve(network="udp", deny_users=Networks.parse(ELSEWHERE), udp_read_timeout_s=0.05)
+    running = serve(network="udp", deny_users=Networks.parse(ELSEWHERE), pool_wait_s=0.05)
     ask(running, 5, ELSEWHERE)
     wait_until(lambda: running.counters.datagrams_kept_out == 5)
     ask(running, 1, HERE)
-    wait_until(lambda: running.counters.udp_exchanges == 1)
+    wait_until(lambda: running.counters.datagrams_unanswered == 1)
 
 
 def test_datagrams_over_the_rate_of_their_address_are_dropped_and_counted(serve):
-    running = serve(network="udp", udp_rate_per_address=2, udp_read_timeout_s=0.05)
+    running = serve(network="udp", udp_rate_per_address=2, pool_wait_s=0.05)
     ask(running, 10, ELSEWHERE)
-    wait_until(lambda: running.counters.udp_exchanges + running.counters.datagrams_dropped_rate == 10)
-    assert running.counters.udp_exchanges in (2, 3)  # a third, when the machine was slow
-    before = running.counters.udp_exchanges
+    wait_until(lambda: running.counters.datagrams_unanswered + running.counters.datagrams_dropped_rate == 10)
+    assert running.counters.datagrams_unanswered in (2, 3)  # a third, when the machine was slow
+    before = running.counters.datagrams_unanswered
     ask(running, 2, HERE)
-    wait_until(lambda: running.counters.udp_exchanges == before + 2)
+    wait_until(lambda: running.counters.datagrams_unanswered == before + 2)
