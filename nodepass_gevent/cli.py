@@ -10,7 +10,7 @@ import secrets
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from . import __version__, options, service
+from . import __version__, descriptors, options, relay, service
 from . import log as logs
 from .client import Client
 from .config import LOG_LEVELS, Config
@@ -36,15 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for config in parsed.configs:
             _check_files(config)
             read_keys(config)
+        budget = descriptors.plan(parsed.configs, descriptors.allowed(), descriptors.taken())
     except ConfigError as exc:
         print(f"nodepass: error: {exc}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     logs.setup(_most_detailed(parsed.configs))
-    for warning in parsed.warnings:
+    for warning in (*parsed.warnings, *budget.warnings):
         log.warning("%s", warning)
-    return service.run([ROLES[config.role](config) for config in parsed.configs])
+    relay.pipes.most = budget.pipes
+    return service.run([ROLES[config.role](config) for config in budget.configs])
 
 
 def _print(parsed: options.Parsed) -> int:

@@ -83,8 +83,8 @@ class Signals:
 class Clients:
     """All clients, from their admission to the end of their sessions."""
 
-    def __init__(self, user_timeout_s: float) -> None:
-        self._user_timeout_s = user_timeout_s
+    def __init__(self, tcp_user_timeout_s: float) -> None:
+        self._tcp_user_timeout_s = tcp_user_timeout_s
         self._by_session: dict[bytes, Client] = {}
         self._came = Event()
         self._closed = False
@@ -133,7 +133,7 @@ class Clients:
 
     def serve(self, client: Client) -> None:
         """Run a client's session to its end."""
-        client.stream.fail_when_unacknowledged(self._user_timeout_s)
+        client.stream.fail_when_unacknowledged(self._tcp_user_timeout_s)
         log.info("client %s connected, profile v%d", client.stream, client.profile)
         try:
             client.session.run()

@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import ConfigError
 from .tunnel_key import TunnelKey
-from .values import Address, Pins, did_you_mean, format_duration, is_host, shown
+from .values import Address, Networks, Pins, did_you_mean, format_duration, is_host, shown
 
 _TUNNEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")  # the most detailed first
@@ -53,7 +53,15 @@ class Limits:
     drain_linger_s: float = _deadline(2.0)  # after our FIN, the wait for the peer's
     dead_intervals: int = _within(1, 1000, 3)  # of silence; a single lost ping proves little
     dead_timeout_s: float = _deadline(15.0)  # towards a v1 server, whose interval is not known from the start
+    users_per_address: int = _within(0, 1 << 20, 0)  # off: all users may come through one proxy or NAT
+    udp_rate_per_address: int = _within(0, 1 << 20, 0)  # off: an upload over QUIC is thousands a second
     callers: int = _within(1, 1 << 16, 64)  # connections on the tunnel port that are not known yet
+    penalty_after: int = _within(0, 1000, 3)  # wrong proofs from one address; keys are mistyped
+    penalty_first_s: float = _deadline(5.0)  # doubles with each further one
+    penalty_longest_s: float = _deadline(600.0)  # who has the right key by then has not waited for ever
+    accept_pause_s: float = _deadline(0.05)  # of a listener without descriptors or memory; doubles
+    accept_pause_longest_s: float = _deadline(1.0)  # as long as users wait without noticing much
+    descriptor_reserve: int = _within(0, 1 << 16, 16)  # for name look-ups (10 at most), files that are read again
     keepalive_idle_s: int = _whole_seconds(20)  # below the 30 s after which the shortest NATs forget
     keepalive_interval_s: int = _whole_seconds(8)
     keepalive_count: int = _within(1, 127, 3)  # with idle and interval: a dead peer is known after 44 s
@@ -68,6 +76,13 @@ def setting_name(field_name: str) -> str:
 def setting_text(field_name: str, value: Any) -> str:
     """Format a field of Config as operators write it."""
     return format_duration(value) if field_name.endswith("_s") else str(value)
+
+
+ORDERED = (  # the first is at most the second
+    ("min_pool_capacity", "max_pool_capacity"),
+    ("penalty_first_s", "penalty_longest_s"),
+    ("accept_pause_s", "accept_pause_longest_s"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +103,10 @@ class Config:
     tunnel_key: TunnelKey | None = None
     tunnel_key_file: str | None = None
     tunnel_name: str | None = None  # goes into the key, and so is the same at both ends
+    allow_users: Networks | None = None  # None: everybody
+    deny_users: Networks | None = None  # None: nobody; wins over allow
+    allow_clients: Networks | None = None
+    deny_clients: Networks | None = None
     data_port: int | None = _within(1, 65535, None)  # None: any free one
     network: str = _one_of("tcp", "udp", "both", default="both")
     protocol: str = _one_of("auto", "1", "2", default="auto")
@@ -107,9 +126,8 @@ class Config:
     def __post_init__(self) -> None:
         for each in (*fields(self), *fields(self.limits)):
             self._check_field(each.name, each.metadata)
-        if self.min_pool_capacity > self.max_pool_capacity:
-            most = f"{self.max_pool_capacity} (from {self.source('max-pool-capacity')})"
-            raise self.fault("min_pool_capacity", f"is above max-pool-capacity, {most}")
+        for least, most in ORDERED:
+            self._check_order(least, most)
         self._check_pair()
         self._check_tunnel_key()
         if self.role == "client":
@@ -163,6 +181,11 @@ class Config:
         if "whole" in rule and value % 1:
             raise self.fault(name, "is not a whole number of seconds")
 
+    def _check_order(self, least: str, most: str) -> None:
+        if self.value(least) > self.value(most):
+            name, text = setting_name(most), setting_text(most, self.value(most))
+            raise self.fault(least, f"is above {name}, {text} (from {self.source(name)})")
+
     def _check_pair(self) -> None:
         if self.crt and not self.key:
             raise self.fault("crt", "has no key that belongs to it; give both crt and key, or neither")
@@ -185,8 +208,9 @@ class Config:
             raise self.fault("data_port", "is for clients of profile v1, and with a tunnel key none is served")
 
     def _check_client(self) -> None:
-        if self.data_port is not None:
-            raise self.fault("data_port", "belongs to the server; a client has none")
+        for name in ("data_port", "allow_users", "deny_users", "allow_clients", "deny_clients"):
+            if getattr(self, name) is not None:
+                raise self.fault(name, "belongs to the server; a client has none")
         if self.sni is not None and not is_host(self.sni):
             raise self.fault("sni", "is neither a name (ASCII letters, digits, hyphens, dots) nor an address")
         for address in (self.tunnel, self.target):

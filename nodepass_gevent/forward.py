@@ -85,10 +85,19 @@ class Ingress:
         self._exchanges.wait_available()
         return self._exchanges.free_count()
 
-    def user(self, user: Stream) -> None:
-        """Start the exchange of a TCP user."""
+    def user(self, user: Stream, ended: Callable[[], object] | None = None) -> None:
+        """Start the exchange of a TCP user; ``ended()`` is called behind it."""
         self._counters.tcp_exchanges += 1
-        self._exchanges.spawn(self._tcp, user)
+        if ended is None:
+            self._exchanges.spawn(self._tcp, user)
+        else:
+            self._exchanges.spawn(self._tcp_then, user, ended)
+
+    def _tcp_then(self, user: Stream, ended: Callable[[], object]) -> None:
+        try:
+            self._tcp(user)
+        finally:
+            ended()
 
     def _tcp(self, user: Stream) -> None:
         end = time.monotonic() + self._config.limits.pool_wait_s

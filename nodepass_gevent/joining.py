@@ -54,6 +54,10 @@ class Joining:
     def full(self) -> bool:
         return self._running >= self._most
 
+    def has_room(self, client: Client) -> bool:
+        """Whether one more may join a client's pool: what is ready counts, and what is on its way."""
+        return client.pool.room > self._running
+
     @contextmanager
     def counted(self) -> Iterator[None]:
         """Count a data connection while it joins, and only then: those that are held take nobody's place."""
@@ -88,7 +92,7 @@ class Joining:
         client = self._clients.get(data.session)
         if client and not client.keys and client.key != key:
             client = None
-        if client is None or client.pool.closed or client.pool.room <= self._running:
+        if client is None or client.pool.closed or not self.has_room(client):
             self._counters.data_connections_refused += 1
             log.debug("data connection from %s refused: no such session here, or its pool is full", key)
             stream.sendall(first)

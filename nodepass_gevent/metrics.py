@@ -23,11 +23,15 @@ class Counters:
     signals_stale: int = 0  # about a launch that is no more, or works
     datagrams_dropped_busy: int = 0  # over the limit of exchanges
     datagrams_dropped_size: int = 0  # outside of sessions: empty, or longer than UDP_DATA_BUF_SIZE
+    datagrams_dropped_rate: int = 0  # over udp-rate-per-address
     datagrams_dropped_queue: int = 0  # a session's data connection was full, or ended
     datagrams_dropped_network: int = 0  # a session's, not taken by the network they were for
     datagrams_refused: int = 0  # the target's host said that nobody listens
+    datagrams_kept_out: int = 0  # from an address that is not allowed
     datagrams_unanswered: int = 0
+    users_kept_out: int = 0  # from an address that is not allowed, or over users-per-address
     callers_refused: int = 0
+    callers_kept_out: int = 0  # from an address that is not allowed, or has a penalty
     data_connections_refused: int = 0
     certificates_refused: int = 0  # of clients
     tags_wrong: int = 0  # proofs of the tunnel key that do not fit

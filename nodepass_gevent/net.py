@@ -18,8 +18,8 @@ from .transport import READ, RawSocket, Stream, deadline, reason
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 ACCEPT_BATCH = 64  # connections per wake-up, then everybody else has a turn
-PAUSE_MIN_S, PAUSE_MAX_S = 0.05, 1.0  # of an accept loop that is out of descriptors or memory
 RESOLVE_TIMEOUT_S = 5.0
+DEFAULT_LIMITS = Limits()
 
 _NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
@@ -119,13 +119,14 @@ def serve(
     handle: Callable[[Stream], object],
     on_pause: Callable[[OSError], None],
     room: Callable[[], int] = lambda: ACCEPT_BATCH,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Accept for ever and do nothing else: ``handle`` must not block, ``room`` may, and says for how many.
 
     When accepting fails (out of descriptors or memory), the loop pauses, longer each time, and tells
     ``on_pause``. Kill the greenlet before the listener is closed.
     """
-    pause_s = PAUSE_MIN_S
+    pause_s = limits.accept_pause_s
     hub = gevent.get_hub()
     with closing(hub.loop.io(listener.fileno(), READ)) as arrival:  # for all waits: a new one costs a system call
         while True:
@@ -138,9 +139,9 @@ def serve(
             except OSError as exc:
                 on_pause(exc)
                 gevent.sleep(pause_s)
-                pause_s = min(pause_s * 2, PAUSE_MAX_S)
+                pause_s = min(pause_s * 2, limits.accept_pause_longest_s)
                 continue
-            pause_s = PAUSE_MIN_S
+            pause_s = limits.accept_pause_s
 
 
 def _accept(listener: RawSocket) -> Stream:

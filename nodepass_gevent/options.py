@@ -1,149 +1,31 @@
-"""Every setting in one table, and how its value is found: flag > URL query > environment > file > default.
+"""How the value of each setting is found: flag > URL query > environment > file > default.
 
-The parser, the keys of query and file, the conversion and --show-config all follow from SETTINGS; defaults and
-allowed values are those of Config. ConfigArgParse merges the sources. Nothing here prints, exits or starts anything.
+The parser, the keys of query and file, the conversion and --show-config all follow from the table in
+``settings``. ConfigArgParse merges the sources. Nothing here prints, exits or starts anything.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 import configargparse
 
 from . import configfile
-from .config import Config, Limits, setting_name, setting_text
+from .config import Config, Limits, setting_text
 from .configfile import Entry
 from .errors import ConfigError
-from .tunnel_key import parse_key
+from .settings import BY_NAME, SETTINGS, Setting
 from .url import FORMS, TunnelURL, parse_url
 from .usage import EXAMPLES, USAGE
-from .values import Pins, did_you_mean, parse_duration, printable, shown
-
-
-def parse_integer(text: str) -> int:
-    """Parse a number as operators write it; raise ConfigError."""
-    if not re.fullmatch("-?[0-9]{1,18}", text):
-        raise ConfigError(f"{shown(text)} is not a whole number")
-    return int(text)
-
+from .values import did_you_mean, printable, shown
 
 _LIMITS = [each.name for each in fields(Limits)]
-_FIELDS = {each.name: each for each in (*fields(Config), *fields(Limits))}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table."""
-
-    field: str  # of Config or of its Limits
-    env: str
-    read: Callable[[str], Any]  # text -> the field's value, or ConfigError
-    value: str  # what the help calls the value, where Config has no list of choices
-    group: str
-    help: str
-    unset: str = "none"  # what the default is called where it is no value
-    secret: bool = False  # its value stands in no error
-
-    @property
-    def name(self) -> str:
-        """What the option, the query key and the file key are called."""
-        return setting_name(self.field)
-
-    @property
-    def metavar(self) -> str:
-        choices = _FIELDS[self.field].metadata.get("choices", ()) if self.field in _FIELDS else ()
-        return "|".join(str(choice) for choice in choices) or self.value
-
-    @property
-    def default(self) -> str:
-        default = _FIELDS[self.field].default if self.field in _FIELDS else None
-        return self.unset if default is None else setting_text(self.field, default)
-
-
-_ADDRESSES, _TLS, _POOL = "addresses and mode", "TLS", "pool and limits"
-_TIMING, _LOGS, _CONFIGURATION = "timing", "logs", "configuration"
-_DEADLINES, _SOCKETS = "deadlines (seldom changed)", "sockets (seldom changed)"
-
+_CONFIGURATION = "configuration"
 # fmt: off
-SETTINGS = (
-    Setting("url", "NODEPASS_URL", str, "URL", _ADDRESSES, "the tunnel, like the argument URL"),
-    Setting("network", "NODEPASS_NETWORK", str, "", _ADDRESSES, "what the tunnel carries"),
-    Setting("protocol", "NODEPASS_PROTOCOL", str, "", _ADDRESSES, "profile of the wire protocol"),
-    Setting("proxy_protocol", "NODEPASS_PROXY_PROTOCOL", parse_integer, "", _ADDRESSES,
-            "client: version of the PROXY protocol by which the target is told the user's address, 0 for none"),
-    Setting("data_port", "NODEPASS_DATA_PORT", parse_integer, "PORT", _ADDRESSES,
-            "server: port of v1 data connections", unset="any free one"),
-    Setting("tls", "NODEPASS_TLS", parse_integer, "", _TLS,
-            "0 plain, 1 encrypted, 2 with a certificate that is verified; client: the least it accepts"),
-    Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "own certificate and its chain, PEM"),
-    Setting("key", "NODEPASS_KEY", str, "FILE", _TLS, "the private key that fits it, PEM"),
-    Setting("ca", "NODEPASS_CA", str, "FILE", _TLS,
-            "authorities, PEM; client: in place of the system's; server: clients need a certificate of theirs"),
-    Setting("sni", "NODEPASS_SNI", str, "NAME", _TLS, "client: name in the certificate, unless that of the URL"),
-    Setting("pin", "NODEPASS_PIN", Pins.parse, "SHA256,...", _TLS, "client: digests of public keys, one the server's"),
-    Setting("tunnel_key_file", "NODEPASS_TUNNEL_KEY_FILE", str, "FILE", _TLS,
-            "file of the key that both sides must have; two lines while it is changed"),
-    Setting("tunnel_key", "TUNNEL_KEY", parse_key, "KEY", _TLS,
-            "the key itself; as an option or in the URL it is visible in ps", secret=True),
-    Setting("tunnel_name", "NODEPASS_TUNNEL_NAME", str, "NAME", _TLS, "goes into the key: the same at both ends"),
-    Setting("semaphore_limit", "SEMAPHORE_LIMIT", parse_integer, "N", _POOL, "users served at once"),
-    Setting("min_pool_capacity", "MIN_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, least"),
-    Setting("max_pool_capacity", "MAX_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, most"),
-    Setting("udp_data_buf_size", "UDP_DATA_BUF_SIZE", parse_integer, "BYTES", _POOL, "largest datagram of v1"),
-    Setting("callers", "NODEPASS_CALLERS", parse_integer, "N", _POOL,
-            "server: callers on the tunnel port that are not known yet"),
-    Setting("udp_read_timeout_s", "UDP_READ_TIMEOUT", parse_duration, "TIME", _TIMING, "wait for a reply, v1"),
-    Setting("report_interval_s", "REPORT_INTERVAL", parse_duration, "TIME", _TIMING, "between two keep-alives"),
-    Setting("reload_interval_s", "RELOAD_INTERVAL", parse_duration, "TIME", _TIMING, "between looks at crt, key, ca"),
-    Setting("service_cooldown_s", "SERVICE_COOLDOWN", parse_duration, "TIME", _TIMING, "longest pause before a retry"),
-    Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
-    Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
-    Setting("connect_timeout_s", "NODEPASS_CONNECT_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "client: a dial of the server"),
-    Setting("target_timeout_s", "NODEPASS_TARGET_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "client: a dial of the target"),
-    Setting("first_line_timeout_s", "NODEPASS_FIRST_LINE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "client: wait for the server's first line"),
-    Setting("opening_timeout_s", "NODEPASS_OPENING_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "server: for a caller that has begun to say what it is; client: for the welcome"),
-    Setting("caller_timeout_s", "NODEPASS_CALLER_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "server: for a caller that is silent and proves nothing"),
-    Setting("tls_handshake_timeout_s", "NODEPASS_TLS_HANDSHAKE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "a TLS handshake"),
-    Setting("authentication_timeout_s", "NODEPASS_AUTHENTICATION_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "server: for a proof of the tunnel key"),
-    Setting("takeover_timeout_s", "NODEPASS_TAKEOVER_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "server: a client that answers no ping gives way to another one with the tunnel key"),
-    Setting("id_timeout_s", "NODEPASS_ID_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "client: wait for a data connection's id; server: for its acknowledgement by a v1 client"),
-    Setting("pool_wait_s", "NODEPASS_POOL_WAIT", parse_duration, "TIME", _DEADLINES,
-            "a user waits for a data connection, and a launch for the one it names"),
-    Setting("half_closed_timeout_s", "NODEPASS_HALF_CLOSED_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "silence of an exchange that has ended in one direction"),
-    Setting("idle_timeout_s", "NODEPASS_IDLE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "silence of an exchange in both directions; 0: for ever"),
-    Setting("udp_session_timeout_s", "NODEPASS_UDP_SESSION_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "silence of a UDP session in both directions"),
-    Setting("drain_linger_s", "NODEPASS_DRAIN_LINGER", parse_duration, "TIME", _DEADLINES,
-            "wait for the peer's end behind our last word"),
-    Setting("dead_intervals", "NODEPASS_DEAD_INTERVALS", parse_integer, "N", _DEADLINES,
-            "keep-alive intervals of silence after which a control channel is dead"),
-    Setting("dead_timeout_s", "NODEPASS_DEAD_TIMEOUT", parse_duration, "TIME", _DEADLINES,
-            "client: and at least that long, towards a v1 server"),
-    Setting("keepalive_idle_s", "NODEPASS_KEEPALIVE_IDLE", parse_duration, "TIME", _SOCKETS,
-            "silence before the first TCP keepalive"),
-    Setting("keepalive_interval_s", "NODEPASS_KEEPALIVE_INTERVAL", parse_duration, "TIME", _SOCKETS,
-            "between two TCP keepalives without an answer"),
-    Setting("keepalive_count", "NODEPASS_KEEPALIVE_COUNT", parse_integer, "N", _SOCKETS,
-            "TCP keepalives without an answer that end a connection"),
-    Setting("tcp_user_timeout_s", "NODEPASS_TCP_USER_TIMEOUT", parse_duration, "TIME", _SOCKETS,
-            "bytes of a control channel without an acknowledgement end it"),
-)
 LATER_KEYS = frozenset(("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "notcp",
                         "noudp", "type", "quic", "pool"))
 # fmt: on
-BY_NAME = {setting.name: setting for setting in SETTINGS}
 _HAS_KEY = re.compile(r"(?i)(?:server|client)://[^/?]*@")
 ALIASES = {"cert": "crt"}  # the original's install script writes cert, the original reads crt
 COMMANDS = ("genkey",)
@@ -170,7 +52,7 @@ def build_parser() -> configargparse.ArgumentParser:
     )
     names = dict.fromkeys([setting.group for setting in SETTINGS] + [_CONFIGURATION])
     groups = {name: parser.add_argument_group(name) for name in names}
-    groups[_ADDRESSES].add_argument("positional", nargs="?", metavar="URL", help=FORMS)
+    groups[BY_NAME["url"].group].add_argument("positional", nargs="?", metavar="URL", help=FORMS)
     for setting in SETTINGS:
         groups[setting.group].add_argument(
             f"--{setting.name}",

@@ -23,6 +23,7 @@ from .joining import Joining
 from .keyring import KeyRing
 from .metrics import Counters
 from .opening import Data, FirstLine, Hello, ServerProof, Welcome
+from .penalties import Penalties
 from .pool import AcceptingPool
 from .session import Session
 from .tls_context import ServerCertificate
@@ -45,6 +46,7 @@ class Reception:
         certificate: ServerCertificate | None,
         keys: KeyRing,
         clients: Clients,
+        penalties: Penalties,
         counters: Counters,
     ) -> None:
         self.data_port: int | None = config.data_port  # where v1 data connections are taken; None: nowhere
@@ -55,6 +57,7 @@ class Reception:
         self._held = Callers(config.limits.callers)
         self._keys = keys
         self._clients = clients
+        self._penalties = penalties
         self._joining = Joining(config, certificate, clients, self._held, counters, self._on_wrong_tag)
 
     # The tunnel port
@@ -141,6 +144,7 @@ class Reception:
     def _on_wrong_tag(self, key: str) -> None:
         """A caller from ``key`` gave a wrong proof of the tunnel key, on a control channel or for a live session."""
         self._counters.tags_wrong += 1
+        self._penalties.report(key)
 
     def _first_line(self, port: int | None) -> bytes:
         nonce = b"" if self._config.protocol == "1" else os.urandom(opening.NONCE_LENGTH)
@@ -154,7 +158,7 @@ class Reception:
         self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack
     ) -> Client | str:
         """Wait for what a caller says: SPEAKS, the v1 client that a silent one proved to be, or why it must go."""
-        if neighbour and neighbour.profile == 2 and not self._joining.full:
+        if neighbour and neighbour.profile == 2 and self._joining.has_room(neighbour):
             with self._joining.counted(), deadline(self._limits.opening_timeout_s, "opening"):
                 if not stream.seen(1):  # an honest client dials hundreds at once: they count in its own budget
                     stream.wait_for_arrival()
@@ -211,7 +215,8 @@ class Reception:
         unknown.enter_context(self._callers.noted(Caller(key, stream, gevent.getcurrent())))
         control = self._joining.secure(stream, opening.ALPN_CONTROL)
         handshake, capabilities = self._authenticate(control, clear, hello)
-        unknown.close()
+        if handshake:
+            self._penalties.forgive(key)
         current = self._who_stays()
         hurry.close()
         if current:
@@ -219,6 +224,7 @@ class Reception:
             control.linger(self._limits.drain_linger_s)
             self._refuse(f"second client {stream}, while {current.stream} is connected")
             return
+        unknown.close()
         agreed = capabilities & CAPABILITIES
         interval_s = math.ceil(self._config.report_interval_s)
         pool = AcceptingPool(

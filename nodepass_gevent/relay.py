@@ -10,6 +10,7 @@ bulky goes on by ``splice`` through a pipe of its own, so that its bytes never v
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -45,11 +46,17 @@ class Pipes:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._free: list[tuple[int, int]] = []
+        self._made = 0
+        self.most = sys.maxsize  # that there may be: users need descriptors more than bulky flows do
 
     def take(self) -> tuple[int, int]:
+        """Give an empty pipe, or raise OSError."""
         if self._free:
             return self._free.pop()
+        if self._made >= self.most:
+            raise OSError(errno.EMFILE, "there are as many pipes as there may be")
         pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._made += 1
         try:
             fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE)
         except OSError:  # over the user's share of pipe memory: the default size does, too
@@ -60,6 +67,7 @@ class Pipes:
         if held or len(self._free) >= self._limit:
             for descriptor in pipe:
                 os.close(descriptor)
+            self._made -= 1
         else:
             self._free.append(pipe)
 

@@ -15,12 +15,14 @@ import gevent
 from gevent.pool import Group
 
 from . import net
+from .admission import Admission
 from .clients import Clients
 from .config import Address, Config
 from .crew import Crew
 from .forward import Ingress
 from .keyring import KeyRing
 from .metrics import Counters
+from .penalties import Penalties
 from .reception import Reception
 from .tls_context import ServerCertificate
 from .transport import RawSocket, Stream, reason
@@ -43,7 +45,9 @@ class Server:
         self._certificate = ServerCertificate(config.crt, config.key, config.ca) if config.tls else None
         self._clients = Clients(config.limits.tcp_user_timeout_s)
         self._keys = KeyRing(config)
-        self._reception = Reception(config, self._certificate, self._keys, self._clients, self.counters)
+        self._admission = Admission(config, self.counters)
+        self.penalties = Penalties(config.limits, self._clients.at)
+        self._reception = Reception(config, self._certificate, self._keys, self._clients, self.penalties, self.counters)
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool
         self._joiners = Crew()  # for data connections, where joining takes a handshake
@@ -79,23 +83,26 @@ class Server:
             return stack.enter_context(closing(net.listen(address, config.limits)))
 
         def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
-            return partial(net.serve, listener, handle, self._paused)
+            return partial(net.serve, listener, handle, self._paused, limits=config.limits)
 
         tunnel = listen(config.tunnel)
         ports = [f"tunnel {_bound(config.tunnel, tunnel)}"]
-        parts: list[Callable[[], None]] = [serve(tunnel, self._called)]
+        start = self._admission.guard_callers(self._called, self.penalties.keeps_out)
+        parts: list[Callable[[], None]] = [serve(tunnel, start)]
         if config.protocol != "2" and not config.keyed:
             data = self._listen_data(listen)
             self._reception.data_port = data.getsockname()[1]
             ports.append(f"data port {self._reception.data_port}")
-            parts.append(serve(data, partial(self._callers.spawn, self._reception.join)))
+            join = partial(self._callers.spawn, self._reception.join)
+            parts.append(serve(data, self._admission.guard_callers(join)))
         target = config.target
         if config.network != "udp":
             public = listen(target)
             target = _bound(target, public)
-            parts.append(partial(net.serve, public, self._ingress.user, self._paused, self._ingress.room))
+            start = self._admission.guard_users(self._ingress.user)
+            parts.append(partial(net.serve, public, start, self._paused, self._ingress.room, config.limits))
         if config.network != "tcp":
-            datagrams = PublicSocket(target)  # closed after its last session
+            datagrams = PublicSocket(target, self._admission.admits_datagram)  # closed after its last session
             target = replace(target, port=datagrams.port)
             parts.append(partial(self._ingress.udp.serve, datagrams))
         ports.append(f"public {target} ({config.network.replace('both', 'tcp and udp')})")

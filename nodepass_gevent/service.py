@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import random
-import resource
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -129,7 +128,6 @@ def run(roles: Sequence[Role]) -> int:
     """Keep ``roles`` running until SIGTERM or SIGINT, drain them, and give the exit code."""
     if not monkey.is_module_patched("socket"):
         raise RuntimeError("gevent.monkey.patch_all() must run before a service starts")
-    _raise_descriptor_limit()
     _calm_garbage_collection()
     gevent.get_hub().print_exception = _log_exception
     services = [Service(role) for role in roles]
@@ -185,12 +183,6 @@ def _calm_garbage_collection() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)
-
-
-def _raise_descriptor_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _log_exception(_context: object, _kind: type, value: BaseException, _trace: object) -> None:

@@ -23,9 +23,13 @@ _buffer = memoryview(bytearray(65536))  # nobody switches while it is in use
 
 
 class PublicSocket:
-    """The bound UDP socket; on a wildcard address it remembers where each datagram was sent to."""
+    """The bound UDP socket; on a wildcard address it remembers where each datagram was sent to.
 
-    def __init__(self, address: Address) -> None:
+    What comes from a host that ``admits`` does not take is dropped.
+    """
+
+    def __init__(self, address: Address, admits: Callable[[str], bool] = lambda host: True) -> None:
+        self._admits = admits
         self._socket = net.bind(address, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         self._ancillary = 0
@@ -49,11 +53,11 @@ class PublicSocket:
                 for _ in range(BATCH):
                     if self._ancillary:
                         size, ancillary, _, sender = sock.recvmsg_into([_buffer], self._ancillary)
-                        reply = Reply(sock, sender, tuple(_as_source(*entry) for entry in ancillary))
                     else:
-                        size, sender = sock.recvfrom_into(_buffer)
-                        reply = Reply(sock, sender, ())
-                    handle(bytes(_buffer[:size]), reply)
+                        (size, sender), ancillary = sock.recvfrom_into(_buffer), []
+                    if self._admits(sender[0]):
+                        source = tuple(_as_source(*entry) for entry in ancillary)
+                        handle(bytes(_buffer[:size]), Reply(sock, sender, source))
             except BlockingIOError:
                 pass
             except OSError:  # an ICMP error of an earlier reply, or no memory: for no sender in particular

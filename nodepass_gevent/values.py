@@ -1,4 +1,4 @@
-"""What operators write, and how it is read: addresses, pins and durations; and foreign text in an error.
+"""What operators write, and how it is read: addresses, networks, pins and durations; and foreign text in an error.
 
 Knows no setting, no socket and no file. Parse stands beside format; a wrong text raises ConfigError with one line,
 in which foreign text is escaped.
@@ -140,6 +140,56 @@ class Pins:
 
     def __str__(self) -> str:
         return ",".join(map(format_pin, self.digests))
+
+
+# Networks
+
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_Host = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def unmapped(host: str) -> _Host:
+    """Give a numeric host as an address, without its zone; mapped IPv4 is IPv4."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A list of networks; a single address is a network of one."""
+
+    networks: tuple[_Network, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Networks":
+        """Parse addresses and networks, comma-separated: ``192.0.2.0/24,2001:db8::1``; raise ConfigError."""
+        return cls(tuple(_parse_network(part.strip(" ")) for part in text.split(",")))
+
+    def __contains__(self, address: _Host) -> bool:
+        return any(address in network for network in self.networks)
+
+    def __str__(self) -> str:
+        return ",".join(map(_format_network, self.networks))
+
+
+def _parse_network(text: str) -> _Network:
+    try:
+        network = ipaddress.ip_network(text.replace("%", " "), strict=False)  # a zone is no part of a network
+    except ValueError:
+        raise ConfigError(
+            f"{shown(text)} is neither an address nor a network such as 192.0.2.0/24 or 2001:db8::/32"
+        ) from None
+    if "/" in text and ipaddress.ip_address(text.partition("/")[0]) != network.network_address:
+        raise ConfigError(f"{shown(text)} has bits behind its prefix; the network is written {network}")
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped and network.prefixlen >= 96:  # as a listener for both families sees IPv4
+        return ipaddress.ip_network((mapped, network.prefixlen - 96))
+    return network
+
+
+def _format_network(network: _Network) -> str:
+    alone = network.prefixlen == network.max_prefixlen
+    return str(network.network_address) if alone else str(network)
 
 
 # Durations, as Go's time.ParseDuration and Duration.String write them

@@ -5,6 +5,7 @@ Every wait here has a bound, and a peer's socket has a timeout, so a test that g
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 import time
@@ -57,6 +58,33 @@ def endpoint_of(listener):
     """Name a listening or bound socket as ``net.connect`` wants it; a wildcard is reached by loopback."""
     host, port, *rest = listener.getsockname()
     return Endpoint(listener.family, ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, *rest))
+
+
+@contextlib.contextmanager
+def silent_endpoint():
+    """An address that answers no SYN: its backlog is full."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield endpoint_of(listener)
+
+
+@contextlib.contextmanager
+def out_of_descriptors():
+    """Lower the limit to what is open now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def reset(sock):

@@ -23,6 +23,7 @@ class Recorder:
 
     def __init__(self):
         self.level = None
+        self.descriptors = 1 << 20
         self.loaded = []
         self.ran = None
         self.order = []
@@ -54,6 +55,8 @@ def world(monkeypatch):
     monkeypatch.setattr(cli, "check_files", recorder.check_files)
     monkeypatch.setattr(cli, "ROLES", {name: partial(FakeRole, name) for name in cli.ROLES})
     monkeypatch.setattr(cli.service, "run", recorder.run)
+    monkeypatch.setattr(cli.descriptors, "allowed", lambda: recorder.descriptors)
+    monkeypatch.setattr(cli.relay, "pipes", cli.relay.Pipes(1))
     return recorder
 
 
@@ -77,6 +80,29 @@ def test_the_log_is_as_detailed_as_any_tunnel_asks_for(world, tmp_path):
     assert cli.main(["-c", str(path)]) == 7
     assert world.level == "debug"
     assert [(role.name, role.config.name) for role in world.ran] == [("server", "a"), ("client", "b")]
+
+
+def test_limits_that_the_descriptors_do_not_allow_are_lowered_and_told(world, caplog):
+    world.descriptors = 300
+    with caplog.at_level(logging.WARNING):
+        assert cli.main([URL + "?semaphore-limit=500&protocol=2"]) == 7
+    (role,) = world.ran
+    assert 4 <= role.config.semaphore_limit < 150
+    assert caplog.messages[0].startswith("open files: 300 are allowed, and ")
+    assert caplog.messages[1].startswith(f"lowered: semaphore-limit from 500 to {role.config.semaphore_limit}, ")
+    assert cli.relay.pipes.most < 10
+
+
+def test_pipes_get_what_the_limits_leave(world):
+    assert cli.main([URL]) == 7
+    assert (1 << 20) / 2 - 4000 < cli.relay.pipes.most < (1 << 20) / 2
+
+
+def test_too_few_descriptors_are_a_usage_error(world, capsys):
+    world.descriptors = 40
+    assert cli.main([URL]) == 2
+    assert capsys.readouterr().err.startswith("nodepass: error: open files: 40 are allowed")
+    assert world.ran is None
 
 
 def test_warnings_are_logged_once_the_log_is_set_up(world, caplog):

@@ -1,6 +1,8 @@
 """The client against a scripted server: its first line, its signals, its data connections."""
 
 import contextlib
+import gc
+import re
 import select
 import socket
 import time
@@ -8,12 +10,13 @@ from dataclasses import replace
 
 import gevent
 import pytest
-from support import BOUND_S, LIMITS, bounded, is_reset, read_exactly, wait_until
+from support import BOUND_S, LIMITS, bounded, is_reset, read_exactly, silent_endpoint, wait_until
 
 from nodepass_gevent import net
 from nodepass_gevent.client import Client
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import ConnectError, PolicyError, ProtocolError, SessionLost
+from nodepass_gevent.transport import Stream
 
 
 def listener():
@@ -173,6 +176,22 @@ def test_a_server_that_says_nothing_is_given_up_at_the_deadline(server):
     assert isinstance(failure, TimeoutError) and str(failure).startswith("first line")
 
 
+def test_a_server_that_does_not_answer_the_dial_is_given_up_at_the_deadline(no_leaks):
+    with silent_endpoint() as endpoint:
+        address = Address(*endpoint.sockaddr)
+        limits = replace(LIMITS, connect_timeout_s=0.05, target_timeout_s=3600)
+        with bounded(), pytest.raises(ConnectError, match=f"connect {address}: connect: timed out after 0.05 s"):
+            Client(Config(role="client", tunnel=address, target=address, limits=limits)).run()
+
+
+def test_bytes_that_the_server_does_not_acknowledge_end_the_control_channel_after_the_time_that_is_set(server):
+    server.run(tcp_user_timeout_s=1.5).greet()
+    server.join(b"0123abcd")
+    port = port_of(server.tunnel)
+    (control,) = (each for each in gc.get_objects() if isinstance(each, Stream) and each.peer[1] == port)
+    assert control.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+
+
 def test_a_server_that_is_not_there_is_an_error_that_names_it(no_leaks):
     with listener() as nobody:
         address = Address("127.0.0.1", port_of(nobody))
@@ -311,6 +330,15 @@ def test_a_server_with_long_intervals_is_given_three_of_them(server):
         gevent.sleep(0.1)
     assert not server.running.ready()  # ten times as long as the least
     assert isinstance(server.ended(), SessionLost)
+
+
+def test_a_server_is_given_as_many_intervals_as_are_set(server):
+    server.run(dead_timeout_s=0.01, dead_intervals=1).greet()
+    for _ in range(2):
+        server.say(b"\n")
+        gevent.sleep(0.5)
+    silent_for_s = float(re.search(r"silent for (\S+) s", str(server.ended()))[1])
+    assert 0.3 < silent_for_s < 1.5  # one interval, and not three
 
 
 def test_a_server_that_never_pings_is_believed(server):

@@ -4,7 +4,7 @@ import pytest
 
 from nodepass_gevent.config import Address, Config, Limits, setting_name, setting_text
 from nodepass_gevent.errors import ConfigError
-from nodepass_gevent.values import Pins
+from nodepass_gevent.values import Networks, Pins
 
 PIN = Pins((bytes(32),))
 TUNNEL, TARGET = Address("", 10101), Address("127.0.0.1", 8080)
@@ -40,6 +40,10 @@ def test_the_defaults_are_those_of_the_original():
         "tunnel-key": None,
         "tunnel-key-file": None,
         "tunnel-name": None,
+        "allow-users": None,
+        "deny-users": None,
+        "allow-clients": None,
+        "deny-clients": None,
         "data-port": None,
         "network": "both",
         "protocol": "auto",
@@ -100,6 +104,10 @@ def test_a_config_names_its_tunnel_by_a_url():
         ("dead_intervals", 1, 1000),
         ("dead_timeout_s", 0.001, 86400),
         ("callers", 1, 65536),
+        ("users_per_address", 0, 1048576),
+        ("udp_rate_per_address", 0, 1048576),
+        ("penalty_after", 0, 1000),
+        ("descriptor_reserve", 0, 65536),
         ("keepalive_idle_s", 1, 32767),
         ("keepalive_interval_s", 1, 32767),
         ("keepalive_count", 1, 127),
@@ -116,6 +124,16 @@ def test_a_value_out_of_range_is_refused_with_its_source_and_the_range(field, le
         allowed = f"{setting_text(field, least)} to {setting_text(field, most)}"
         value_text = setting_text(field, value)
         assert str(caught.value) == f"{name}: '{value_text}' is not within {allowed} [from environment variable X]"
+
+
+@pytest.mark.parametrize(("first", "longest"), [("penalty", "10m0s"), ("accept-pause", "1s")])
+def test_a_first_time_above_the_longest_names_both_sources(first, longest):
+    field = {"penalty": "penalty_first_s", "accept-pause": "accept_pause_s"}[first]
+    with pytest.raises(ConfigError) as caught:
+        server(limits=Limits(**{field: 3600}), sources={setting_name(field): "URL query"})
+    assert str(caught.value) == (
+        f"{setting_name(field)}: '1h0m0s' is above {first}-longest, {longest} (from default) [from URL query]"
+    )
 
 
 @pytest.mark.parametrize("field", ["keepalive_idle_s", "keepalive_interval_s"])
@@ -144,6 +162,14 @@ def test_the_default_limits_are_those_of_the_protocol():
         "dead_intervals": 3,
         "dead_timeout_s": 15,
         "callers": 64,
+        "users_per_address": 0,
+        "udp_rate_per_address": 0,
+        "penalty_after": 3,
+        "penalty_first_s": 5,
+        "penalty_longest_s": 600,
+        "accept_pause_s": 0.05,
+        "accept_pause_longest_s": 1,
+        "descriptor_reserve": 16,
         "keepalive_idle_s": 20,
         "keepalive_interval_s": 8,
         "keepalive_count": 3,
@@ -209,10 +235,20 @@ def test_the_header_for_the_target_belongs_to_the_client():
         client(proxy_protocol=3)
 
 
-def test_what_belongs_to_the_server_is_refused_for_a_client():
-    assert server(data_port=1)
+NETWORKS = Networks.parse("10.0.0.0/8")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"data_port": 1},
+        *({name: NETWORKS} for name in ("allow_users", "deny_users", "allow_clients", "deny_clients")),
+    ],
+)
+def test_what_belongs_to_the_server_is_refused_for_a_client(values):
+    assert server(**values)
     with pytest.raises(ConfigError, match="belongs to the server"):
-        client(data_port=1)
+        client(**values)
 
 
 @pytest.mark.parametrize("values", [{"sni": "a.example"}, {"pin": PIN}])

@@ -1,4 +1,5 @@
 import gevent
+import pytest
 from exchanges import SHORT_S, FakeLink
 from support import is_reset, read_all, read_exactly, reset, wait_until
 
@@ -51,6 +52,20 @@ def test_a_user_whose_client_is_lost_while_waiting_is_served_by_the_next(ingress
     user.sendall(b"hello")
     assert read_exactly(client, 5) == b"hello"
     assert (lost.sent, side.link.sent) == ([], [b"//0a1b2c3d#1\n"])
+
+
+@pytest.mark.parametrize("limit", ["idle_timeout_s", "half_closed_timeout_s"])
+def test_an_exchange_that_is_silent_for_the_time_that_is_set_is_reset(ingress, limit):
+    side = ingress(**{limit: SHORT_S})
+    client, user = side.add_data(), side.user()
+    if limit == "half_closed_timeout_s":
+        wait_until(lambda: side.link.sent)
+        client.shutdown(1)
+        assert user.recv(1) == b""
+    else:
+        assert is_reset(user)
+    assert is_reset(client)
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
 def test_a_reset_of_the_user_is_a_reset_for_the_client(ingress):

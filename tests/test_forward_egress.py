@@ -3,7 +3,7 @@ import socket
 import gevent
 import pytest
 from exchanges import ID, address_of, happened
-from support import is_reset, read_all, reset, wait_until
+from support import is_reset, read_all, reset, silent_endpoint, wait_until
 
 from nodepass_gevent.config import Address
 from nodepass_gevent.forward import Egress
@@ -42,6 +42,14 @@ def test_a_target_that_refuses_resets_the_user(egress, target):
     side = egress(target=refused)
     assert is_reset(side.launch(Kind.TCP))
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+
+
+def test_a_target_that_does_not_answer_the_dial_resets_the_user_at_the_deadline(egress, caplog):
+    with silent_endpoint() as endpoint:
+        side = egress(target=Address(*endpoint.sockaddr), target_timeout_s=0.05, connect_timeout_s=3600)
+        assert is_reset(side.launch(Kind.TCP))
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+    assert "connect: timed out after 0.05 s" in caplog.text
 
 
 def test_a_reset_of_the_target_is_a_reset_for_the_user(egress, target):

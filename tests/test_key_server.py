@@ -21,8 +21,8 @@ RESET = ("reset", b"")  # how every proof that fails ends
 
 @pytest.fixture
 def keyed(serve):
-    """Start a server with a key: settings of Config and of Limits by name."""
-    return lambda **settings: serve(**{"tls": 1, "tunnel_key": KEY} | settings)
+    """Start a server with a key: settings of Config and of Limits by name. Penalties only where they are asked for."""
+    return lambda **settings: serve(**{"tls": 1, "tunnel_key": KEY, "penalty_after": 0} | settings)
 
 
 @pytest.fixture
@@ -132,6 +132,33 @@ def test_a_wrong_proof_is_reset_and_counted(keyed, call, said, make):
     assert said.find(r"WARNING refused caller 127\.0\.0\.1:\d+: its proof of the tunnel key is wrong")
     assert not said.find("connected")
     assert call(running).authenticate()
+
+
+def test_an_address_is_kept_out_from_its_third_wrong_proof_on(keyed, connect, call, said):
+    running = keyed(penalty_after=3)
+    for number in range(3):
+        client = call(running, source=ELSEWHERE)
+        client.control.sendall(wrong_key(client))
+        wait_until(lambda number=number: running.counters.tags_wrong == number + 1)
+    assert said.find(r"WARNING address 127\.0\.0\.2 is kept out for 5 s: wrong proofs of the tunnel key: 3")
+    with pytest.raises(ConnectionResetError):
+        connect(running, "caller", ELSEWHERE).recv(1)
+    assert running.counters.callers_kept_out == 1
+    assert call(running).authenticate()  # from another address
+
+
+def test_who_proves_the_key_is_forgiven_what_was_wrong_before(keyed, call):
+    running = keyed(penalty_after=3)
+    for _round in range(2):
+        for _wrong in range(2):
+            client = call(running)
+            client.control.sendall(wrong_key(client))
+            assert fate(client.control) == RESET
+        client = call(running).authenticate()
+        client.close()
+        wait_until(lambda: not running.server._clients.current())
+    assert running.counters.tags_wrong == 4
+    assert running.counters.callers_kept_out == 0
 
 
 MALFORMED = [

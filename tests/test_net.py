@@ -1,13 +1,13 @@
 import errno
-import os
-import resource
 import socket
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 
 import gevent
 import pytest
 from gevent.event import Event
-from support import LIMITS, LOOPBACK, endpoint_of, wait_until
+from support import LIMITS, LOOPBACK, endpoint_of, out_of_descriptors, silent_endpoint, wait_until
 
 from nodepass_gevent import net
 from nodepass_gevent.config import Address
@@ -136,19 +136,6 @@ def test_an_address_in_use_is_named_in_the_error(listener):
 # serve
 
 
-@contextmanager
-def out_of_descriptors():
-    """Lower the limit to what is open now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest_free = os.dup(0)
-    os.close(lowest_free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 @pytest.fixture
 def accepted(spawn):
     """What ``handle`` was given; closed at the end."""
@@ -221,6 +208,14 @@ def test_out_of_descriptors_the_accept_loop_pauses_and_does_not_spin(listener, a
         assert len(pauses) == 1
 
 
+def test_the_pauses_of_the_accept_loop_follow_the_settings(listener, accepted, spawn):
+    pauses = []
+    limits = replace(LIMITS, accept_pause_s=0.001, accept_pause_longest_s=0.002)
+    with dial(listener), out_of_descriptors():
+        spawn(partial(net.serve, limits=limits), listener, accepted.append, pauses.append)
+        wait_until(lambda: len(pauses) == 30)  # with the defaults that takes half a minute
+
+
 # connect
 
 
@@ -230,20 +225,6 @@ def free_endpoint():
         return endpoint_of(sock)
 
 
-@contextmanager
-def silent_endpoint():
-    """An address that answers no SYN: its backlog is full."""
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(3):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield endpoint_of(listener)
-
-
 def test_accepted_and_connected_sockets_notice_a_dead_peer(listener, accepted, spawn):
     spawn(net.serve, listener, accepted.append, refuse_to_pause)
     with net.connect([endpoint_of(listener)], 5, LIMITS) as stream:
@@ -251,6 +232,15 @@ def test_accepted_and_connected_sockets_notice_a_dead_peer(listener, accepted, s
         wait_until(lambda: accepted)
         for sock in (stream.socket, accepted[0].socket):
             assert {option: sock.getsockopt(*option) for option in KEEPALIVE} == KEEPALIVE
+
+
+def test_keepalives_follow_the_settings(no_leaks):
+    limits = replace(LIMITS, keepalive_idle_s=7, keepalive_interval_s=6, keepalive_count=5)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    with closing(net.listen(LOOPBACK, limits)) as listener:
+        with net.connect([endpoint_of(listener)], 5, limits) as stream:
+            for sock in (listener, stream.socket):
+                assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [7, 6, 5]
 
 
 def test_a_refused_connect_names_the_address_and_the_reason(no_leaks):

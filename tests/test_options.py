@@ -14,7 +14,7 @@ from nodepass_gevent import options
 from nodepass_gevent.config import Address, Config, Limits
 from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.tunnel_key import parse_key
-from nodepass_gevent.values import Pins
+from nodepass_gevent.values import Networks, Pins
 
 fuzz = settings(max_examples=300, deadline=None, database=None)
 URL = "server://:10101/127.0.0.1:8080"
@@ -72,6 +72,15 @@ TEXTS = {  # a value other than the default, as written and in Config
     "shutdown-timeout": ("0", 0),
     "log": ("warn", "warn"),
     "callers": ("13", 13),
+    "allow-users": ("10.0.0.0/8,::1", Networks.parse("10.0.0.0/8,::1")),
+    "deny-users": ("192.0.2.1", Networks.parse("192.0.2.1")),
+    "users-per-address": ("22", 22),
+    "udp-rate-per-address": ("23", 23),
+    "allow-clients": ("::/0", Networks.parse("::/0")),
+    "deny-clients": ("10.0.0.0/8", Networks.parse("10.0.0.0/8")),
+    "penalty-after": ("24", 24),
+    "penalty-first": ("25s", 25),
+    "penalty-longest": ("26m", 1560),
     "connect-timeout": ("1ms", 0.001),
     "target-timeout": ("2ms", 0.002),
     "first-line-timeout": ("3ms", 0.003),
@@ -88,6 +97,9 @@ TEXTS = {  # a value other than the default, as written and in Config
     "drain-linger": ("14ms", 0.014),
     "dead-intervals": ("15", 15),
     "dead-timeout": ("16s", 16),
+    "accept-pause": ("27ms", 0.027),
+    "accept-pause-longest": ("28s", 28),
+    "descriptor-reserve": ("29", 29),
     "keepalive-idle": ("17s", 17),
     "keepalive-interval": ("18s", 18),
     "keepalive-count": ("19", 19),
@@ -300,6 +312,11 @@ def test_a_file_without_a_url_is_refused(write):
         ),
         ([URL], {"NODEPASS_PIN": "ab"}, "pin: 'ab' is not a pin: sha256: and 64 hexadecimal digits, or sha256// and b"),
         (["client://a:1/b:0"], {}, "url: 'client://a:1/b:0' dials 'b:0'; a client needs ports from 1 to 65535 [from c"),
+        (
+            [URL + "?allow-users=10.0.0.1/8"],
+            {},
+            "allow-users: '10.0.0.1/8' has bits behind its prefix; the network is written 10.0.0.0/8 [from URL query]",
+        ),
         ([URL, "--sem-limit", "5"], {}, "unknown option or argument '--sem-limit' (did you mean '--semaphore-limit'?)"),
         (
             [URL, "--semaphore_limit=5"],
@@ -596,6 +613,15 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "service-cooldown = 5s                    # default",
         "shutdown-timeout = 5s                    # default",
         "log = warn                               # command line",
+        "# allow-users =                          # default: all",
+        "# deny-users =                           # default: none",
+        "users-per-address = 0                    # default",
+        "udp-rate-per-address = 0                 # default",
+        "# allow-clients =                        # default: all",
+        "# deny-clients =                         # default: none",
+        "penalty-after = 3                        # default",
+        "penalty-first = 5s                       # default",
+        "penalty-longest = 10m0s                  # default",
         "connect-timeout = 5s                     # default",
         "target-timeout = 5s                      # default",
         "first-line-timeout = 30s                 # default",
@@ -612,6 +638,9 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "drain-linger = 2s                        # default",
         "dead-intervals = 3                       # default",
         "dead-timeout = 15s                       # default",
+        "accept-pause = 50ms                      # default",
+        "accept-pause-longest = 1s                # default",
+        "descriptor-reserve = 16                  # default",
         "keepalive-idle = 20s                     # default",
         "keepalive-interval = 8s                  # default",
         "keepalive-count = 3                      # default",

@@ -10,8 +10,8 @@ from nodepass_gevent import options
 from nodepass_gevent.options import SETTINGS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.rst").read_text()
-COMMANDS = sorted(set(re.findall(r'^ +(nodepass "(?:server|client)://[^"]*")', README, re.MULTILINE)))
+README, SETTINGS_PAGE = (ROOT / "README.rst").read_text(), (ROOT / "docs" / "settings.rst").read_text()
+COMMANDS = sorted(set(re.findall(r'^ +(nodepass "(?:server|client)://[^"]*")', README + SETTINGS_PAGE, re.MULTILINE)))
 
 
 def setting_rows(text):
@@ -27,7 +27,7 @@ def setting_rows(text):
                     yield tuple(row[start:end].strip() for start, end in columns[:3])
 
 
-ROWS = [*setting_rows(README), *setting_rows((ROOT / "docs" / "settings.rst").read_text())]
+ROWS = [*setting_rows(README), *setting_rows(SETTINGS_PAGE)]
 
 
 def test_the_readme_shows_commands():

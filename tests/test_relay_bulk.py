@@ -264,6 +264,30 @@ def test_no_more_pipes_are_kept_than_the_limit():
     pipes.close()
 
 
+def test_there_are_no_more_pipes_than_the_most():
+    pipes = WatchedPipes()
+    pipes.most = 2
+    first, second = pipes.take(), pipes.take()
+    with pytest.raises(OSError, match="as many pipes as there may be"):
+        pipes.take()
+    pipes.give_back(first, 0)
+    assert pipes.take() == first
+    os.write(first[1], b"foreign")
+    pipes.give_back(first, len(b"foreign"))  # closed, so that there may be another one
+    third = pipes.take()
+    for pipe in (second, third):
+        pipes.give_back(pipe, 0)
+    pipes.close()
+
+
+def test_a_bulky_flow_that_gets_no_pipe_is_copied(start, pipes):
+    pipes.most = 0
+    user, target, greenlet = start()
+    assert carries(user, target)
+    assert end(user, target, greenlet) == (len(BULK), 0, None)
+    assert pipes.taken == 0
+
+
 def test_a_pipe_that_holds_bytes_is_closed():
     pipes = WatchedPipes()
     before = open_pipes()

@@ -6,7 +6,7 @@ import random
 import socket
 
 import pytest
-from support import LOOPBACK, bounded, is_reset, read_all, read_exactly, wait_until
+from support import LOOPBACK, bounded, is_reset, out_of_descriptors, read_all, read_exactly, wait_until
 from tunnel import dial, is_served, read_line, without_offer
 
 from nodepass_gevent.config import Address, Config
@@ -219,3 +219,17 @@ def test_a_server_on_every_interface_serves_both_families(serve, connect):
     for host in ("127.0.0.1", "::1"):
         with socket.create_connection((host, running.public), 5) as user:
             assert is_served(user, client.join())
+
+
+@pytest.mark.parametrize("port", ["public", "tunnel"])
+def test_out_of_descriptors_a_listener_pauses_as_the_settings_say_and_recovers(serve, connect, port):
+    running = serve(accept_pause_s=0.001, accept_pause_longest_s=0.002)
+    client = connect(running).join().known()
+    with socket.socket() as caller:
+        with out_of_descriptors():
+            caller.connect(("127.0.0.1", getattr(running, port)))
+            wait_until(lambda: running.counters.accept_pauses >= 30)  # with the defaults that takes half a minute
+        if port == "public":
+            assert is_served(caller, client)
+        else:
+            assert read_line(caller)

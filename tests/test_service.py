@@ -312,19 +312,6 @@ def test_an_error_in_a_greenlet_is_logged_and_ends_no_other():
         assert running.wait() == 0
 
 
-def test_the_soft_descriptor_limit_is_raised_to_the_hard_one():
-    code = """
-_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
-role = Role()
-role.work = lambda: log.info("limits %d %d", *resource.getrlimit(resource.RLIMIT_NOFILE))
-"""
-    with script(code) as running:
-        running.wait_for("limits")
-        soft, hard = re.search(r"limits (\d+) (\d+)", running.said).groups()
-        assert soft == hard
-
-
 def test_starting_unpatched_is_refused_and_does_not_hang():
     with script("role = Role()", patch="") as running:
         assert running.wait() == 1

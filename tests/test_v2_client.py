@@ -77,6 +77,11 @@ def test_a_server_without_pings_is_declared_dead_after_three_intervals(v2):
     assert isinstance(ended, SessionLost) and "silent for 3 s" in str(ended)
 
 
+def test_a_server_without_pings_is_given_as_many_intervals_as_are_set(v2):
+    v2.run(dead_intervals=1).welcome(interval_s=1)
+    assert "silent for 1 s" in str(v2.server.ended())
+
+
 def test_need_makes_it_dial_beyond_its_capacity_at_once(v2):
     v2.run().welcome()
     v2.join(b"00000000")

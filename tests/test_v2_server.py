@@ -210,6 +210,28 @@ def test_a_second_client_is_told_busy_and_the_first_goes_on(serve, connect, call
     assert is_served(connect(running, "user"), first)
 
 
+def test_those_who_are_told_busy_and_do_not_go_are_bounded(serve, call, said):
+    running = serve(callers=2, drain_linger_s=60)
+    call(running)
+    refused = [call(running, source=ELSEWHERE) for _ in range(5)]
+    assert all(caller.welcome == b"//?why=busy#bye" for caller in refused)
+    wait_until(lambda: sum("too many callers" in line for line in said.lines) == 3)
+
+
+def test_callers_at_the_clients_address_are_bounded_by_the_room_in_its_pool(serve, call):
+    running = serve(callers=2, min_pool_capacity=1, max_pool_capacity=4, opening_timeout_s=60, caller_timeout_s=60)
+    client = call(running).join(3)
+    wait_until(lambda: len(running.server._clients.current().pool) == 3)
+    silent = [dial(running.tunnel) for _ in range(6)]
+    for caller in silent:
+        read_line(caller)
+    wait_until(lambda: running.counters.callers_refused == 3)  # one has a place in the pool, two are in the table
+    assert sum(map(quiet, silent)) == 3
+    for caller in silent:
+        caller.close()
+    client.join()
+
+
 def test_a_client_that_comes_back_is_taken_at_once(serve, connect, call):
     running = serve()
     call(running).join().close()
@@ -233,6 +255,19 @@ def test_a_client_that_does_not_answer_pings_is_declared_dead(serve, call, said)
     assert said.find("connected, profile v2")
     wait_until(lambda: said.find(r"WARNING client .*: control channel lost: silent for 3 s"), 9)
     assert read_all(client.control).strip(b"\n") == b""
+
+
+def test_a_client_is_given_as_many_intervals_as_are_set(serve, call, said):
+    client = call(serve(report_interval_s=0.3, dead_intervals=1))
+    wait_until(lambda: said.find(r"WARNING client .*: control channel lost: silent for 1 s"))
+    assert read_all(client.control).strip(b"\n") == b""
+
+
+def test_bytes_that_a_client_does_not_acknowledge_end_its_session_after_the_time_that_is_set(serve, call):
+    running = serve(tcp_user_timeout_s=1.5)
+    call(running)
+    control = running.server._clients.current().stream.socket
+    assert control.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
 
 
 def test_unknown_signals_are_counted_and_passed_over(serve, connect, call):

@@ -9,12 +9,14 @@ from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.values import (
     SHOWN,
     Address,
+    Networks,
     Pins,
     did_you_mean,
     format_duration,
     parse_duration,
     printable,
     shown,
+    unmapped,
 )
 
 HEX = "4e07408562bedb8b60ce05c1decfe3ad16b72230967de01f640b7e4729b49fce"
@@ -150,6 +152,77 @@ def test_any_text_is_an_address_or_a_config_error(text):
         assert str(exc).isprintable()
     else:
         assert Address.parse(str(address)) == address
+
+
+# Networks
+
+NETWORKS = [
+    ("192.0.2.1", "192.0.2.1", ["192.0.2.1", "::ffff:192.0.2.1"], ["192.0.2.2", "::192.0.2.1"]),
+    ("10.0.0.0/8", "10.0.0.0/8", ["10.255.0.1", "::ffff:10.0.0.1"], ["11.0.0.1", "::1"]),
+    ("2001:db8::/32", "2001:db8::/32", ["2001:db8:ffff::1"], ["2001:db9::1", "1.2.3.4"]),
+    ("2001:DB8:0:0::1", "2001:db8::1", ["2001:db8::1"], ["2001:db8::2"]),
+    ("fe80::/10", "fe80::/10", ["fe80::1%lo", "fe80::1"], ["fec0::1"]),
+    ("::ffff:10.0.0.0/104", "10.0.0.0/8", ["10.1.1.1", "::ffff:10.1.1.1"], ["11.0.0.1", "::1"]),
+    ("::ffff:10.0.0.1", "10.0.0.1", ["10.0.0.1"], ["10.0.0.2"]),
+    ("0.0.0.0/0", "0.0.0.0/0", ["1.2.3.4", "::ffff:1.2.3.4"], ["::1"]),
+    ("::/0", "::/0", ["::1"], ["1.2.3.4", "::ffff:1.2.3.4"]),
+    ("10.0.0.0/255.0.0.0", "10.0.0.0/8", ["10.0.0.1"], ["11.0.0.1"]),
+    ("192.0.2.1, ::1 ,10.0.0.0/8", "192.0.2.1,::1,10.0.0.0/8", ["::1", "10.0.0.1"], ["192.0.2.2"]),
+]
+
+
+@pytest.mark.parametrize(("text", "canonical", "inside", "outside"), NETWORKS)
+def test_networks_are_parsed_and_printed_and_hold_what_they_name(text, canonical, inside, outside):
+    networks = Networks.parse(text)
+    assert str(networks) == canonical
+    assert Networks.parse(canonical) == networks
+    assert [unmapped(host) in networks for host in inside] == [True] * len(inside)
+    assert [unmapped(host) in networks for host in outside] == [False] * len(outside)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("10.0.0.1/8", "'10.0.0.1/8' has bits behind its prefix; the network is written 10.0.0.0/8"),
+        ("::1,2001:db8::1/32", "'2001:db8::1/32' has bits behind its prefix; the network is written 2001:db8::/32"),
+        ("", "'' is neither an address nor a network such as 192.0.2.0/24 or 2001:db8::/32"),
+        ("10.0.0.1,", "'' is neither"),
+        ("localhost", "'localhost' is neither"),
+        ("10.0.0.0/33", "'10.0.0.0/33' is neither"),
+        ("10.0.0", "'10.0.0' is neither"),
+        ("10.0.0.01", "'10.0.0.01' is neither"),
+        ("[::1]", "'[::1]' is neither"),
+        ("10.0.0.1:80", "'10.0.0.1:80' is neither"),
+        ("10.0.0.1 10.0.0.2", "'10.0.0.1 10.0.0.2' is neither"),
+        ("10.0.0.0/8/8", "'10.0.0.0/8/8' is neither"),
+        ("fe80::1%lo/64", "is neither"),
+        ("10.0.0.1\n", "'10.0.0.1\\n' is neither"),
+        ("x" * 5000, "is neither"),
+    ],
+)
+def test_wrong_networks_are_refused_with_the_reason(text, why):
+    with pytest.raises(ConfigError) as caught:
+        Networks.parse(text)
+    assert why in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@fuzz
+@given(st.lists(st.ip_addresses(network="::/0") | st.ip_addresses(v=4), min_size=1, max_size=4))
+def test_any_address_is_in_the_network_of_itself(addresses):
+    networks = Networks.parse(",".join(map(str, addresses)))
+    assert all(unmapped(str(address)) in networks for address in addresses)
+
+
+@fuzz
+@given(st.text() | st.text("0123456789.:/,af% "))
+def test_any_text_is_networks_or_a_config_error(text):
+    try:
+        networks = Networks.parse(text)
+    except ConfigError as exc:
+        assert str(exc).isprintable()
+    else:
+        assert Networks.parse(str(networks)) == networks
 
 
 # Durations: the rows are those of Go's own tests where they fit

@@ -1,0 +1,96 @@
+"""The budget of descriptors: what the tunnels of this process can need at most, and what they get.
+
+Every user, data connection and caller is a descriptor, and a listener that finds none left can only let people wait. So
+the limits are made to fit what the system allows before anything runs, all in the same proportion, and what was lowered
+is told. Pipes, which only make bulky exchanges cheaper, get what is left.
+"""
+
+import os
+import resource
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .config import Config, setting_name
+from .errors import ConfigError
+
+EVENT_LOOP = 4  # epoll, and how it is woken
+PER_USER = 2  # the user or the target, and the data connection
+LISTENERS, CONTROL = 4, 2  # tunnel, data, public twice; a control channel, and one that takes its place
+LEAST = {"semaphore_limit": 4, "max_pool_capacity": 4, "callers": 4}  # below that it would be no service
+WHOLE = 1000  # shares are per mille
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fits: the tunnels with their limits, what to tell about it, and the most pipes."""
+
+    configs: tuple[Config, ...]
+    warnings: tuple[str, ...]
+    pipes: int
+
+
+def allowed() -> int:
+    """Raise the soft limit of open files to the hard one, and give it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def taken() -> int:
+    """Count the descriptors that are open already, and those that the event loop takes."""
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sum(int(name) < most for name in os.listdir("/proc/self/fd")) + EVENT_LOOP  # higher ones do not count
+
+
+def plan(configs: Sequence[Config], allowed: int, taken: int) -> Budget:
+    """Lower limits until all tunnels fit; ConfigError when not even the least does."""
+    reserve = max(config.limits.descriptor_reserve for config in configs)
+    room = allowed - taken - reserve
+
+    def need(share: int) -> int:
+        return sum(_need(_lowered(config, share)) for config in configs)
+
+    if need(0) > room:
+        least = need(0) + taken + reserve
+        raise ConfigError(f"open files: {allowed} are allowed, and these tunnels need {least} at least; {_HINT}")
+    share = bisect_right(range(WHOLE + 1), room, key=need) - 1
+    lowered = tuple(_lowered(config, share) for config in configs)
+    warnings = [_tell(before, after) for before, after in zip(configs, lowered, strict=True) if after != before]
+    if warnings:
+        wanted = need(WHOLE) + taken + reserve
+        warnings.insert(0, f"open files: {allowed} are allowed, and {wanted} would be needed; {_HINT}")
+    return Budget(lowered, tuple(warnings), (room - need(share)) // 2)
+
+
+_HINT = "raise the hard limit (ulimit -Hn, LimitNOFILE)"
+
+
+def _need(config: Config) -> int:
+    need = PER_USER * config.semaphore_limit + config.max_pool_capacity + CONTROL
+    if config.role == "server":
+        need += LISTENERS + 2 * config.limits.callers  # on the tunnel port, and held on the data port
+    return need
+
+
+def _lowered(config: Config, share: int) -> Config:
+    """Give a tunnel its share of each limit, and no less than the least that was not asked for lower."""
+
+    def part(name: str) -> int:
+        value = config.value(name)
+        return max(value * share // WHOLE, min(value, LEAST[name]))
+
+    most = part("max_pool_capacity")
+    return replace(
+        config,
+        semaphore_limit=part("semaphore_limit"),
+        max_pool_capacity=most,
+        min_pool_capacity=min(config.min_pool_capacity, most),
+        limits=replace(config.limits, callers=part("callers")) if config.role == "server" else config.limits,
+    )
+
+
+def _tell(before: Config, after: Config) -> str:
+    names = [name for name in (*LEAST, "min_pool_capacity") if after.value(name) != before.value(name)]
+    changes = [f"{setting_name(name)} from {before.value(name)} to {after.value(name)}" for name in names]
+    return f"{f'tunnel {before.name}: ' if before.name else ''}lowered: {', '.join(changes)}"

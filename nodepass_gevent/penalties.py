@@ -1,0 +1,76 @@
+"""Addresses that gave wrong proofs of the tunnel key, and how long each is kept out. Touches no socket.
+
+The first few wrong proofs cost nothing: keys are mistyped and rotated. From ``penalty-after`` on each keeps the address
+out, for ``penalty-first`` and then twice as long each time, up to ``penalty-longest``; it is forgotten when it has been
+good for that long. Both tables are bounded, and a crowd of addresses with one wrong proof each, which are cheap to
+have, cannot push those out that are kept out.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .config import Limits
+
+log = logging.getLogger(__name__)
+
+TABLE = 8192  # addresses in each table; about 2 MiB when full
+MAX_DOUBLINGS = 40  # more is longer than any penalty can be
+
+
+@dataclass(slots=True)
+class _Offender:
+    wrong: int  # proofs, in a row
+    until: float  # it is kept out; past: it has been good since then
+
+
+class Penalties:
+    """Who is kept out, by address as ``net.peer_key`` gives it. ``exempt`` are addresses with a live session."""
+
+    def __init__(
+        self, limits: Limits, exempt: Callable[[str], object], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limits = limits
+        self._exempt = exempt
+        self._clock = clock
+        self._suspects: dict[str, _Offender] = {}  # not kept out so far; both in the order of the last wrong proof
+        self._punished: dict[str, _Offender] = {}
+
+    def report(self, key: str) -> None:
+        """Note a wrong proof from an address, and keep it out when that is one too many."""
+        limits, now = self._limits, self._clock()
+        if not limits.penalty_after or self._exempt(key):
+            return
+        offender = self._suspects.pop(key, None) or self._punished.pop(key, None)
+        if offender is None or now - offender.until > limits.penalty_longest_s:
+            offender = _Offender(0, now)
+        offender.wrong += 1
+        doublings = offender.wrong - limits.penalty_after
+        if doublings < 0:
+            offender.until = now
+            _keep(self._suspects, key, offender)
+            return
+        penalty_s = min(limits.penalty_first_s * 2 ** min(doublings, MAX_DOUBLINGS), limits.penalty_longest_s)
+        offender.until = now + penalty_s
+        _keep(self._punished, key, offender)
+        log.warning(
+            "address %s is kept out for %g s: wrong proofs of the tunnel key: %d", key, penalty_s, offender.wrong
+        )
+
+    def keeps_out(self, key: str) -> bool:
+        """Whether a caller from this address is to be closed at once."""
+        offender = self._punished.get(key)
+        return offender is not None and self._clock() < offender.until and not self._exempt(key)
+
+    def forgive(self, key: str) -> None:
+        """Forget an address that has proven the key."""
+        self._suspects.pop(key, None)
+        self._punished.pop(key, None)
+
+
+def _keep(table: dict[str, _Offender], key: str, offender: _Offender) -> None:
+    """Note an address as the last one; the first one goes when there are too many."""
+    table[key] = offender
+    if len(table) > TABLE:
+        del table[next(iter(table))]

@@ -1,0 +1,161 @@
+"""Every setting in one table: what it is called in each source, how its text is read, and what it means.
+
+Defaults and allowed values are those of Config and its Limits; a new setting is a field there and a row here.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .config import Config, Limits, setting_name, setting_text
+from .errors import ConfigError
+from .tunnel_key import parse_key
+from .values import Networks, Pins, parse_duration, shown
+
+
+def parse_integer(text: str) -> int:
+    """Parse a number as operators write it; raise ConfigError."""
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise ConfigError(f"{shown(text)} is not a whole number")
+    return int(text)
+
+
+_FIELDS = {each.name: each for each in (*fields(Config), *fields(Limits))}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table."""
+
+    field: str  # of Config or of its Limits
+    env: str
+    read: Callable[[str], Any]  # text -> the field's value, or ConfigError
+    value: str  # what the help calls the value, where Config has no list of choices
+    group: str
+    help: str
+    unset: str = "none"  # what the default is called where it is no value
+    secret: bool = False  # its value stands in no error
+
+    @property
+    def name(self) -> str:
+        """What the option, the query key and the file key are called."""
+        return setting_name(self.field)
+
+    @property
+    def metavar(self) -> str:
+        choices = _FIELDS[self.field].metadata.get("choices", ()) if self.field in _FIELDS else ()
+        return "|".join(str(choice) for choice in choices) or self.value
+
+    @property
+    def default(self) -> str:
+        default = _FIELDS[self.field].default if self.field in _FIELDS else None
+        return self.unset if default is None else setting_text(self.field, default)
+
+
+_ADDRESSES, _TLS, _POOL = "addresses and mode", "TLS", "pool and limits"
+_TIMING, _LOGS = "timing", "logs"
+_ACCESS = "who may come in"
+_DEADLINES, _SOCKETS = "deadlines (seldom changed)", "sockets (seldom changed)"
+
+# fmt: off
+SETTINGS = (
+    Setting("url", "NODEPASS_URL", str, "URL", _ADDRESSES, "the tunnel, like the argument URL"),
+    Setting("network", "NODEPASS_NETWORK", str, "", _ADDRESSES, "what the tunnel carries"),
+    Setting("protocol", "NODEPASS_PROTOCOL", str, "", _ADDRESSES, "profile of the wire protocol"),
+    Setting("proxy_protocol", "NODEPASS_PROXY_PROTOCOL", parse_integer, "", _ADDRESSES,
+            "client: version of the PROXY protocol by which the target is told the user's address, 0 for none"),
+    Setting("data_port", "NODEPASS_DATA_PORT", parse_integer, "PORT", _ADDRESSES,
+            "server: port of v1 data connections", unset="any free one"),
+    Setting("tls", "NODEPASS_TLS", parse_integer, "", _TLS,
+            "0 plain, 1 encrypted, 2 with a certificate that is verified; client: the least it accepts"),
+    Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "own certificate and its chain, PEM"),
+    Setting("key", "NODEPASS_KEY", str, "FILE", _TLS, "the private key that fits it, PEM"),
+    Setting("ca", "NODEPASS_CA", str, "FILE", _TLS,
+            "authorities, PEM; client: in place of the system's; server: clients need a certificate of theirs"),
+    Setting("sni", "NODEPASS_SNI", str, "NAME", _TLS, "client: name in the certificate, unless that of the URL"),
+    Setting("pin", "NODEPASS_PIN", Pins.parse, "SHA256,...", _TLS, "client: digests of public keys, one the server's"),
+    Setting("tunnel_key_file", "NODEPASS_TUNNEL_KEY_FILE", str, "FILE", _TLS,
+            "file of the key that both sides must have; two lines while it is changed"),
+    Setting("tunnel_key", "TUNNEL_KEY", parse_key, "KEY", _TLS,
+            "the key itself; as an option or in the URL it is visible in ps", secret=True),
+    Setting("tunnel_name", "NODEPASS_TUNNEL_NAME", str, "NAME", _TLS, "goes into the key: the same at both ends"),
+    Setting("semaphore_limit", "SEMAPHORE_LIMIT", parse_integer, "N", _POOL, "users served at once"),
+    Setting("min_pool_capacity", "MIN_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, least"),
+    Setting("max_pool_capacity", "MAX_POOL_CAPACITY", parse_integer, "N", _POOL, "data connections kept ready, most"),
+    Setting("udp_data_buf_size", "UDP_DATA_BUF_SIZE", parse_integer, "BYTES", _POOL, "largest datagram of v1"),
+    Setting("callers", "NODEPASS_CALLERS", parse_integer, "N", _POOL,
+            "server: callers on the tunnel port that are not known yet"),
+    Setting("udp_read_timeout_s", "UDP_READ_TIMEOUT", parse_duration, "TIME", _TIMING, "wait for a reply, v1"),
+    Setting("report_interval_s", "REPORT_INTERVAL", parse_duration, "TIME", _TIMING, "between two keep-alives"),
+    Setting("reload_interval_s", "RELOAD_INTERVAL", parse_duration, "TIME", _TIMING, "between looks at crt, key, ca"),
+    Setting("service_cooldown_s", "SERVICE_COOLDOWN", parse_duration, "TIME", _TIMING, "longest pause before a retry"),
+    Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
+    Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
+    Setting("allow_users", "NODEPASS_ALLOW_USERS", Networks.parse, "NETWORKS", _ACCESS,
+            "server: networks of users, comma-separated; all others are kept out", unset="all"),
+    Setting("deny_users", "NODEPASS_DENY_USERS", Networks.parse, "NETWORKS", _ACCESS,
+            "server: networks whose users are kept out, even if allowed"),
+    Setting("users_per_address", "NODEPASS_USERS_PER_ADDRESS", parse_integer, "N", _ACCESS,
+            "server: TCP users at once from one address (IPv6: /64); 0: no limit"),
+    Setting("udp_rate_per_address", "NODEPASS_UDP_RATE_PER_ADDRESS", parse_integer, "N", _ACCESS,
+            "server: datagrams per second from one address (IPv6: /64); 0: no limit"),
+    Setting("allow_clients", "NODEPASS_ALLOW_CLIENTS", Networks.parse, "NETWORKS", _ACCESS,
+            "server: networks of clients; all others are kept out", unset="all"),
+    Setting("deny_clients", "NODEPASS_DENY_CLIENTS", Networks.parse, "NETWORKS", _ACCESS,
+            "server: networks whose clients are kept out, even if allowed"),
+    Setting("penalty_after", "NODEPASS_PENALTY_AFTER", parse_integer, "N", _ACCESS,
+            "server: wrong proofs of the tunnel key from which on an address is kept out; 0: never"),
+    Setting("penalty_first_s", "NODEPASS_PENALTY_FIRST", parse_duration, "TIME", _ACCESS,
+            "server: for that long, and twice as long each time"),
+    Setting("penalty_longest_s", "NODEPASS_PENALTY_LONGEST", parse_duration, "TIME", _ACCESS,
+            "server: and no longer than that"),
+    Setting("connect_timeout_s", "NODEPASS_CONNECT_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: a dial of the server"),
+    Setting("target_timeout_s", "NODEPASS_TARGET_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: a dial of the target"),
+    Setting("first_line_timeout_s", "NODEPASS_FIRST_LINE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: wait for the server's first line"),
+    Setting("opening_timeout_s", "NODEPASS_OPENING_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "server: for a caller that has begun to say what it is; client: for the welcome"),
+    Setting("caller_timeout_s", "NODEPASS_CALLER_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "server: for a caller that is silent and proves nothing"),
+    Setting("tls_handshake_timeout_s", "NODEPASS_TLS_HANDSHAKE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "a TLS handshake"),
+    Setting("authentication_timeout_s", "NODEPASS_AUTHENTICATION_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "server: for a proof of the tunnel key"),
+    Setting("takeover_timeout_s", "NODEPASS_TAKEOVER_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "server: a client that answers no ping gives way to another one with the tunnel key"),
+    Setting("id_timeout_s", "NODEPASS_ID_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: wait for a data connection's id; server: for its acknowledgement by a v1 client"),
+    Setting("pool_wait_s", "NODEPASS_POOL_WAIT", parse_duration, "TIME", _DEADLINES,
+            "a user waits for a data connection, and a launch for the one it names"),
+    Setting("half_closed_timeout_s", "NODEPASS_HALF_CLOSED_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "silence of an exchange that has ended in one direction"),
+    Setting("idle_timeout_s", "NODEPASS_IDLE_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "silence of an exchange in both directions; 0: for ever"),
+    Setting("udp_session_timeout_s", "NODEPASS_UDP_SESSION_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "silence of a UDP session in both directions"),
+    Setting("drain_linger_s", "NODEPASS_DRAIN_LINGER", parse_duration, "TIME", _DEADLINES,
+            "wait for the peer's end behind our last word"),
+    Setting("dead_intervals", "NODEPASS_DEAD_INTERVALS", parse_integer, "N", _DEADLINES,
+            "keep-alive intervals of silence after which a control channel is dead"),
+    Setting("dead_timeout_s", "NODEPASS_DEAD_TIMEOUT", parse_duration, "TIME", _DEADLINES,
+            "client: and at least that long, towards a v1 server"),
+    Setting("accept_pause_s", "NODEPASS_ACCEPT_PAUSE", parse_duration, "TIME", _SOCKETS,
+            "server: of a listener that is out of descriptors or memory; doubles"),
+    Setting("accept_pause_longest_s", "NODEPASS_ACCEPT_PAUSE_LONGEST", parse_duration, "TIME", _SOCKETS,
+            "server: and no longer than that"),
+    Setting("descriptor_reserve", "NODEPASS_DESCRIPTOR_RESERVE", parse_integer, "N", _SOCKETS,
+            "open files that neither users nor peers may take"),
+    Setting("keepalive_idle_s", "NODEPASS_KEEPALIVE_IDLE", parse_duration, "TIME", _SOCKETS,
+            "silence before the first TCP keepalive"),
+    Setting("keepalive_interval_s", "NODEPASS_KEEPALIVE_INTERVAL", parse_duration, "TIME", _SOCKETS,
+            "between two TCP keepalives without an answer"),
+    Setting("keepalive_count", "NODEPASS_KEEPALIVE_COUNT", parse_integer, "N", _SOCKETS,
+            "TCP keepalives without an answer that end a connection"),
+    Setting("tcp_user_timeout_s", "NODEPASS_TCP_USER_TIMEOUT", parse_duration, "TIME", _SOCKETS,
+            "bytes of a control channel without an acknowledgement end it"),
+)
+# fmt: on
+BY_NAME = {setting.name: setting for setting in SETTINGS}
