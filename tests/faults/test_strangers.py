@@ -40,10 +40,10 @@ def enough_descriptors():
 class Strangers:
     """Callers of a port, each in one of the states; whoever is closed calls again, until the block ends."""
 
-    def __init__(self, port, said, count=STRANGERS):
+    def __init__(self, port, said, sources=SOURCES, count=STRANGERS):
         self.calls = 0
         self.stolen = []  # what was said to them but a first line, an answer to a hello, or an alert
-        self._port, self._said = port, said
+        self._port, self._said, self._sources = port, said, sources
         self._open = {}
         self._stopped = threading.Event()
         for number in range(count):
@@ -52,7 +52,7 @@ class Strangers:
 
     def _call(self, number):
         with contextlib.suppress(OSError):
-            sock = dial(self._port, SOURCES[number % len(SOURCES)], timeout=10)
+            sock = dial(self._port, self._sources[number % len(self._sources)], timeout=10)
             sock.setblocking(False)
             self._open[number] = sock
             self.calls += 1
@@ -116,6 +116,21 @@ def test_of_a_hundred_users_a_thousand_strangers_steal_none_and_slow_none(tunnel
             assert not strangers.stolen
         assert strangers.calls >= STRANGERS
         assert held <= 2 * 64 + 2 * 100 + 16, "strangers held, and the last users"
+
+
+@pytest.mark.fault(3, 29)
+@pytest.mark.parametrize("sources", [SOURCES, ["127.0.0.1"]], ids=["other addresses", "the client's address"])
+def test_of_a_hundred_users_strangers_steal_none_where_there_is_a_key(target, sources):
+    with Tunnel(target.address, 1, env={"TUNNEL_KEY": "a passphrase for this test"}) as tunnel:
+        assert tunnel.served(20) == 20
+        before = descriptors(tunnel.server)
+        with Strangers(tunnel.tunnel_port, list(STATES.values()), sources) as strangers:
+            with ThreadPoolExecutor(10) as users:
+                words = [b"user %d " % number + payload(2000, number) for number in range(100)]
+                assert list(users.map(lambda word: talk(tunnel.public, word, timeout=20), words)) == words
+            assert not strangers.stolen
+        assert strangers.calls >= STRANGERS
+        wait_until(lambda: descriptors(tunnel.server) <= before + 4, 15, "all strangers are forgotten")
 
 
 def crowd_before(tunnel, number_of):
