@@ -41,6 +41,7 @@ LIMITS = {
     "target_timeout_s": 2.0,
     "dead_timeout_s": 3.0,
     "drain_linger_s": 1.0,
+    "udp_session_timeout_s": 1.0,
 }
 SLACK = 3  # on deadlines set short
 SETTLED_S = 10.0  # the last of what a test opened has timed out by then

@@ -128,7 +128,7 @@ def test_late_and_second_answers_reach_no_other_user(udp, target, profile):
         time.sleep(0.01)
         return [datagram, datagram]
 
-    tunnel = udp(profile)
+    tunnel = udp(profile, SEMAPHORE_LIMIT="256")
     target.udp.behaviour = twice_and_late
     try:
         for number in range(50):

@@ -231,7 +231,8 @@ def answer(target):
 
 def flood_and_recover(address, datagram, recover=lambda: None):
     """Send far more datagrams than there are slots: TCP goes on meanwhile, and UDP is answered after `recover()`."""
-    with tunnel(address, SEMAPHORE_LIMIT="8", UDP_READ_TIMEOUT="200ms", **FIXED_POOL) as both:
+    quick = {"UDP_READ_TIMEOUT": "200ms", "NODEPASS_UDP_SESSION_TIMEOUT": "500ms"}
+    with tunnel(address, SEMAPHORE_LIMIT="8", **quick, **FIXED_POOL) as both:
         processes = (both.server, both.client)
         fds = [steady_fds(process) for process in processes]
         with datagram_user(both.public, timeout=1.0) as user:
