@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 
 from gevent.event import Event
 
 from . import wire
-from .errors import LaunchFailed, NoDataConnection, PeerLeft, SessionEnded, SessionLost
+from .errors import LaunchFailed, NoDataConnection, PeerLeft, PeerSilent, SessionEnded, SessionLost
 from .forward import Abortable
 from .metrics import Counters
 from .pool import AcceptingPool
@@ -55,12 +55,14 @@ class Signals:
     def __init__(self, launched: MutableMapping[bytes, Abortable], counters: Counters) -> None:
         self.heard = Event()  # set by whatever comes
         self._lines = wire.Lines()
+        self._known: set[bytes] = set()  # what ran when it was last heard
         self._launched = launched
         self._counters = counters
 
     def receive(self, data: bytes) -> None:
         """Take what came on the control channel; ProtocolError for what is no line, PeerLeft at a bye."""
         self.heard.set()
+        self._known = set(self._launched)
         for line in self._lines.feed(data):
             match wire.parse_signal(line):
                 case Ping():
@@ -71,6 +73,14 @@ class Signals:
                     raise PeerLeft("it said bye")
                 case _:
                     self._counters.signals_unknown += 1
+
+    def forsake(self) -> None:
+        """End what was launched since the client was last heard, and has not been answered: nobody may be there.
+
+        A frozen client's kernel goes on acknowledging, so that nothing else would ever end its users.
+        """
+        for id in self._launched.keys() - self._known:
+            self._launched[id].abort(LaunchFailed("its client is silent"))
 
     def _fail(self, fail: Fail) -> None:
         """End the exchange of a launch that failed; not one that has been answered, whatever its peer says now."""
@@ -131,8 +141,8 @@ class Clients:
         self._by_session[session] = client
         self._came.set()
 
-    def serve(self, client: Client) -> None:
-        """Run a client's session to its end."""
+    def serve(self, client: Client, on_silence: Callable[[], None] = lambda: None) -> None:
+        """Run a client's session to its end; ``on_silence`` is called when that is its silence."""
         client.stream.fail_when_unacknowledged(self._tcp_user_timeout_s)
         log.info("client %s connected, profile v%d", client.stream, client.profile)
         try:
@@ -141,5 +151,7 @@ class Clients:
             log.info("client %s left: %s", client.stream, exc)
         except SessionLost as exc:
             log.warning("client %s: %s", client.stream, exc)
+            if isinstance(exc, PeerSilent):
+                on_silence()
         finally:
             self._by_session = {id: other for id, other in self._by_session.items() if other is not client}

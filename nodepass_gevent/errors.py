@@ -5,13 +5,14 @@
     ├── ProtocolError       a peer sent what the wire protocol does not allow
     ├── PolicyError         a peer is understood, and refused: TLS mode, certificate, name
     │   ├── CertificateRefused  by this side, within the TLS handshake
-    │   └── RefusedByPeer       the other way round; it is also the ConnectionError that it looks like
+    │   ├── RefusedByPeer       the other way round; it is also the ConnectionError that it looks like
     │   └── KeyMismatch         its proof of the tunnel key is wrong
     ├── PeerLeft            a peer ends the session in good order
     ├── LaunchFailed        the peer cannot make an exchange of a launch
     └── TunnelError         a wait ended without what it waited for
         ├── ConnectError        no connection to the named address
         ├── SessionLost         the control channel ended
+        │   ├── PeerSilent          by silence
         │   └── SessionEnded        in good order
         ├── PoolClosed          the session of this pool ended
         ├── NoDataConnection    none became ready in time
@@ -83,6 +84,10 @@ class SessionLost(TunnelError):
     def __init__(self, text: str, lived_s: float) -> None:
         super().__init__(text)
         self.lived_s = lived_s
+
+
+class PeerSilent(SessionLost):
+    """The control channel ended because nothing had come on it for too long."""
 
 
 class SessionEnded(SessionLost):

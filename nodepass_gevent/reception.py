@@ -252,7 +252,7 @@ class Reception:
             session.send(opening.format_server_proof(ServerProof(handshake.server_tag(id), welcome)))
         else:
             session.send(opening.format_welcome(welcome))
-        self._clients.serve(client)
+        self._clients.serve(client, signals.forsake)
 
     def _authenticate(
         self, control: Transport, clear: tuple[bytes, bytes], hello: Hello

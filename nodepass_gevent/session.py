@@ -15,7 +15,7 @@ import gevent
 from gevent.event import Event
 
 from . import wire
-from .errors import NodePassError, PeerLeft, PolicyError, ProtocolError, SessionEnded, SessionLost
+from .errors import NodePassError, PeerLeft, PeerSilent, PolicyError, ProtocolError, SessionEnded, SessionLost
 from .transport import Transport, reason, soon
 from .wire import Bye
 
@@ -103,7 +103,8 @@ class Session:
                 raise SessionEnded(str(how), time.monotonic() - started)
             if isinstance(how, PolicyError):
                 raise how
-            raise SessionLost(f"control channel lost: {how}", time.monotonic() - started)
+            lost = PeerSilent if isinstance(how, TimeoutError) else SessionLost
+            raise lost(f"control channel lost: {how}", time.monotonic() - started)
         except gevent.GreenletExit:  # an orderly stop on this side
             self._leave(*greenlets)
             raise
@@ -129,14 +130,14 @@ class Session:
         gevent.killall([reader, writer, pool])
         self.control.close()
 
-    def _read(self) -> str | NodePassError:
+    def _read(self) -> str | TimeoutError | NodePassError:
         while True:
             limit_s, data = self._silence_s(), None
             try:
                 with gevent.Timeout(limit_s, False):
                     data = self.control.recv_next(CHUNK)
                 if data is None:
-                    return f"silent for {limit_s:g} s"
+                    return TimeoutError(f"silent for {limit_s:g} s")
                 if not data:
                     return "closed by the peer"
                 self._receive(data)

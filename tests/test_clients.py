@@ -247,6 +247,27 @@ def test_when_no_other_connection_comes_the_user_is_reset(client, connect):
     data.close()
 
 
+# silence
+
+
+def test_a_client_that_falls_silent_loses_users_who_came_since_it_was_heard_and_no_others(client, connect):
+    client = client(3, report_interval_s=0.5, dead_intervals=1)
+    early = connect(client.running, "user")
+    _, earlier, _ = launch_of(client)
+    say(client, b"//x#later\n")
+    wait_until(lambda: client.running.counters.signals_unknown == 1)  # it is heard while that exchange runs
+    answered, late = (connect(client.running, "user") for _ in range(2))
+    (_, data, _), (_, unused, _) = launch_of(client), launch_of(client)
+    data.sendall(b"answer")
+    assert read_exactly(answered, 6) == b"answer"
+    assert is_reset(late) and is_reset(unused)  # nobody is heard any more
+    for user, other in ((early, earlier), (answered, data)):
+        other.sendall(b"still here")
+        assert read_exactly(user, 10) == b"still here"
+    for each in (earlier, data, unused):
+        each.close()
+
+
 # bye
 
 
