@@ -58,6 +58,7 @@ class Reception:
         self._keys = keys
         self._clients = clients
         self._penalties = penalties
+        self._awaited = 0  # callers from the address of the client that have said nothing yet
         self._joining = Joining(config, certificate, clients, self._held, counters, self._on_wrong_tag)
 
     # The tunnel port
@@ -158,10 +159,14 @@ class Reception:
         self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack
     ) -> Client | str:
         """Wait for what a caller says: SPEAKS, the v1 client that a silent one proved to be, or why it must go."""
-        if neighbour and neighbour.profile == 2 and self._joining.has_room(neighbour):
-            with self._joining.counted(), deadline(self._limits.opening_timeout_s, "opening"):
-                if not stream.seen(1):  # an honest client dials hundreds at once: they count in its own budget
-                    stream.wait_for_arrival()
+        if neighbour and neighbour.profile == 2 and neighbour.pool.room > self._awaited:
+            self._awaited += 1  # an honest client dials hundreds at once: they count in a budget of their own
+            try:
+                with deadline(self._limits.opening_timeout_s, "opening"):
+                    if not stream.seen(1):
+                        stream.wait_for_arrival()
+            finally:
+                self._awaited -= 1
             return SPEAKS
         caller = Caller(key, stream, gevent.getcurrent())
         unknown.enter_context((self._held if port is None else self._callers).noted(caller))

@@ -1,6 +1,7 @@
 """Target servers of the integration tests: threads, one behaviour at a time, and a record of what they saw."""
 
 import contextlib
+import errno
 import hashlib
 import socket
 import struct
@@ -137,6 +138,11 @@ class EchoTCP:
             try:
                 conn, peer = self._listener.accept()
             except TimeoutError:
+                continue
+            except OSError as exc:
+                if exc.errno != errno.EMFILE:
+                    raise
+                self._stopped.wait(0.01)  # a test has taken all descriptors of this process for a moment
                 continue
             conn.settimeout(CONNECTION_S)
             seen = Seen(peer)

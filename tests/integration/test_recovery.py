@@ -160,9 +160,10 @@ def test_a_user_whose_target_refuses_is_reset_at_once_and_the_reason_logged_at_t
                 assert is_reset_within(first, 10)
             began = time.monotonic()
             for _ in range(20):
-                with socket.create_connection(both.public, 10) as user:
-                    user.sendall(b"question")
-                    assert is_reset_within(user, 10)
+                with contextlib.suppress(ConnectionError):  # a reset that is there before the question
+                    with socket.create_connection(both.public, 10) as user:
+                        user.sendall(b"question")
+                        assert is_reset_within(user, 10)
             assert time.monotonic() - began < 2  # 100 ms for each: no deadline was waited out
             pattern = r"WARN  user 127\.0\.0\.1:\d+ reset: its peer could not begin the exchange: refused"
             both.server.wait_for_line(pattern)
