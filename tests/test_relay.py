@@ -1,6 +1,7 @@
 """The two-way copy over every pair of transports: ends, counts, back-pressure, failures."""
 
 import contextlib
+import gc
 import hashlib
 import os
 import random
@@ -362,3 +363,17 @@ def test_an_exchange_with_a_closed_end_is_an_error_and_no_crash(start):
     exchange.user.sendall(b"x")
     assert isinstance(exchange.outcome().error, OSError)
     wait_until(lambda: exchange.greenlet.ready())
+
+
+def test_an_exchange_leaves_nothing_for_the_garbage_collector(start):
+    gc.collect()
+    gc.disable()
+    try:
+        running = start(("plain", "plain"), NEVER_S)
+        running.user.shutdown_write()
+        running.target.shutdown_write()
+        assert running.outcome().error is None
+        left = [each for each in gc.get_objects() if isinstance(each, relay.Exchange | relay._Flow)]
+        assert not left
+    finally:
+        gc.enable()

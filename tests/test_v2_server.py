@@ -103,6 +103,29 @@ def test_users_are_launched_on_data_connections_of_the_tunnel_port(serve, connec
     assert is_served(connect(running, "user"), client)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_data_connection_joins_whether_its_opening_is_there_at_accept_or_later(serve, connect, call, late):
+    client = call(serve())
+    line = b"//%b?v=2#data\n" % client.session
+    data = dial(client.running.tunnel)
+    if late:
+        read_line(data)  # the server has accepted it, and waits
+        data.sendall(line)
+    else:
+        data.sendall(line)
+        read_line(data)
+    client.idle[read_exactly(data, 8)] = data
+    assert is_served(connect(client.running, "user"), client)
+
+
+def test_a_data_connection_of_no_session_is_told_the_first_line_and_closed(serve, call):
+    client = call(serve())
+    with dial(client.running.tunnel) as data:
+        data.sendall(b"//%b?v=2#data\n" % (b"0" * 16))
+        assert is_gone(data)
+    assert client.running.counters.data_connections_refused == 1
+
+
 def test_bytes_behind_the_data_line_are_no_line(serve, call):
     client = call(serve())
     data = dial(client.running.tunnel)
