@@ -159,7 +159,7 @@ class Soak:
             self._ruled(flipped(at=self.rng.randrange(100_000)))
 
     def strangers(self):
-        with Strangers(self.tunnel.tunnel_port, list(STATES.values()), 300):
+        with Strangers(self.tunnel.tunnel_port, list(STATES.values()), count=300):
             time.sleep(2)
 
     def stalled_handshakes(self):
