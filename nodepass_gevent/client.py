@@ -33,9 +33,9 @@ CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, wire.UDP))
 class Client:
     """The role behind ``client://``. ``run`` is one session, to its end; exchanges outlive it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, before: "Client | None" = None) -> None:
         self.config = config
-        self.counters = Counters()
+        self.counters: Counters = before.counters if before else Counters()
         self.exchanges = Crew(config.semaphore_limit)
         self._keys = KeyRing(config)
         self._policy = ClientPolicy(
@@ -51,6 +51,9 @@ class Client:
         """Read certificate and key files again if they changed; the next session is begun with the first key."""
         self._policy.reload()
         self._keys.reload()
+
+    def retire(self) -> None:
+        """Leave nothing behind: exchanges need nothing of it."""
 
     def run(self) -> None:
         """Call the server and serve its launches; raises OSError or NodePassError when that ends."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from gevent.event import Event
 
 from . import wire
+from .config import Limits
 from .errors import LaunchFailed, NoDataConnection, PeerLeft, PeerSilent, SessionEnded, SessionLost
 from .forward import Abortable
 from .metrics import Counters
@@ -93,8 +94,8 @@ class Signals:
 class Clients:
     """All clients, from their admission to the end of their sessions."""
 
-    def __init__(self, tcp_user_timeout_s: float) -> None:
-        self._tcp_user_timeout_s = tcp_user_timeout_s
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
         self._by_session: dict[bytes, Client] = {}
         self._came = Event()
         self._closed = False
@@ -143,7 +144,7 @@ class Clients:
 
     def serve(self, client: Client, on_silence: Callable[[], None] = lambda: None) -> None:
         """Run a client's session to its end; ``on_silence`` is called when that is its silence."""
-        client.stream.fail_when_unacknowledged(self._tcp_user_timeout_s)
+        client.stream.fail_when_unacknowledged(self._limits.tcp_user_timeout_s)
         log.info("client %s connected, profile v%d", client.stream, client.profile)
         try:
             client.session.run()

@@ -78,6 +78,57 @@ def setting_text(field_name: str, value: Any) -> str:
     return format_duration(value) if field_name.endswith("_s") else str(value)
 
 
+class Checked:
+    """What Config and Process share: settings with rules, each with a source."""
+
+    sources: Mapping[str, str]
+
+    def value(self, field_name: str) -> Any:
+        """Give the value of a field."""
+        return getattr(self, field_name)
+
+    def source(self, setting: str) -> str:
+        """Name where a setting, by its dashed name, came from."""
+        return self.sources.get(setting, "default")
+
+    def fault(self, field_name: str, why: str) -> ConfigError:
+        """Make the error for a field: its name, its value, what is wrong, its source."""
+        name, value = (setting_name(field_name), setting_text(field_name, self.value(field_name)))
+        return ConfigError(f"{name}: {shown(value)} {why} [from {self.source(name)}]")
+
+    def _check_field(self, name: str, rule: Mapping[str, Any]) -> None:
+        value = self.value(name)
+        if "choices" in rule and value not in rule["choices"]:
+            hint = did_you_mean(value, rule["choices"]) if isinstance(value, str) else ""
+            raise self.fault(name, f"is not one of {', '.join(map(str, rule['choices']))}{hint}")
+        if "range" in rule and value is not None and not rule["range"][0] <= value <= rule["range"][1]:
+            low, high = (setting_text(name, bound) for bound in rule["range"])
+            raise self.fault(name, f"is not within {low} to {high}")
+        if "whole" in rule and value % 1:
+            raise self.fault(name, "is not a whole number of seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process(Checked):
+    """The settings of the whole process, whatever tunnels it runs."""
+
+    log_to: str = "stdout"  # stdout, stderr or a file
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            self._check_field(each.name, each.metadata)
+
+
+def is_live(field_name: str) -> bool:
+    """Whether a field of Config may change while its tunnel runs: the level of the log, and times.
+
+    Not those of keepalive, which accepted connections have from their listener.
+    """
+    timed = field_name.endswith("_s") and not field_name.startswith("keepalive_")
+    return timed or field_name in ("log", "dead_intervals", "penalty_after")
+
+
 ORDERED = (  # the first is at most the second
     ("min_pool_capacity", "max_pool_capacity"),
     ("penalty_first_s", "penalty_longest_s"),
@@ -86,8 +137,11 @@ ORDERED = (  # the first is at most the second
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """One tunnel's settings, checked. ``sources`` names where each setting came from, by setting name."""
+class Config(Checked):
+    """One tunnel's settings, checked. ``sources`` names where each setting came from, by setting name.
+
+    Frozen but for ``adopt``.
+    """
 
     role: str = _one_of("server", "client")
     tunnel: Address
@@ -120,7 +174,7 @@ class Config:
     reload_interval_s: float = _within(0.01, 8760 * 3600, 3600.0)
     service_cooldown_s: float = _within(0.001, 24 * 3600, 5.0)
     shutdown_timeout_s: float = _within(0, 24 * 3600, 5.0)  # 0: nobody is waited for
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)  # of its own, as ``adopt`` changes them
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -134,6 +188,23 @@ class Config:
             self._check_client()
         else:
             self._check_server()
+
+    def changes(self, other: "Config") -> list[str]:
+        """Name the fields in which ``other`` differs."""
+        return [name for name in _FIELDS if self.value(name) != other.value(name)]
+
+    def adopt(self, other: "Config") -> bool:
+        """Take over what differs in ``other`` when all of it may change in a running tunnel; else False, and nothing.
+
+        The one way in which a Config changes: all parts of the tunnel hold it, or its limits, and read them when due.
+        """
+        changed = self.changes(other)
+        if not all(map(is_live, changed)):
+            return False
+        for name in changed:
+            object.__setattr__(self if name in _OWN else self.limits, name, other.value(name))
+        object.__setattr__(self, "sources", other.sources)
+        return True
 
     @property
     def leave_s(self) -> float:
@@ -160,26 +231,6 @@ class Config:
         checks = ((2, "ca", self.ca), (2, "sni", self.sni), (1, "pin", self.pin), (1, "crt", self.crt))
         demands = [(self.tls, f"tls={self.tls}"), *((mode, name) for mode, name, value in checks if value)]
         return max(demands, key=lambda demand: demand[0])
-
-    def source(self, setting: str) -> str:
-        """Name where a setting, by its dashed name, came from."""
-        return self.sources.get(setting, "default")
-
-    def fault(self, field_name: str, why: str) -> ConfigError:
-        """Make the error for a field: its name, its value, what is wrong, its source."""
-        name, value = (setting_name(field_name), setting_text(field_name, self.value(field_name)))
-        return ConfigError(f"{name}: {shown(value)} {why} [from {self.source(name)}]")
-
-    def _check_field(self, name: str, rule: Mapping[str, Any]) -> None:
-        value = self.value(name)
-        if "choices" in rule and value not in rule["choices"]:
-            hint = did_you_mean(value, rule["choices"]) if isinstance(value, str) else ""
-            raise self.fault(name, f"is not one of {', '.join(map(str, rule['choices']))}{hint}")
-        if "range" in rule and value is not None and not rule["range"][0] <= value <= rule["range"][1]:
-            low, high = (setting_text(name, bound) for bound in rule["range"])
-            raise self.fault(name, f"is not within {low} to {high}")
-        if "whole" in rule and value % 1:
-            raise self.fault(name, "is not a whole number of seconds")
 
     def _check_order(self, least: str, most: str) -> None:
         if self.value(least) > self.value(most):
@@ -231,3 +282,7 @@ class Config:
             raise self.fault("data_port", "is the tunnel port already; give another one, or none")
         if self.tunnel.port and self.tunnel == self.target and self.network != "udp":
             raise self.fault("url", "names one address twice; the tunnel port and the public port must differ")
+
+
+_OWN = [each.name for each in fields(Config) if each.name not in ("limits", "sources")]
+_FIELDS = [*_OWN, *(each.name for each in fields(Limits))]

@@ -8,7 +8,7 @@ being one quote. No interpolation, no lists. Knows no setting: which keys there 
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
 import configargparse
@@ -43,19 +43,41 @@ class Section(NamedTuple):
 
 
 class Sections(NamedTuple):
-    """A whole file."""
+    """All that the files say."""
 
     defaults: list[Entry]
     tunnels: list[Section]
-    open_to_others: bool = False  # who is neither the file's owner nor root can read it
-
-    def entries(self) -> list[Entry]:
-        """Give the settings of all sections."""
-        return self.defaults + [entry for section in self.tunnels for entry in section.entries]
+    open_to_others: list[Entry]  # from files that can be read by more than their owner and root
 
 
-def read(path: str) -> Sections:
-    """Read and parse a config file; raise ConfigError."""
+def read(paths: Sequence[str]) -> Sections:
+    """Read config files, and every ``*.conf`` of directories by name, as if they were one; raise ConfigError."""
+    whole, seen = Sections([], [], []), dict[str, str]()
+    for path in _files(paths):
+        text, label, open_to_others = _read_one(path)
+        _parse_into(whole, seen, text, label)
+        if open_to_others:
+            entries = whole.defaults + [entry for section in whole.tunnels for entry in section.entries]
+            whole.open_to_others.extend(entry for entry in entries if entry.source.startswith(f"{label}:"))
+    return whole
+
+
+def _files(paths: Sequence[str]) -> Iterator[str]:
+    for path in paths:
+        if not os.path.isdir(path):
+            yield path
+            continue
+        try:
+            names = sorted(name for name in os.listdir(path) if name.endswith(".conf") and not name.startswith("."))
+        except OSError as exc:
+            raise ConfigError(f"config: cannot read the directory: {exc.strerror} [from {printable(path)}]") from exc
+        if not names:
+            raise ConfigError(f"config: no file in the directory ends in .conf [from {printable(path)}]")
+        yield from (os.path.join(path, name) for name in names)
+
+
+def _read_one(path: str) -> tuple[str, str, bool]:
+    """Give a file's text, what its entries are said to be from, and whether others can read it."""
     label = printable(path)
     try:
         with open(path, "rb") as file:
@@ -67,7 +89,7 @@ def read(path: str) -> Sections:
     if len(data) > MAX_FILE:
         raise ConfigError(f"config: the file is larger than {MAX_FILE} bytes [from file {label}]")
     try:
-        return parse(data.decode("utf-8-sig"), f"file {label}")._replace(open_to_others=open_to_others)
+        return data.decode("utf-8-sig"), f"file {label}", open_to_others
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"config: the file is not UTF-8 text [from file {label}:{line}]") from exc
@@ -75,8 +97,14 @@ def read(path: str) -> Sections:
 
 def parse(text: str, label: str) -> Sections:
     """Parse the text of a config file; ``label`` and the line number name each entry's source."""
-    sections = Sections([], [])
-    entries, seen = sections.defaults, set()
+    sections = Sections([], [], [])
+    _parse_into(sections, {}, text, label)
+    return sections
+
+
+def _parse_into(sections: Sections, seen: dict[str, str], text: str, label: str) -> None:
+    """Add what a file says to ``sections``; ``seen`` has the sources of the sections so far."""
+    entries = sections.defaults
     for number, line in enumerate(text.split("\n"), start=1):
         line, source = line.strip(_BLANK), f"{label}:{number}"
         if not line or line[0] in "#;":
@@ -86,14 +114,13 @@ def parse(text: str, label: str) -> Sections:
             continue
         name = _section_name(line, source)
         if name in seen:
-            raise ConfigError(f"section {shown(line)} is there twice [from {source}]")
-        seen.add(name)
+            raise ConfigError(f"section {shown(line)} is there twice; first in {seen[name]} [from {source}]")
+        seen[name] = source
         entries = []
         if name:
             sections.tunnels.append(Section(name, source, entries))
         else:
             entries = sections.defaults
-    return sections
 
 
 def _section_name(line: str, source: str) -> str:

@@ -14,7 +14,7 @@ Work = tuple[Callable[..., object] | None, tuple]  # nothing to do: the greenlet
 class Crew:
     """Runs functions, each in a greenlet that is its own until it returns; ``limit`` of them at once (None: no limit).
 
-    They must not raise. While ``draining`` the process is about to end, and what is idle should.
+    They must not raise. While ``draining`` no more are to come, and what is idle should end.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -48,8 +48,8 @@ class Crew:
         else:
             self._greenlets.spawn(self._work, (function, args))
 
-    def join(self, timeout_s: float) -> None:
-        """Wait until none runs, for ``timeout_s`` at most; from now on greenlets end with what they do."""
+    def join(self, timeout_s: float | None) -> None:
+        """Wait until none runs, for ``timeout_s`` at most (None: for ever); greenlets end with what they do."""
         self._spares = 0
         while self._spare:
             self._wake((None, ()))

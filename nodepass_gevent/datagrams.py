@@ -83,6 +83,14 @@ class DatagramIngress:
             else:
                 receiver.kill()
 
+    def end(self, why: str) -> None:
+        """End all sessions, and let the public socket go at once."""
+        for session in self._sessions.values():
+            session.end(why)
+        if self._leaving is not None:
+            self._leaving.kill(block=False)
+            self._leaving = None
+
     def datagram(self, datagram: bytes, reply: Reply) -> None:
         """Take a datagram of a user. Never blocks."""
         session = self._sessions.get(reply)

@@ -20,6 +20,7 @@ LEVELS = {
     "error": logging.ERROR,
     "fatal": logging.CRITICAL,
 }
+STREAMS = {"stdout": sys.stdout, "stderr": sys.stderr}
 MAX_QUEUED = 2000  # lines, about 200 KB
 FLUSH_TIMEOUT_S = 1.0  # how long the end of the process waits for a slow reader
 
@@ -29,9 +30,10 @@ _COLORS = {"DEBUG": "blue", "INFO": "green", "WARN": "yellow", "ERROR": "red", "
 class Writer(logging.Handler):
     """Format records where they are logged; write them to descriptor ``fd`` in a native thread."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, to: str) -> None:
         super().__init__()
-        self._fd = fd
+        self.to = to
+        self.fd = STREAMS[to].fileno() if to in STREAMS else _open(to)
         self._queue = monkey.get_original("queue", "SimpleQueue")()  # a native thread can wait on this one
         self._written = 0  # lines, by the thread
         self._queued = 0  # lines, by whoever logs
@@ -63,12 +65,19 @@ class Writer(logging.Handler):
         while self._written < self._queued and time.monotonic() < end:
             time.sleep(0.002)
 
+    def reopen(self) -> None:
+        """Open the file of that name anew, and write there; OSError."""
+        if self.to not in STREAMS:
+            new = _open(self.to)
+            os.dup2(new, self.fd, inheritable=False)  # at once, under the thread that writes
+            os.close(new)
+
     def _write_for_ever(self) -> None:
         while True:
             data = self._queue.get().encode("utf-8", "backslashreplace")
             try:
                 while data:
-                    data = data[os.write(self._fd, data) :]
+                    data = data[os.write(self.fd, data) :]
             except OSError:  # the reader is gone (EPIPE) or the disk is full: the tunnel goes on
                 pass
             self._written += 1
@@ -87,17 +96,35 @@ def formatter(colored: bool) -> logging.Formatter:
     )
 
 
-def setup(level: str) -> None:
-    """Send this package's log lines of ``level`` (a key of LEVELS) and above to standard output."""
+def setup(level: str, to: str = "stdout") -> None:
+    """Send this package's log lines of ``level`` (a key of LEVELS) and above to a stream or a file; OSError."""
     for name, number in (("WARN", logging.WARNING), ("FATAL", logging.CRITICAL)):
         logging.addLevelName(number, name)
     logger = logging.getLogger(__package__)
     logger.propagate = False
-    if not any(isinstance(handler, Writer) for handler in logger.handlers):
-        writer = Writer(sys.stdout.fileno())
-        writer.setFormatter(formatter(sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-        logger.addHandler(writer)
+    writers = _writers()
+    if not any(writer.to == to for writer in writers):
+        new = Writer(to)
+        new.setFormatter(formatter(os.isatty(new.fd) and not os.environ.get("NO_COLOR")))
+        logger.addHandler(new)
+        for writer in writers:
+            logger.removeHandler(writer)
+            writer.close()
     set_level(level)
+
+
+def reopen() -> None:
+    """Open the log's file anew: it was renamed, and its name is to be that of a new one."""
+    for writer in _writers():
+        writer.reopen()
+
+
+def _writers() -> list[Writer]:
+    return [handler for handler in logging.getLogger(__package__).handlers if isinstance(handler, Writer)]
+
+
+def _open(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
 
 
 def set_level(level: str) -> None:

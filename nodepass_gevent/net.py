@@ -114,6 +114,13 @@ def listen(address: Address, limits: Limits) -> RawSocket:
     return sock
 
 
+def duplicate(sock: RawSocket) -> RawSocket:
+    """Give a second descriptor of a socket: it stays open until both are closed."""
+    twin = RawSocket(sock.family, sock.type, sock.proto, os.dup(sock.fileno()))
+    twin.setblocking(False)
+    return twin
+
+
 def serve(
     listener: RawSocket,
     handle: Callable[[Stream], object],

@@ -6,6 +6,7 @@ What becomes of a caller is decided in ``reception``, what becomes of a user in 
 import errno
 import logging
 import random
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -34,16 +35,20 @@ DATA_PORTS = range(1024, 8192)  # where the original draws its data port
 PORT_DRAWS = 100  # tries to find a free one
 PAUSES_PER_WARNING = 60  # at most one a second: a warning a minute
 
+Bound = tuple[Address, int]  # an address as it is configured, and the type of socket
+
 
 class Server:
     """The role behind ``server://``. ``run`` serves until it fails or is killed; exchanges outlive it."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, before: "Server | None" = None) -> None:
         self.config = config
-        self.counters = Counters()
+        self.counters: Counters = before.counters if before else Counters()
+        self._sockets: dict[Bound, RawSocket] = {}  # that are open, by what they are bound to
+        self._inherited = before.duplicate_sockets() if before else {}  # of the one in whose place this one comes
         self.exchanges = Crew(config.semaphore_limit)
         self._certificate = ServerCertificate(config.crt, config.key, config.ca) if config.tls else None
-        self._clients = Clients(config.limits.tcp_user_timeout_s)
+        self._clients = Clients(config.limits)
         self._keys = KeyRing(config)
         self._admission = Admission(config, self.counters)
         self.penalties = Penalties(config.limits, self._clients.at)
@@ -60,6 +65,14 @@ class Server:
         if self._certificate:
             self._certificate.reload()
         self._keys.reload()
+
+    def duplicate_sockets(self) -> dict[Bound, RawSocket]:
+        """Give duplicates of the open sockets: who calls meanwhile waits for the one that gets them."""
+        return {bound: net.duplicate(sock) for bound, sock in self._sockets.items()}
+
+    def retire(self) -> None:
+        """End the UDP sessions: the public socket is another one's now, and the next datagram opens a session there."""
+        self._ingress.udp.end("the tunnel is given new settings")
 
     def run(self) -> None:
         """Listen and serve; raises OSError or ConnectError when an address cannot be had."""
@@ -79,8 +92,15 @@ class Server:
         """Open all listeners, to be closed by ``stack``; give the parts that serve them."""
         config = self.config
 
+        def keep(address: Address, kind: int, make: Callable[[], RawSocket]) -> RawSocket:
+            sock = self._inherited.pop((address, kind), None) or make()
+            self._sockets[address, kind] = sock
+            stack.callback(self._sockets.pop, (address, kind))
+            return sock
+
         def listen(address: Address) -> RawSocket:
-            return stack.enter_context(closing(net.listen(address, config.limits)))
+            sock = keep(address, socket.SOCK_STREAM, lambda: net.listen(address, config.limits))
+            return stack.enter_context(closing(sock))
 
         def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
             return partial(net.serve, listener, handle, self._paused, limits=config.limits)
@@ -102,10 +122,13 @@ class Server:
             start = self._admission.guard_users(self._ingress.user)
             parts.append(partial(net.serve, public, start, self._paused, self._ingress.room, config.limits))
         if config.network != "tcp":
-            datagrams = PublicSocket(target, self._admission.admits_datagram)  # closed after its last session
+            sock = keep(target, socket.SOCK_DGRAM, lambda: net.bind(target, socket.SOCK_DGRAM))
+            datagrams = PublicSocket(target, self._admission.admits_datagram, sock)  # closed after its last session
             target = replace(target, port=datagrams.port)
             parts.append(partial(self._ingress.udp.serve, datagrams))
         ports.append(f"public {target} ({config.network.replace('both', 'tcp and udp')})")
+        while self._inherited:
+            self._inherited.popitem()[1].close()
         key = ", with a tunnel key" if config.keyed else ""
         log.info("listening: %s, tls %d%s", ", ".join(ports), config.tls, key)
         return parts

@@ -1,21 +1,16 @@
-"""Running roles: start, pause, start again, drain, and the signals of the process. Knows no role by name."""
+"""Keeping one tunnel running: start, pause, start again, drain. Knows no role by name."""
 
-import gc
 import logging
 import math
-import os
 import random
-import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import gevent
-from gevent import monkey
 from gevent.event import Event
 from gevent.pool import Group
 
-from . import log as log_lines
 from .config import Config
 from .crew import Crew
 from .errors import NodePassError, PolicyError, SessionEnded, SessionLost
@@ -25,7 +20,6 @@ from .transport import reason
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
-GC_THRESHOLD = 20_000  # objects more than there were: a tunnel that grows, or a leak
 REPEAT_S = 60.0  # a reason that stays the same is logged that often
 CLEAN_S = 1.0  # a session that lived this long and ended in good order is followed by a try at once
 HEALTHY_PER_PAUSE = 12  # a session that lived this many pauses ends the row: a minute at a pause of 5 s
@@ -44,14 +38,17 @@ class Role(Protocol):
     def reload(self) -> None:
         """Read again what stands in files."""
 
+    def retire(self) -> None:
+        """Leave the place, once ``run`` was killed, to another one with other settings; exchanges go on."""
+
 
 class Backoff:
-    """Pauses between tries: none at first, then FIRST_PAUSE_S, doubled each time up to ``longest_s``.
+    """Pauses between tries: none at first, then FIRST_PAUSE_S, doubled each time up to ``longest_s()``.
 
     Each is shortened by up to a half, as ``draw`` (0 to 1) says: the clients of a lost server do not come all at once.
     """
 
-    def __init__(self, longest_s: float, draw: Callable[[], float]) -> None:
+    def __init__(self, longest_s: Callable[[], float], draw: Callable[[], float]) -> None:
         self._longest_s = longest_s
         self._draw = draw
         self._next_s = 0.0
@@ -62,19 +59,39 @@ class Backoff:
         if lived_s and lived_s >= healthy_s:
             self._next_s = 0.0
         pause_s = self._next_s
-        self._next_s = min(max(pause_s * 2, FIRST_PAUSE_S), self._longest_s)
+        self._next_s = min(max(pause_s * 2, FIRST_PAUSE_S), self._longest_s())
         return round(pause_s * (1 - self._draw() / 2), 3)
 
 
 class Service:
-    """One role, kept running."""
+    """One role, kept running until it is stopped."""
 
     def __init__(self, role: Role, draw: Callable[[], float] = random.random) -> None:
         self.role = role
-        self._backoff = Backoff(role.config.service_cooldown_s, draw)
+        self._running = Group()
+        self._backoff = Backoff(lambda: role.config.service_cooldown_s, draw)
         self._retry_now = Event()
         self._said = ""  # the last reason that was logged above DEBUG, and when
         self._said_at = -REPEAT_S
+
+    def start(self) -> None:
+        """Run the role, and look at its files, in greenlets."""
+        self._running.spawn(self.run)
+        self._running.spawn(self.reload_for_ever)
+
+    def stop(self) -> None:
+        """Accept nobody any more, and say bye; what runs goes on."""
+        self.role.exchanges.draining = True
+        self._running.kill()
+
+    def drain(self, timeout_s: float | None) -> int:
+        """Wait for exchanges to end, then cut those that are left; give their number."""
+        exchanges = self.role.exchanges
+        exchanges.join(timeout_s)
+        cut = len(exchanges)
+        exchanges.kill()
+        log.info("%s: %s", self.role, self.role.counters)
+        return cut
 
     def run(self) -> None:
         """Run the role for ever; whatever ends it is logged and followed by the next try."""
@@ -122,68 +139,3 @@ class Service:
             self._said, self._said_at = why, now
         log.log(level, "%s: %s; trying again %s", self.role, why, f"in {pause_s:g} s" if pause_s else "now")
         return pause_s
-
-
-def run(roles: Sequence[Role]) -> int:
-    """Keep ``roles`` running until SIGTERM or SIGINT, drain them, and give the exit code."""
-    if not monkey.is_module_patched("socket"):
-        raise RuntimeError("gevent.monkey.patch_all() must run before a service starts")
-    _calm_garbage_collection()
-    gevent.get_hub().print_exception = _log_exception
-    services = [Service(role) for role in roles]
-    stop = Event()
-    _handle_signals(stop, services)
-    running = Group()
-    for service in services:
-        running.spawn(service.run)
-        running.spawn(service.reload_for_ever)
-    stop.wait()
-    _drain(roles, running)
-    return 0
-
-
-def _drain(roles: Sequence[Role], running: Group) -> None:
-    """Stop accepting; let exchanges end within SHUTDOWN_TIMEOUT; then end them."""
-    timeout_s = max(role.config.shutdown_timeout_s for role in roles)
-    log.info("stopping: exchanges %d, given %g s to end", sum(len(role.exchanges) for role in roles), timeout_s)
-    for role in roles:
-        role.exchanges.draining = True
-    end = time.monotonic() + timeout_s
-    running.kill()
-    for role in roles:
-        role.exchanges.join(max(end - time.monotonic(), 0))
-    cut = sum(len(role.exchanges) for role in roles)
-    for role in roles:
-        role.exchanges.kill()
-        log.info("%s: %s", role, role.counters)
-    log.info("stopped, exchanges cut: %d", cut)
-
-
-def _handle_signals(stop: Event, services: Sequence[Service]) -> None:
-    def end(number: int) -> None:
-        if stop.is_set():
-            cut = sum(len(service.role.exchanges) for service in services)
-            log.warning("second signal: ending at once, exchanges cut: %d", cut)
-            log_lines.flush()
-            os._exit(128 + number)
-        stop.set()
-
-    def hang_up() -> None:
-        log.info("SIGHUP: reading files again")
-        for service in services:
-            service.reload()
-
-    gevent.signal_handler(signal.SIGTERM, end, signal.SIGTERM)
-    gevent.signal_handler(signal.SIGINT, end, signal.SIGINT)
-    gevent.signal_handler(signal.SIGHUP, hang_up)
-
-
-def _calm_garbage_collection() -> None:
-    """Look for cycles seldom, and not among what stays: exchanges leave none, and a full search holds up everybody."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD)
-
-
-def _log_exception(_context: object, _kind: type, value: BaseException, _trace: object) -> None:
-    log.error("unexpected error in a greenlet", exc_info=value)

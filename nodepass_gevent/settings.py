@@ -1,6 +1,6 @@
 """Every setting in one table: what it is called in each source, how its text is read, and what it means.
 
-Defaults and allowed values are those of Config and its Limits; a new setting is a field there and a row here.
+Defaults and allowed values are those of Config, its Limits, and Process; a new setting is a field there and a row here.
 """
 
 import re
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .config import Config, Limits, setting_name, setting_text
+from .config import Config, Limits, Process, setting_name, setting_text
 from .errors import ConfigError
 from .tunnel_key import parse_key
 from .values import Networks, Pins, parse_duration, shown
@@ -21,14 +21,17 @@ def parse_integer(text: str) -> int:
     return int(text)
 
 
-_FIELDS = {each.name: each for each in (*fields(Config), *fields(Limits))}
+_FIELDS = {each.name: each for each in (*fields(Config), *fields(Limits), *fields(Process))}
+
+
+_OF_PROCESS = {each.name for each in fields(Process)}
 
 
 @dataclass(frozen=True)
 class Setting:
     """One row of the table."""
 
-    field: str  # of Config or of its Limits
+    field: str  # of Config, of its Limits, or of Process
     env: str
     read: Callable[[str], Any]  # text -> the field's value, or ConfigError
     value: str  # what the help calls the value, where Config has no list of choices
@@ -41,6 +44,11 @@ class Setting:
     def name(self) -> str:
         """What the option, the query key and the file key are called."""
         return setting_name(self.field)
+
+    @property
+    def of_process(self) -> bool:
+        """Whether it is said once for all tunnels."""
+        return self.field in _OF_PROCESS
 
     @property
     def metavar(self) -> str:
@@ -92,6 +100,7 @@ SETTINGS = (
     Setting("service_cooldown_s", "SERVICE_COOLDOWN", parse_duration, "TIME", _TIMING, "longest pause before a retry"),
     Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
     Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
+    Setting("log_to", "NODEPASS_LOG_TO", str, "stdout|stderr|FILE", _LOGS, "where log lines go"),
     Setting("allow_users", "NODEPASS_ALLOW_USERS", Networks.parse, "NETWORKS", _ACCESS,
             "server: networks of users, comma-separated; all others are kept out", unset="all"),
     Setting("deny_users", "NODEPASS_DENY_USERS", Networks.parse, "NETWORKS", _ACCESS,

@@ -28,9 +28,11 @@ class PublicSocket:
     What comes from a host that ``admits`` does not take is dropped.
     """
 
-    def __init__(self, address: Address, admits: Callable[[str], bool] = lambda host: True) -> None:
+    def __init__(
+        self, address: Address, admits: Callable[[str], bool] = lambda host: True, bound: RawSocket | None = None
+    ) -> None:
         self._admits = admits
-        self._socket = net.bind(address, socket.SOCK_DGRAM)
+        self._socket = bound or net.bind(address, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         self._ancillary = 0
         if self._socket.getsockname()[0] in ("0.0.0.0", "::"):

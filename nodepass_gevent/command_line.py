@@ -1,0 +1,134 @@
+"""The command line alone: its parser, the commands, and the words and options that each of them takes."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import configargparse
+
+from . import configfile
+from .configfile import Entry
+from .errors import ConfigError
+from .settings import BY_NAME, SETTINGS
+from .url import FORMS
+from .usage import EXAMPLES, USAGE
+from .values import did_you_mean, shown
+
+_CONFIGURATION = "configuration"
+SOURCE = "command line"
+LINE_ONLY = ("config", "only", "show-config", "version", "help")  # options that are no settings
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word that stands in the place of running tunnels."""
+
+    words: tuple[str, ...] = ()  # what follows it, in this order
+    flags: Mapping[str, str] = field(default_factory=dict)  # own options without a value, and their help
+    alone: bool = False  # it takes no setting
+
+
+COMMANDS: Mapping[str, Command] = {
+    "genkey": Command(alone=True),
+    "check": Command(flags={"json": "check: print what was found as JSON"}),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the command line says: a command or "run", files, settings."""
+
+    action: str
+    files: tuple[str, ...] = ()
+    only: str | None = None  # the name of a tunnel
+    given: Mapping[str, Entry] = field(default_factory=dict)
+    words: tuple[str, ...] = ()  # of the command
+    flags: frozenset[str] = frozenset()
+    rest: tuple[str, ...] = ()  # the arguments behind command and words
+
+
+class _Parser(configargparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(re.split(" ['\"]", message)[0])  # argparse quotes the value, which may be a secret
+
+
+def build_parser() -> configargparse.ArgumentParser:
+    """Build the command line's parser; it leaves every value as text, and what is not given as None."""
+    parser = _Parser(
+        prog="nodepass",
+        usage=USAGE,
+        description="A TCP and UDP tunnel with a pool of one-time data connections.",
+        epilog=EXAMPLES,
+        formatter_class=configargparse.RawDescriptionHelpFormatter,
+        config_file_parser_class=configfile.OneSection,
+        add_env_var_help=False,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    names = dict.fromkeys([setting.group for setting in SETTINGS] + [_CONFIGURATION])
+    groups = {name: parser.add_argument_group(name) for name in names}
+    groups[BY_NAME["url"].group].add_argument("positional", nargs="?", metavar="URL", help=FORMS)
+    for setting in SETTINGS:
+        groups[setting.group].add_argument(
+            f"--{setting.name}",
+            dest=setting.name,
+            env_var=setting.env,
+            metavar=setting.metavar,
+            help=f"{setting.help} (environment: {setting.env}, default: {setting.default})",
+        )
+    group = groups[_CONFIGURATION]
+    add = group.add_argument
+    add("-c", "--config", metavar="FILE", action="append", help="read a file, or all *.conf of a directory; repeatable")
+    add("--only", metavar="NAME", help="run this [tunnel NAME] alone")
+    add("--show-config", action="store_true", help="print every setting with its source, and exit")
+    add("-V", "--version", action="store_true", help="print the version, and exit")
+    add("-h", "--help", action="store_true", help="print this, and exit")
+    for command in COMMANDS.values():
+        for name, text in command.flags.items():
+            add(f"--{name}", action="store_true", help=text)
+    return parser
+
+
+def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
+    """Split a command line; raise ConfigError for words and options that nobody knows."""
+    action = argv[0] if argv and argv[0] in COMMANDS else "run"
+    command = COMMANDS.get(action, Command())
+    behind = tuple(argv if action == "run" else argv[1:])
+    words, rest = behind[: len(command.words)], behind[len(command.words) :]
+    namespace, unknown = parser.parse_known_args(list(rest), env_vars={}, config_file_contents="")
+    values = vars(namespace)
+    for name in ("help", "version"):
+        if values[name]:
+            return Line(name)
+    if command.alone and rest:
+        raise ConfigError(f"{action} is followed by nothing [from {SOURCE}]")
+    if len(words) < len(command.words) or any(word.startswith("-") for word in words):
+        raise ConfigError(f"{action} is followed by {' '.join(command.words)} [from {SOURCE}]")
+    if values["show_config"] and action == "run":
+        action = "show-config"
+    if values["positional"] is not None:
+        _refuse_command(values["positional"])
+        if values["url"] is not None:
+            raise ConfigError(f"url: given twice, as an argument and as --url [from {SOURCE}]")
+        values["url"] = values["positional"]
+    flags = frozenset(name for each in COMMANDS.values() for name in each.flags if values[name])
+    unknown = unknown or [f"--{name}" for name in sorted(flags - set(command.flags))]
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        hint = did_you_mean(word, [f"--{name}" for name in (*BY_NAME, *LINE_ONLY, *command.flags)])
+        raise ConfigError(f"unknown option or argument {shown(word)}{hint} [from {SOURCE}]")
+    texts = {name: values[name] for name in BY_NAME if values[name] is not None}
+    given = {name: Entry(name, text, SOURCE) for name, text in texts.items()}
+    return Line(action, tuple(namespace.config or ()), namespace.only, given, words, flags, rest)
+
+
+def _refuse_command(word: str) -> None:
+    """Keep words that are no URL free for commands to come."""
+    if word in COMMANDS:
+        raise ConfigError(f"{word}: a command stands first [from {SOURCE}]")
+    if "://" not in word:
+        address = ":" in word and not word.startswith(("server:", "client:"))
+        hint = "an address stands behind server:// or client://" if address else f"a tunnel is {FORMS}"
+        hint = did_you_mean(word, COMMANDS) or f"; {hint}"
+        raise ConfigError(f"unknown command {shown(word)}{hint} [from {SOURCE}]")

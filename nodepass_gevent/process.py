@@ -1,0 +1,121 @@
+"""The process: what its signals do, its log, and the tunnels that it runs until it is told to stop."""
+
+import gc
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gevent
+from gevent import monkey
+from gevent.event import Event
+from gevent.lock import Semaphore
+
+from . import log as logs
+from . import relay
+from .config import LOG_LEVELS, Config, Process
+from .errors import ConfigError
+from .tunnels import MakeRole, Tunnels
+
+log = logging.getLogger(__name__)
+
+GC_THRESHOLD = 20_000  # objects more than there were: a tunnel that grows, or a leak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the process is to do: checked, and made to fit."""
+
+    process: Process
+    configs: tuple[Config, ...]
+    warnings: tuple[str, ...] = ()
+    pipes: int = 0  # for bulky exchanges, at most
+
+    @property
+    def log_level(self) -> str:
+        """The level that serves every tunnel."""
+        return min((config.log for config in self.configs), key=LOG_LEVELS.index)
+
+
+def run(plan: Plan, load: Callable[[], Plan], make: MakeRole) -> int:
+    """Run the tunnels of a plan until SIGTERM or SIGINT, then drain them; give the exit code.
+
+    ``load`` makes the plan anew for SIGHUP, or raises ConfigError.
+    """
+    if not monkey.is_module_patched("socket"):
+        raise RuntimeError("gevent.monkey.patch_all() must run before a service starts")
+    _calm_garbage_collection()
+    gevent.get_hub().print_exception = _log_exception
+    tunnels = Tunnels(make)
+    stop = Event()
+    signals = _Signals(tunnels, stop, load)
+    signals.listen()
+    signals.follow(plan)
+    stop.wait()
+    with signals.changing:
+        log.info("stopping: exchanges %d", tunnels.exchanges())
+        cut = tunnels.stop()
+    log.info("stopped, exchanges cut: %d", cut)
+    return 0
+
+
+class _Signals:
+    """What the signals of a running process do."""
+
+    def __init__(self, tunnels: Tunnels, stop: Event, load: Callable[[], Plan]) -> None:
+        self._tunnels = tunnels
+        self._stop = stop
+        self._load = load
+        self.changing = Semaphore()  # held while tunnels are started and stopped
+
+    def listen(self) -> None:
+        gevent.signal_handler(signal.SIGTERM, self._end, signal.SIGTERM)
+        gevent.signal_handler(signal.SIGINT, self._end, signal.SIGINT)
+        gevent.signal_handler(signal.SIGHUP, self._hang_up)
+        gevent.signal_handler(signal.SIGUSR1, logs.reopen)
+        gevent.signal_handler(signal.SIGUSR2, self._dump)
+
+    def follow(self, plan: Plan) -> None:
+        """Make the process what a plan says."""
+        logs.setup(plan.log_level, plan.process.log_to)
+        for warning in plan.warnings:
+            log.warning("%s", warning)
+        relay.pipes.most = plan.pipes
+        self._tunnels.apply(plan.configs)
+
+    def _end(self, number: int) -> None:
+        if self._stop.is_set():
+            log.warning("second signal: ending at once, exchanges cut: %d", self._tunnels.exchanges())
+            logs.flush()
+            os._exit(128 + number)
+        self._stop.set()
+
+    def _hang_up(self) -> None:
+        """Read the configuration again: a good one is followed, a bad one changes nothing."""
+        with self.changing:
+            log.info("SIGHUP: reading configuration, certificates and keys again")
+            try:
+                plan = self._load()
+            except ConfigError as exc:
+                log.error("configuration refused, the old one goes on: %s", exc)
+            else:
+                self.follow(plan)
+            self._tunnels.reload()
+
+    def _dump(self) -> None:
+        """Log what there is."""
+        for service in self._tunnels:
+            role = service.role
+            log.info("%s: exchanges %d; since the start: %s", role, len(role.exchanges), role.counters)
+
+
+def _calm_garbage_collection() -> None:
+    """Look for cycles seldom, and not among what stays: exchanges leave none, and a full search holds up everybody."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
+
+
+def _log_exception(_context: object, _kind: type, value: BaseException, _trace: object) -> None:
+    log.error("unexpected error in a greenlet", exc_info=value)

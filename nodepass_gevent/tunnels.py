@@ -1,0 +1,98 @@
+"""The tunnels of this process, by name: started, changed, replaced and drained, each for itself."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import gevent
+from gevent.pool import Group
+
+from .config import Config, setting_name
+from .service import Role, Service
+
+log = logging.getLogger(__name__)
+
+MakeRole = Callable[[Config, Role | None], Role]  # the second is the one in whose place it comes
+
+
+class Tunnels:
+    """A table of services. ``make(config, before)`` gives the role of a tunnel."""
+
+    def __init__(self, make: MakeRole) -> None:
+        self._make = make
+        self._services: dict[str, Service] = {}
+        self._leaving: set[Service] = set()  # stopped, and their exchanges go on
+        self._drains = Group()
+
+    def __iter__(self) -> Iterator[Service]:
+        """Give the services that accept users."""
+        return iter(self._services.values())
+
+    def __len__(self) -> int:
+        return len(self._services)
+
+    def exchanges(self) -> int:
+        """Count the exchanges, also of tunnels that have been replaced or removed."""
+        return sum(len(service.role.exchanges) for service in (*self._services.values(), *self._leaving))
+
+    def apply(self, configs: Iterable[Config]) -> None:
+        """Make the tunnels those of ``configs``: what is not named there is drained, what has not changed goes on."""
+        wanted = {config.name: config for config in configs}
+        for name in [name for name in self._services if name not in wanted]:
+            service = self._services.pop(name)
+            log.info("%s: removed", _title(service.role.config))
+            self._retire(service, service.role.config.shutdown_timeout_s)
+        for name, config in wanted.items():
+            if name in self._services:
+                self._change(self._services[name], config)
+            else:
+                service = self._services[name] = Service(self._make(config, None))
+                service.start()
+
+    def reload(self) -> None:
+        """Let all look at their files, and end pauses."""
+        for service in self:
+            service.reload()
+
+    def stop(self) -> int:
+        """Drain all, each within its own SHUTDOWN_TIMEOUT; give the number of exchanges that were cut."""
+        services = [*self._services.values(), *self._leaving]
+        self._drains.kill()
+        gevent.joinall([gevent.spawn(service.stop) for service in services])
+        begun = time.monotonic()
+        cut = 0
+        for service in sorted(services, key=lambda service: service.role.config.shutdown_timeout_s):
+            spent_s = time.monotonic() - begun
+            cut += service.drain(max(service.role.config.shutdown_timeout_s - spent_s, 0))
+        return cut
+
+    def _change(self, service: Service, config: Config) -> None:
+        """Give a running tunnel its new settings; those that are no mere times and levels need a new role."""
+        before = service.role.config
+        changes = before.changes(config)
+        if not changes:
+            return
+        log.info("%s: changed: %s", _title(config), ", ".join(map(setting_name, changes)))
+        if before.adopt(config):
+            return
+        same_side = config.role == before.role
+        new = self._services[config.name] = Service(self._make(config, service.role if same_side else None))
+        self._retire(service, None)
+        new.start()
+
+    def _retire(self, service: Service, timeout_s: float | None) -> None:
+        """Stop a service, and let its exchanges end."""
+        service.stop()
+        service.role.retire()
+        self._leaving.add(service)
+        self._drains.spawn(self._drain, service, timeout_s)
+
+    def _drain(self, service: Service, timeout_s: float | None) -> None:
+        cut = service.drain(timeout_s)
+        self._leaving.discard(service)
+        if cut:
+            log.info("%s: exchanges cut: %d", service.role, cut)
+
+
+def _title(config: Config) -> str:
+    return f"tunnel {config.name}" if config.name else "the tunnel"
