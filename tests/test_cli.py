@@ -1,11 +1,10 @@
-import logging
 import os
 from functools import partial
 from typing import NamedTuple
 
 import pytest
 
-from nodepass_gevent import __version__, cli, options
+from nodepass_gevent import __version__, cli, command_line
 from nodepass_gevent.config import Config
 from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.tunnel_key import parse_key
@@ -16,33 +15,29 @@ URL = "server://:10101/127.0.0.1:8080"
 class FakeRole(NamedTuple):
     name: str
     config: Config
+    before: object
 
 
 class Recorder:
-    """Stands for what main calls: logging, certificates and the service."""
+    """Stands for what main calls: certificates and the process."""
 
     def __init__(self):
-        self.level = None
         self.descriptors = 1 << 20
         self.loaded = []
-        self.ran = None
-        self.order = []
-
-    def setup(self, level):
-        self.order.append("log")
-        self.level = level
+        self.plan = None  # what the process was to do
+        self.load = None  # how it gets another plan
+        self.ran = None  # its roles
 
     def check_files(self, config):
-        self.order.append("certificate")
         self.loaded.append((config.crt, config.key))
         if config.crt == "bad":
             raise ConfigError("key: 'k' does not fit the certificate 'bad'")
         if config.ca == "bad":
             raise ConfigError("ca: 'bad' is not a certificate in PEM form")
 
-    def run(self, roles):
-        self.order.append("service")
-        self.ran = roles
+    def run(self, plan, load, make):
+        self.plan, self.load = plan, load
+        self.ran = [make(config, None) for config in plan.configs]
         return 7
 
 
@@ -51,19 +46,17 @@ def world(monkeypatch):
     """Leave main the environment of nobody, and neighbours that only record."""
     recorder = Recorder()
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(cli.logs, "setup", recorder.setup)
     monkeypatch.setattr(cli, "check_files", recorder.check_files)
     monkeypatch.setattr(cli, "ROLES", {name: partial(FakeRole, name) for name in cli.ROLES})
-    monkeypatch.setattr(cli.service, "run", recorder.run)
+    monkeypatch.setattr(cli.process, "run", recorder.run)
     monkeypatch.setattr(cli.descriptors, "allowed", lambda: recorder.descriptors)
-    monkeypatch.setattr(cli.relay, "pipes", cli.relay.Pipes(1))
     return recorder
 
 
 def test_a_url_runs_the_service_and_its_exit_code_is_returned(world):
     assert cli.main([URL + "?log=debug"]) == 7
     assert [(role.name, role.config.url) for role in world.ran] == [("server", URL)]
-    assert world.level == "debug"
+    assert world.plan.log_level == "debug"
     assert world.loaded == [(None, None)]
 
 
@@ -71,31 +64,30 @@ def test_the_arguments_and_environment_of_the_process_are_the_default(world, mon
     monkeypatch.setattr("sys.argv", ["nodepass", URL])
     os.environ["NODEPASS_LOG"] = "error"
     assert cli.main() == 7
-    assert world.level == "error"
+    assert world.plan.log_level == "error"
 
 
 def test_the_log_is_as_detailed_as_any_tunnel_asks_for(world, tmp_path):
     path = tmp_path / "t.ini"
     path.write_text("log = warn\n[tunnel a]\nurl = server://:1/:2?log=debug\n[tunnel b]\nurl = client://h:1/:2\n")
     assert cli.main(["-c", str(path)]) == 7
-    assert world.level == "debug"
+    assert world.plan.log_level == "debug"
     assert [(role.name, role.config.name) for role in world.ran] == [("server", "a"), ("client", "b")]
 
 
-def test_limits_that_the_descriptors_do_not_allow_are_lowered_and_told(world, caplog):
+def test_limits_that_the_descriptors_do_not_allow_are_lowered_and_told(world):
     world.descriptors = 300
-    with caplog.at_level(logging.WARNING):
-        assert cli.main([URL + "?semaphore-limit=500&protocol=2"]) == 7
+    assert cli.main([URL + "?semaphore-limit=500&protocol=2"]) == 7
     (role,) = world.ran
     assert 4 <= role.config.semaphore_limit < 150
-    assert caplog.messages[0].startswith("open files: 300 are allowed, and ")
-    assert caplog.messages[1].startswith(f"lowered: semaphore-limit from 500 to {role.config.semaphore_limit}, ")
-    assert cli.relay.pipes.most < 10
+    assert world.plan.warnings[0].startswith("open files: 300 are allowed, and ")
+    assert world.plan.warnings[1].startswith(f"lowered: semaphore-limit from 500 to {role.config.semaphore_limit}, ")
+    assert world.plan.pipes < 10
 
 
 def test_pipes_get_what_the_limits_leave(world):
     assert cli.main([URL]) == 7
-    assert (1 << 20) / 2 - 4000 < cli.relay.pipes.most < (1 << 20) / 2
+    assert (1 << 20) / 2 - 4000 < world.plan.pipes < (1 << 20) / 2
 
 
 def test_too_few_descriptors_are_a_usage_error(world, capsys):
@@ -105,14 +97,22 @@ def test_too_few_descriptors_are_a_usage_error(world, capsys):
     assert world.ran is None
 
 
-def test_warnings_are_logged_once_the_log_is_set_up(world, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert cli.main([URL + "?cert=a&key=b&tls=1"]) == 7
-    assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("nodepass_gevent.cli", "WARNING", "cert is read as crt, which is its name [from URL query]")
-    ]
-    assert world.order == ["certificate", "log", "service"]
+def test_warnings_go_to_the_log_of_the_process(world):
+    assert cli.main([URL + "?cert=a&key=b&tls=1"]) == 7
+    assert world.plan.warnings == ("cert is read as crt, which is its name [from URL query]",)
     assert world.loaded == [("a", "b")]
+
+
+def test_the_process_can_have_its_plan_made_anew(world, tmp_path):
+    path = tmp_path / "t.ini"
+    path.write_text("url = server://:1/:2\n")
+    assert cli.main(["-c", str(path)]) == 7
+    path.write_text("url = server://:1/:3\nlog-to = stderr\n")
+    again = world.load()
+    assert (again.configs[0].target.port, again.process.log_to) == (3, "stderr")
+    path.write_text("url = server://:1/:3\ntls = 7\n")
+    with pytest.raises(ConfigError, match="tls: '7'"):
+        world.load()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_warnings_are_logged_once_the_log_is_set_up(world, caplog):
             [URL + "?zz=3&tls=\n"],
             "nodepass: error: url: character 41 is '\\n'; blanks and control characters are refused",
         ),
-        (["status"], "nodepass: error: unknown command 'status'; a tunnel is server://"),
+        (["stadus"], "nodepass: error: unknown command 'stadus'; a tunnel is server://"),
         ([URL, "--show-config", "--log", "x"], "nodepass: error: log: 'x' is not one of"),
         (
             [URL + "?crt=bad&tls=2", "--key", "k"],
@@ -146,7 +146,7 @@ def test_a_wrong_setting_is_one_line_on_stderr_and_exit_code_2(world, capsys, ar
     assert err.startswith(line)
     assert err.count("\n") == 1
     assert world.ran is None
-    assert world.level is None
+    assert world.plan is None
 
 
 def test_without_arguments_a_short_usage_goes_to_stderr(world, capsys):
@@ -173,7 +173,7 @@ def test_genkey_prints_another_key_each_time(world, capsys):
         assert out.endswith("\n") and err == ""
         assert not parse_key(out).is_passphrase
         keys.add(out)
-    assert len(keys) == 3 and world.order == []
+    assert len(keys) == 3 and world.ran is None
 
 
 def test_a_key_file_that_cannot_be_used_is_refused_before_anything_runs(world, capsys, tmp_path):
@@ -191,7 +191,7 @@ def test_a_key_file_that_cannot_be_used_is_refused_before_anything_runs(world, c
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_the_help_goes_to_stdout(world, capsys, option):
     assert cli.main([option]) == 0
-    assert capsys.readouterr() == (options.build_parser().format_help(), "")
+    assert capsys.readouterr() == (command_line.build_parser().format_help(), "")
 
 
 def test_the_configuration_goes_to_stdout_and_nothing_runs(world, capsys):
@@ -199,7 +199,7 @@ def test_the_configuration_goes_to_stdout_and_nothing_runs(world, capsys):
     out, err = capsys.readouterr()
     assert "tls = 1                                  # URL query\n" in out
     assert err == ""
-    assert world.order == []
+    assert world.ran is None
 
 
 def test_an_interrupt_while_the_settings_are_read_is_exit_code_130(world, monkeypatch, capsys):

@@ -88,8 +88,8 @@ def test_a_value_is_taken_as_it_is_written(line, value):
         ("[tunnel a b]", "section: 'a b' is not a tunnel's name"),
         ("[tunnel -a]", "section: '-a' is not a tunnel's name"),
         (f"[tunnel {'a' * 65}]", "is not a tunnel's name; allowed: 1 to 64 ASCII letters"),
-        ("[tunnel a]\n[tunnel a]", "section '[tunnel a]' is there twice [from f:2]"),
-        ("[nodepass]\n[tunnel a]\n[nodepass]", "section '[nodepass]' is there twice [from f:3]"),
+        ("[tunnel a]\n[tunnel a]", "section '[tunnel a]' is there twice; first in f:1 [from f:2]"),
+        ("[nodepass]\n[tunnel a]\n[nodepass]", "section '[nodepass]' is there twice; first in f:1 [from f:3]"),
     ],
 )
 def test_a_wrong_line_is_refused_with_its_number(text, error):
@@ -101,7 +101,7 @@ def test_a_wrong_line_is_refused_with_its_number(text, error):
 def test_a_file_is_read_with_its_byte_order_mark_and_windows_line_ends(tmp_path):
     path = tmp_path / "t.ini"
     path.write_bytes(b"\xef\xbb\xbflog = debug\r\ncrt = /caf\xc3\xa9\r\n")
-    assert read(str(path)).defaults == [
+    assert read([str(path)]).defaults == [
         Entry("log", "debug", f"file {path}:1"),
         Entry("crt", "/caf\u00e9", f"file {path}:2"),
     ]
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_text_is_refused_with_the_line(tmp_path):
     path = tmp_path / "t.ini"
     path.write_bytes(b"log = debug\ncrt = \xff\n")
     with pytest.raises(ConfigError) as caught:
-        read(str(path))
+        read([str(path)])
     assert str(caught.value) == f"config: the file is not UTF-8 text [from file {path}:2]"
 
 
@@ -119,27 +119,56 @@ def test_a_file_that_is_no_text_is_refused_with_the_line(tmp_path):
     ("name", "why"),
     [
         ("none.ini", "No such file or directory"),
-        (".", "Is a directory"),
+        (".", "no file in the directory ends in .conf"),
         ("a\0b", "null byte"),
         ("\udcff\n", "No such file"),
     ],
 )
 def test_an_unreadable_file_is_refused_with_the_reason(tmp_path, name, why):
     with pytest.raises(ConfigError) as caught:
-        read(f"{tmp_path}/{name}")
+        read([f"{tmp_path}/{name}"])
     assert why in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def test_files_and_the_files_of_directories_are_read_as_one_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "main.ini").write_text("log = debug\n")
+    directory = tmp_path / "conf.d"
+    directory.mkdir()
+    for name, text in (("b.conf", "[tunnel b]\nx = 1\n"), ("a.conf", "[tunnel a]\n"), ("c.ini", "?"), (".d.conf", "?")):
+        (directory / name).write_text(text)
+    sections = read([str(tmp_path / "main.ini"), str(directory)])
+    assert sections.defaults == [Entry("log", "debug", f"file {tmp_path}/main.ini:1")]
+    assert [section.name for section in sections.tunnels] == ["a", "b"]
+    assert sections.tunnels[1].entries == [Entry("x", "1", f"file {directory}/b.conf:2")]
+
+
+def test_a_section_that_stands_in_two_files_is_refused_with_both_places(tmp_path):
+    for name in ("a.conf", "b.conf"):
+        (tmp_path / name).write_text("\n[tunnel web]\n")
+    with pytest.raises(ConfigError) as caught:
+        read([str(tmp_path)])
+    assert str(caught.value) == (
+        f"section '[tunnel web]' is there twice; first in file {tmp_path}/a.conf:2 [from file {tmp_path}/b.conf:2]"
+    )
+
+
+def test_only_the_entries_of_files_that_others_can_read_are_named(tmp_path):
+    for name, mode in (("a.conf", 0o600), ("b.conf", 0o644)):
+        (tmp_path / name).write_text(f"[tunnel {name}]\nlog = info\n")
+        (tmp_path / name).chmod(mode)
+    assert read([str(tmp_path)]).open_to_others == [Entry("log", "info", f"file {tmp_path}/b.conf:2")]
 
 
 def test_a_file_has_a_size_limit(tmp_path):
     path = tmp_path / "t.ini"
     path.write_bytes(b"#" * MAX_FILE)
-    assert read(str(path)).defaults == []
+    assert read([str(path)]).defaults == []
     path.write_bytes(b"#" * (MAX_FILE + 1))
     with pytest.raises(ConfigError, match="larger than 1048576 bytes"):
-        read(str(path))
+        read([str(path)])
     with pytest.raises(ConfigError, match="larger than 1048576 bytes"):
-        read("/dev/zero")
+        read(["/dev/zero"])
 
 
 values = st.text(min_size=1).filter(lambda text: "\n" not in text) | st.text('"# \t;a=[', min_size=1)

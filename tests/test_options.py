@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodepass_gevent import options
-from nodepass_gevent.config import Address, Config, Limits
+from nodepass_gevent import command_line, options
+from nodepass_gevent.config import Address, Config, Limits, Process
 from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.tunnel_key import parse_key
+from nodepass_gevent.usage import EXAMPLES
 from nodepass_gevent.values import Networks, Pins
 
 fuzz = settings(max_examples=300, deadline=None, database=None)
@@ -36,6 +37,13 @@ def write(tmp_path):
 def parse_one(*argv, **environ):
     (config,) = options.parse(argv, environ).configs
     return config
+
+
+def parse_for(name, *argv, **environ):
+    """Give what holds a setting: the process, or the only tunnel."""
+    parsed = options.parse(argv, environ)
+    (config,) = parsed.configs
+    return parsed.process if options.BY_NAME[name].of_process else config
 
 
 def error(*argv, **environ):
@@ -71,6 +79,7 @@ TEXTS = {  # a value other than the default, as written and in Config
     "service-cooldown": ("12s", 12),
     "shutdown-timeout": ("0", 0),
     "log": ("warn", "warn"),
+    "log-to": ("stderr", "stderr"),
     "callers": ("13", 13),
     "allow-users": ("10.0.0.0/8,::1", Networks.parse("10.0.0.0/8,::1")),
     "deny-users": ("192.0.2.1", Networks.parse("192.0.2.1")),
@@ -116,7 +125,7 @@ LATER_KEYS = ("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "bl
 
 
 def test_every_setting_of_config_is_in_the_table():
-    fields = {each.name for group in (Config, Limits) for each in dataclasses.fields(group)}
+    fields = {each.name for group in (Config, Limits, Process) for each in dataclasses.fields(group)}
     settable = fields - {"role", "tunnel", "target", "name", "limits", "sources"}
     assert {setting.field for setting in options.SETTINGS} == settable | {"url"}
     assert set(TEXTS) == set(options.BY_NAME) - {"url"}
@@ -143,18 +152,17 @@ def test_every_setting_comes_from_every_source(name, source, write):
     if source.startswith("underscored"):
         texts = {key.replace("-", "_"): each for key, each in texts.items()}
     if source == "flag":
-        config, named = parse_one(url, *(f"--{key}={each}" for key, each in texts.items())), "command line"
+        config, named = parse_for(name, url, *(f"--{key}={each}" for key, each in texts.items())), "command line"
     elif source.endswith("query"):
-        config, named = parse_one(query(url, texts)), "URL query"
+        config, named = parse_for(name, query(url, texts)), "URL query"
     elif source == "environment":
         environ = {options.BY_NAME[key].env: each for key, each in texts.items()}
-        config, named = parse_one(url, **environ), f"environment variable {options.BY_NAME[name].env}"
+        config, named = parse_for(name, url, **environ), f"environment variable {options.BY_NAME[name].env}"
     else:
         path, label = write("".join(f"{key} = {each}\n" for key, each in texts.items()))
-        config, named = parse_one("-c", path, url), f"{label}:1"
+        config, named = parse_for(name, "-c", path, url), f"{label}:1"
     assert config.value(options.BY_NAME[name].field) == value
     assert config.source(name) == named
-    assert config.source("url") == "command line"
 
 
 def test_without_any_source_the_defaults_hold():
@@ -218,8 +226,8 @@ def test_every_example_of_the_documentation_parses():
 
 
 def test_every_example_of_the_help_parses():
-    quoted = re.findall(r"nodepass '(\S+)'", options.EXAMPLES)
-    assert len(re.findall("^  .*nodepass ", options.EXAMPLES, re.MULTILINE)) == 5
+    quoted = re.findall(r"nodepass '(\S+)'", EXAMPLES)
+    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 5
     assert [parse_one(url).role for url in quoted] == ["server", "client", "server"]
 
 
@@ -547,7 +555,7 @@ def test_a_wrong_key_is_one_line_that_does_not_hold_it(argv, environ, text):
 
 def test_a_key_is_shown_as_three_stars_which_are_no_key(write):
     config = parse_one(f"client://{PHRASE.replace(' ', '%20')}@h:1/:2")
-    text = options.show([config])
+    text = options.show(Process(), [config])
     assert "tunnel-key = ***                         # URL\n" in text
     assert not re.search("s3cret", f"{text} {config} {config!r} {[config]}")
     path, _ = write(text)
@@ -571,7 +579,7 @@ def test_version_is_asked_for():
 
 
 def test_the_help_shows_every_option_with_environment_default_and_choices():
-    text = " ".join(options.build_parser().format_help().split())
+    text = " ".join(command_line.build_parser().format_help().split())
     for setting in options.SETTINGS:
         assert f"--{setting.name} {setting.metavar} " in text
         assert f"(environment: {setting.env}, default: {setting.default})" in text
@@ -587,7 +595,9 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
     path, label = write("report-interval = 1m")
     parsed = options.parse(["-c", path, "--show-config", URL + "?tls=1", "--log", "warn"], {"SEMAPHORE_LIMIT": "9"})
     assert parsed.action == "show-config"
-    assert options.show(parsed.configs).splitlines() == [
+    assert options.show(parsed.process, parsed.configs).splitlines() == [
+        "log-to = stdout                          # default",
+        "",
         "url = server://:10101/127.0.0.1:8080     # command line",
         "network = both                           # default",
         "protocol = auto                          # default",
@@ -658,14 +668,15 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
 )
 def test_what_is_shown_reads_back_as_a_file(write, text):
     path, _ = write(text)
-    configs = options.parse(["-c", path], {}).configs
-    path, _ = write(options.show(configs))
-    assert options.parse(["-c", path], {}).configs == configs
+    parsed = options.parse(["-c", path], {})
+    path, _ = write(options.show(parsed.process, parsed.configs))
+    again = options.parse(["-c", path], {})
+    assert (again.process, again.configs) == (parsed.process, parsed.configs)
 
 
 def test_building_the_parser_needs_neither_gevent_nor_openssl():
     code = (
-        "import sys; from nodepass_gevent import options; options.build_parser().format_help();"
+        "import sys; from nodepass_gevent import command_line, options; command_line.build_parser().format_help();"
         "print({'gevent', 'OpenSSL', 'cryptography', 'socket'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"set()\n"
@@ -702,5 +713,5 @@ def test_any_input_is_parsed_or_a_config_error_of_one_line(tmp_path_factory, arg
         except ConfigError as exc:
             assert str(exc).isprintable()
         else:
-            assert options.show(parsed.configs).count("url = ") == len(parsed.configs)
+            assert options.show(parsed.process, parsed.configs).count("url = ") == len(parsed.configs)
     assert not printed.getvalue()

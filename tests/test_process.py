@@ -1,0 +1,181 @@
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import gevent
+import pytest
+
+SCRIPT = """
+import logging, resource, sys
+{patch}
+import gevent
+from gevent.socket import wait_read
+from nodepass_gevent import process
+from nodepass_gevent.crew import Crew
+from nodepass_gevent.config import Address, Config, Process
+from nodepass_gevent.errors import ConfigError, PolicyError
+from nodepass_gevent.metrics import Counters
+
+log = logging.getLogger("nodepass_gevent.script")
+
+class Role:
+    exchanges = Crew()
+    counters = Counters()
+    runs = 0
+
+    def __init__(self, name="", cooldown_s=5.0, shutdown_timeout_s=30.0):
+        self.config = Config(role="client", tunnel=Address("h", 1), target=Address("h", 2), name=name,
+                             service_cooldown_s=cooldown_s, shutdown_timeout_s=shutdown_timeout_s)
+
+    def __str__(self):
+        return "role"
+
+    def retire(self):
+        pass
+
+    def run(self):
+        self.runs += 1
+        log.info("run %d", self.runs)
+        self.work()
+        try:
+            gevent.sleep(3600)
+        finally:
+            log.info("role ended")
+
+    def work(self):
+        pass
+
+    def reload(self):
+        log.info("reloaded")
+
+def exchange_until_told():
+    wait_read(sys.stdin.fileno())
+    log.info("exchange done")
+
+def run(*roles):
+    by_name = {role.config.name: role for role in roles}
+    plan = process.Plan(Process(), tuple(role.config for role in roles))
+    return process.run(plan, lambda: plan, lambda config, before: by_name[config.name])
+"""
+RUN = 'if __name__ == "__main__":\n    code = run(role)\n    log.info("code %d", code)\n    sys.exit(code)\n'
+PATCH = "from gevent import monkey; monkey.patch_all()"
+
+
+class Script:
+    """A process that keeps a role running."""
+
+    def __init__(self, code, patch=PATCH):
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", SCRIPT.replace("{patch}", patch) + code + "\n" + RUN],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.said = ""
+
+    def wait_for(self, text):
+        while text not in self.said:
+            line = self.process.stdout.readline().decode()
+            assert line, f"{text!r} was not said, but {self.said}"
+            self.said += line
+
+    def kill(self, number):
+        os.kill(self.process.pid, number)
+
+    def wait(self):
+        self.said += self.process.stdout.read().decode()
+        return self.process.wait()
+
+
+@contextlib.contextmanager
+def script(code, **options):
+    running = Script(code, **options)
+    with running.process, gevent.Timeout(20):
+        try:
+            yield running
+        finally:
+            running.process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_role_lets_exchanges_end_and_exits_0(number):
+    with script("role = Role()\nrole.exchanges.spawn(exchange_until_told)") as running:
+        running.wait_for("run 1")
+        running.kill(number)
+        running.wait_for("role ended")
+        assert "exchange done" not in running.said
+        running.process.stdin.write(b"\n")
+        running.process.stdin.close()
+        assert running.wait() == 0
+        assert re.search("exchange done.*\n.*\n.*stopped, exchanges cut: 0.*\n.*code 0", running.said)
+
+
+def test_exchanges_that_do_not_end_in_time_are_cut():
+    with script("role = Role(shutdown_timeout_s=0.05)\nrole.exchanges.spawn(gevent.sleep, 3600)") as running:
+        running.wait_for("run 1")
+        running.kill(signal.SIGTERM)
+        assert running.wait() == 0
+        assert "stopping: exchanges 1" in running.said
+        assert "stopped, exchanges cut: 1" in running.said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_at_once_and_says_which(number):
+    with script("role = Role()\nrole.exchanges.spawn(gevent.sleep, 3600)") as running:
+        running.wait_for("run 1")
+        running.kill(signal.SIGTERM)
+        running.wait_for("stopping")
+        running.kill(number)
+        assert running.wait() == 128 + number
+
+
+def test_sighup_reloads_and_cuts_a_pause_short():
+    code = """
+class Refused(Role):
+    def work(self):
+        if self.runs == 1:
+            raise PolicyError("refused")
+role = Refused(cooldown_s=3600)
+"""
+    with script(code) as running:
+        running.wait_for("trying again in 3600 s")
+        running.kill(signal.SIGHUP)
+        running.wait_for("run 2")
+        assert "reloaded" in running.said
+
+
+def test_an_error_in_a_greenlet_is_logged_and_ends_no_other():
+    with script("role = Role()\nrole.work = lambda: gevent.spawn(lambda: 1 / 0)") as running:
+        running.wait_for("ZeroDivisionError")
+        assert re.search("  ERROR  unexpected error in a greenlet\nTraceback", running.said)
+        running.kill(signal.SIGTERM)
+        assert running.wait() == 0
+
+
+def test_starting_unpatched_is_refused_and_does_not_hang():
+    with script("role = Role()", patch="") as running:
+        assert running.wait() == 1
+        assert "RuntimeError: gevent.monkey.patch_all() must run before a service starts" in running.said
+        assert "run 1" not in running.said
+
+
+def test_each_tunnel_fails_for_itself():
+    code = """
+class Sound(Role):
+    def work(self):
+        log.info("sound works")
+broken = Role("broken")
+broken.work = lambda: 1 / 0
+role = Sound()
+if __name__ == "__main__":
+    sys.exit(run(broken, role))
+"""
+    with script(code) as running:
+        running.wait_for("run 3")  # of the broken one
+        running.kill(signal.SIGTERM)
+        assert running.wait() == 0
+        assert running.said.count("sound works") == 1
+        assert running.said.count("role ended") == 1
