@@ -1,0 +1,216 @@
+"""One process, its file and SIGHUP: what changes, what goes on, and that nobody is dropped meanwhile."""
+
+import hashlib
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+
+import pytest
+
+from .harness import START_S, Process, Target, free_port, wait_until
+from .load import ask, datagram_user, visit
+from .users import comes_back
+
+
+class Site:
+    """A process that runs a server and a client, ``web`` and ``in``, by a config file."""
+
+    def __init__(self, path, target):
+        self.path = path
+        self.tunnel_port, self.public_port = free_port(), free_port("both")
+        self.public = ("127.0.0.1", self.public_port)
+        self.server = f"server://127.0.0.1:{self.tunnel_port}/127.0.0.1:{self.public_port}"
+        self.client = f"client://127.0.0.1:{self.tunnel_port}/{target}"
+        self.write()
+        self.process = Process([sys.executable, "-m", "nodepass_gevent", "--config", str(path)], name="site")
+
+    def write(self, common="", web="", into="", more=""):
+        text = f"{common}\nservice-cooldown = 300ms\nshutdown-timeout = 200ms\n"
+        text += f"[tunnel web]\nurl = {self.server}\n{web}\n[tunnel in]\nurl = {self.client}\n{into}\n{more}\n"
+        self.path.write_text(text)
+
+    def hang_up(self, line="SIGHUP: reading", **sections):
+        """Write the file, have it read, and wait for a line."""
+        self.write(**sections)
+        start = len(self.process.lines)
+        os.kill(self.process.pid, signal.SIGHUP)
+        return self.process.wait_for_line(line, start=start)
+
+    def ready(self):
+        wait_until(lambda: comes_back(self.public), START_S, "traffic passes")
+
+
+@pytest.fixture
+def site(tmp_path):
+    with Target() as target:
+        made = Site(tmp_path / "nodepass.conf", target.address)
+        with made.process:
+            made.ready()
+            yield made
+            assert not [line for line in made.process.lines if "Traceback" in line], made.process.tail()
+
+
+class Transfer(threading.Thread):
+    """A user who sends without end and reads all back, until it is told to stop; then both hashes must agree."""
+
+    def __init__(self, public):
+        super().__init__(daemon=True)
+        self.sent, self.received = hashlib.sha256(), hashlib.sha256()
+        self.error = None
+        self._public = public
+        self._stopped = threading.Event()
+
+    def run(self):
+        rng = random.Random(1)
+        try:
+            with socket.create_connection(self._public, timeout=20) as user:
+                reader = threading.Thread(target=self._read, args=[user], daemon=True)
+                reader.start()
+                while not self._stopped.wait(0.002):
+                    data = rng.randbytes(20_000)
+                    user.sendall(data)
+                    self.sent.update(data)
+                user.shutdown(socket.SHUT_WR)
+                reader.join(20)
+        except OSError as exc:
+            self.error = exc
+
+    def _read(self, user):
+        try:
+            while data := user.recv(65536):
+                self.received.update(data)
+        except OSError as exc:
+            self.error = exc
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopped.set()
+        self.join(40)
+        assert self.error is None
+        assert self.received.digest() == self.sent.digest()
+
+
+class Visitors:
+    """Short users, one after the other in some rows, until the block ends; nobody may be refused or reset."""
+
+    def __init__(self, public, rows=3):
+        self.served, self.errors = 0, []
+        self._public = public
+        self._stopped = threading.Event()
+        self._rows = [threading.Thread(target=self._come, daemon=True) for _ in range(rows)]
+
+    def _come(self):
+        while not self._stopped.is_set():
+            try:
+                visit(self._public, timeout=20.0)
+                self.served += 1
+            except OSError as exc:
+                self.errors.append(exc)
+
+    def __enter__(self):
+        for row in self._rows:
+            row.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopped.set()
+        for row in self._rows:
+            row.join(30)
+        assert not self.errors
+        assert self.served
+
+
+def test_a_transfer_and_new_users_go_on_through_every_change_of_the_file(site):
+    other = f"[tunnel other]\nurl = server://127.0.0.1:{free_port()}/127.0.0.1:{free_port('both')}"
+    with Transfer(site.public), Visitors(site.public) as visitors:
+
+        def served_more():
+            before = visitors.served
+            wait_until(lambda: visitors.served > before + 20, START_S, "users are served")
+
+        served_more()
+        site.hang_up("tunnel web: changed: log, idle-timeout", web="log = debug\nidle-timeout = 1h")
+        served_more()
+        site.hang_up("listening", web="log = debug\nidle-timeout = 1h", more=other)
+        served_more()
+        site.hang_up("configuration refused", web="semaphore-limit = many")
+        served_more()
+        site.hang_up("tunnel web: changed: log, semaphore-limit, idle-timeout", web="semaphore-limit = 500")
+        served_more()
+        site.hang_up("connected to", web="semaphore-limit = 500", into="min-pool-capacity = 3")
+        served_more()
+        site.hang_up("tunnel in: changed", web="semaphore-limit = 400", into="min-pool-capacity = 4")
+        served_more()
+
+
+def test_a_file_that_is_wrong_is_refused_with_its_place_and_the_old_one_goes_on(site):
+    site.hang_up(
+        r"ERROR  configuration refused, the old one goes on: tls: '7' is not one of 0, 1, 2 \[from file .*conf:6\]",
+        web="tls = 7",
+    )
+    visit(site.public)
+    site.path.unlink()
+    os.kill(site.process.pid, signal.SIGHUP)
+    site.process.wait_for_line("configuration refused, the old one goes on: config: cannot read the file: No such file")
+    visit(site.public)
+    site.hang_up("tunnel web: changed: pool-wait", web="pool-wait = 7s")
+    visit(site.public)
+
+
+def test_a_level_changes_without_a_restart(site):
+    site.hang_up("tunnel web: changed: log", common="log = debug")
+    start = len(site.process.lines)
+    visit(site.public)
+    site.process.wait_for_line("DEBUG", start=start)
+    assert not any("listening" in line for line in site.process.lines[start:])
+
+
+def test_a_removed_tunnel_closes_its_ports_and_cuts_what_does_not_end_in_time(site):
+    with socket.create_connection(site.public, timeout=20) as user:
+        user.sendall(b"x")
+        assert user.recv(1) == b"x"
+        site.path.write_text(f"[tunnel in]\nurl = {site.client}\n")
+        os.kill(site.process.pid, signal.SIGHUP)
+        site.process.wait_for_line("tunnel web: removed")
+        site.process.wait_for_line("exchanges cut: 1")
+        with pytest.raises(ConnectionError):  # a reset, at the latest of what is sent then
+            while user.recv(1) or user.send(b"x"):
+                pass
+            raise ConnectionResetError
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(site.public, timeout=20).close()
+
+
+def test_the_next_datagram_of_a_user_is_served_by_the_tunnel_in_the_place_of_the_old_one(site):
+    with datagram_user(site.public) as user:
+        ask(user)
+        site.hang_up("connected to", web="semaphore-limit = 500")
+
+        def answered():
+            user.settimeout(1)
+            try:
+                ask(user)
+            except OSError:
+                return False
+            return True
+
+        wait_until(answered, START_S, "a datagram is answered")
+
+
+def test_one_tunnel_of_the_file_runs_alone(tmp_path):
+    path = tmp_path / "nodepass.conf"
+    ports = [free_port() for _ in range(4)]
+    text = "[tunnel {}]\nurl = server://127.0.0.1:{}/127.0.0.1:{}?network=tcp\n"
+    path.write_text(text.format("a", *ports[:2]) + text.format("b", *ports[2:]))
+    argv = [sys.executable, "-m", "nodepass_gevent", "--config", str(path), "--only", "b"]
+    with Process(argv, name="only b") as process:
+        process.wait_for_line(f"listening: tunnel 127.0.0.1:{ports[2]}")
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", ports[0]), timeout=5).close()
+        assert process.stop() == 0

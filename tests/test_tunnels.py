@@ -1,0 +1,193 @@
+import logging
+from dataclasses import replace
+
+import gevent
+import pytest
+from gevent.event import Event
+from support import wait_until
+
+from nodepass_gevent.config import Address, Config, Limits
+from nodepass_gevent.crew import Crew
+from nodepass_gevent.metrics import Counters
+from nodepass_gevent.tunnels import Tunnels
+
+CONFIG = Config(role="server", tunnel=Address("h", 1), target=Address("h", 2), name="a", shutdown_timeout_s=30.0)
+
+
+class Role:
+    """A role that works until it is killed, and notes what happens to it."""
+
+    def __init__(self, config, before):
+        self.config = config
+        self.before = before
+        self.counters = Counters()
+        self.exchanges = Crew()
+        self.done = []
+
+    def __str__(self):
+        return f"role {self.config.name}"
+
+    def run(self):
+        self.done.append("run")
+        try:
+            Event().wait()
+        finally:
+            self.done.append("killed")
+
+    def reload(self):
+        self.done.append("reload")
+
+    def retire(self):
+        self.done.append("retire")
+
+
+class World:
+    def __init__(self):
+        self.roles = []
+        self.tunnels = Tunnels(self.make)
+
+    def make(self, config, before):
+        self.roles.append(Role(config, before))
+        return self.roles[-1]
+
+    def apply(self, *configs):
+        self.tunnels.apply(configs)
+        gevent.idle()
+
+    def running(self):
+        return [service.role for service in self.tunnels]
+
+
+@pytest.fixture
+def world(caplog):
+    caplog.set_level(logging.INFO, "nodepass_gevent")
+    made = World()
+    yield made
+    for role in made.roles:
+        role.exchanges.kill()
+    made.tunnels.stop()
+
+
+def test_each_tunnel_is_started_once(world):
+    other = replace(CONFIG, name="b")
+    world.apply(CONFIG, other)
+    world.apply(CONFIG, other)
+    assert [(role.config.name, role.before, role.done) for role in world.roles] == [
+        ("a", None, ["run"]),
+        ("b", None, ["run"]),
+    ]
+
+
+def test_a_tunnel_that_is_added_disturbs_no_other(world):
+    world.apply(CONFIG)
+    world.apply(CONFIG, replace(CONFIG, name="b"))
+    assert [role.done for role in world.roles] == [["run"], ["run"]]
+
+
+LIVE = {
+    "log": "debug",
+    "service_cooldown_s": 7.0,
+    "shutdown_timeout_s": 8.0,
+    "udp_read_timeout_s": 9.0,
+    "reload_interval_s": 10.0,
+    "limits": Limits(idle_timeout_s=11.0, pool_wait_s=12.0, dead_intervals=4, tcp_user_timeout_s=13.0),
+}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_levels_and_times_change_in_the_running_tunnel(world, caplog, name):
+    world.apply(CONFIG)
+    (role,) = world.roles
+    limits = role.config.limits  # as its parts hold them
+    world.apply(replace(CONFIG, **{name: LIVE[name]}, sources={"x": "y"}))
+    assert world.running() == [role] and role.done == ["run"]
+    assert getattr(role.config, name) == LIVE[name]
+    assert role.config.limits is limits
+    assert role.config.sources == {"x": "y"}
+    changed = {"limits": "pool-wait, idle-timeout, dead-intervals, tcp-user-timeout"}
+    assert caplog.messages == [f"tunnel a: changed: {changed.get(name, name.removesuffix('_s').replace('_', '-'))}"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"semaphore_limit": 7},
+        {"min_pool_capacity": 3},
+        {"max_pool_capacity": 70},
+        {"tls": 1},
+        {"target": Address("h", 3)},
+        {"limits": Limits(callers=7)},
+        {"limits": Limits(keepalive_idle_s=7)},
+        {"log": "debug", "semaphore_limit": 7},
+    ],
+)
+def test_other_changes_put_a_new_role_in_the_place_of_the_old_one(world, change):
+    world.apply(CONFIG)
+    (old,) = world.roles
+    world.apply(replace(CONFIG, **change))
+    (new,) = world.running()
+    assert new is not old and new.before is old
+    assert old.done == ["run", "killed", "retire"] and new.done == ["run"]
+    assert old.config == CONFIG  # nothing of it was taken
+
+
+def test_a_server_that_becomes_a_client_leaves_it_nothing(world):
+    world.apply(CONFIG)
+    world.apply(replace(CONFIG, role="client"))
+    assert [role.before for role in world.roles] == [None, None]
+
+
+def test_exchanges_of_a_replaced_tunnel_go_on_for_as_long_as_they_like(world):
+    config = replace(CONFIG, shutdown_timeout_s=0.01)
+    world.apply(config)
+    (old,) = world.roles
+    go_on = Event()
+    old.exchanges.spawn(go_on.wait)
+    world.apply(replace(config, semaphore_limit=7))
+    gevent.sleep(0.05)  # longer than a removed one would be given
+    assert world.tunnels.exchanges() == 1
+    go_on.set()
+    wait_until(lambda: world.tunnels.exchanges() == 0)
+
+
+def test_a_tunnel_that_is_removed_is_drained_within_its_shutdown_timeout(world, caplog):
+    config = replace(CONFIG, shutdown_timeout_s=0.05)
+    world.apply(config)
+    (role,) = world.roles
+    role.exchanges.spawn(Event().wait)
+    world.apply()
+    assert world.running() == [] and role.done == ["run", "killed", "retire"]
+    wait_until(lambda: world.tunnels.exchanges() == 0)
+    assert "role a: exchanges cut: 1" in caplog.messages
+
+
+def test_at_the_end_all_are_drained_each_within_its_own_time(world):
+    quick, slow = replace(CONFIG, shutdown_timeout_s=0.05), replace(CONFIG, name="b", shutdown_timeout_s=20.0)
+    world.apply(quick, slow)
+    first, second = world.roles
+    go_on = Event()
+    first.exchanges.spawn(Event().wait)
+    second.exchanges.spawn(go_on.wait)
+    stopping = gevent.spawn(world.tunnels.stop)
+    wait_until(lambda: len(first.exchanges) == 0)
+    assert len(second.exchanges) == 1
+    go_on.set()
+    assert stopping.get(timeout=10) == 1
+    assert [role.done for role in world.roles] == [["run", "killed"]] * 2
+
+
+def test_exchanges_of_replaced_tunnels_are_drained_at_the_end_too(world):
+    config = replace(CONFIG, shutdown_timeout_s=0.05)
+    world.apply(config)
+    world.roles[0].exchanges.spawn(Event().wait)
+    world.apply(replace(config, semaphore_limit=7))
+    assert world.tunnels.stop() == 1
+    assert world.tunnels.exchanges() == 0
+
+
+def test_a_reload_reaches_those_that_run(world):
+    world.apply(CONFIG, replace(CONFIG, name="b"))
+    world.apply(CONFIG)
+    world.tunnels.reload()
+    assert world.roles[0].done == ["run", "reload"]
+    assert "reload" not in world.roles[1].done
