@@ -9,15 +9,13 @@ import secrets
 import sys
 from collections.abc import Sequence
 
-from . import __version__, descriptors, options, process
+from . import __version__, check, descriptors, options, process
 from .client import Client
-from .command_line import build_parser
+from .command_line import Line, build_parser
 from .config import Config
 from .errors import ConfigError
-from .keyring import read_keys
 from .server import Server
 from .service import Role
-from .tls_context import check_files
 from .tunnel_key import SIZE, format_key
 from .usage import USAGE
 
@@ -30,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with the given arguments (the process's own when None); return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        line = options.read_line(argv)
+        if line.action == "check":
+            return _check(line)
         parsed = options.parse(argv, os.environ)
         if parsed.action != "run":
             return _print(parsed)
@@ -43,11 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return process.run(plan, lambda: _plan(options.parse(argv, os.environ), taken), _make_role)
 
 
+def _check(line: Line) -> int:
+    text, sound = check.report(check.check(line.rest, os.environ), as_json="json" in line.flags)
+    print(text)
+    return 0 if sound else USAGE_ERROR
+
+
 def _plan(parsed: options.Parsed, taken: int) -> process.Plan:
     """Check what no parser can: files, keys, and whether the system allows so many descriptors."""
     for config in parsed.configs:
-        _check_files(config)
-        read_keys(config)
+        check.check_settings(config)
     budget = descriptors.plan(parsed.configs, descriptors.allowed(), taken)
     return process.Plan(parsed.process, budget.configs, (*parsed.warnings, *budget.warnings), budget.pipes)
 
@@ -69,13 +75,3 @@ def _print(parsed: options.Parsed) -> int:
     else:
         print(options.show(parsed.process, parsed.configs), end="")
     return 0
-
-
-def _check_files(config: Config) -> None:
-    """Refuse certificate files that cannot be used before anything runs."""
-    try:
-        check_files(config)
-    except ConfigError as exc:
-        names = ("ca",) if str(exc).startswith("ca:") else ("crt", "key")
-        sources = [config.source(name) for name in names]
-        raise ConfigError(f"{exc} [from {', '.join(dict.fromkeys(sources))}]") from exc

@@ -45,7 +45,7 @@ class Line:
     given: Mapping[str, Entry] = field(default_factory=dict)
     words: tuple[str, ...] = ()  # of the command
     flags: frozenset[str] = frozenset()
-    rest: tuple[str, ...] = ()  # the arguments behind command and words
+    rest: tuple[str, ...] = ()  # what is behind the command, its words and flags
 
 
 class _Parser(configargparse.ArgumentParser):
@@ -120,6 +120,7 @@ def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
         raise ConfigError(f"unknown option or argument {shown(word)}{hint} [from {SOURCE}]")
     texts = {name: values[name] for name in BY_NAME if values[name] is not None}
     given = {name: Entry(name, text, SOURCE) for name, text in texts.items()}
+    rest = tuple(word for word in rest if word.removeprefix("--") not in flags)
     return Line(action, tuple(namespace.config or ()), namespace.only, given, words, flags, rest)
 
 

@@ -42,6 +42,11 @@ class Parsed:
     line: Line = _NO_LINE
 
 
+def read_line(argv: Sequence[str]) -> Line:
+    """Split the command line; raise ConfigError."""
+    return command_line.read(build_parser(), argv)
+
+
 def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
     """Merge all sources into one Config per tunnel; raise ConfigError. A blank environment value is none."""
     parser = build_parser()

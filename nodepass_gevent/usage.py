@@ -9,10 +9,12 @@ examples:
   nodepass 'client://tunnel.example.com:10101/127.0.0.1:80?log=debug'
   SEMAPHORE_LIMIT=4096 nodepass 'server://[::1]:10101/:8443?tls=2&crt=/etc/nodepass/cert.pem&key=/etc/nodepass/key.pem'
   nodepass --config /etc/nodepass/nodepass.conf --show-config
+  nodepass check --config /etc/nodepass/conf.d    # what would go wrong with these tunnels
   nodepass genkey > tunnel.key    # a key for tunnel-key-file; umask 077 keeps others out
 """
 USAGE = """\
 nodepass [options] 'server://<tunnel_addr>/<target_addr>[?key=value&...]'
        nodepass [options] 'client://<tunnel_addr>/<target_addr>[?key=value&...]'
-       nodepass [options] --config FILE
+       nodepass [options] --config FILE|DIRECTORY [--only NAME]
+       nodepass check [options] [URL] [--json]
        nodepass genkey"""

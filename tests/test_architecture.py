@@ -38,7 +38,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"joining"},
     {"reception"},
     {"client", "server", "service"},
-    {"tunnels"},
+    {"check", "tunnels"},
     {"process"},
     {"cli"},
     {"__main__"},

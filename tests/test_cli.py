@@ -46,7 +46,7 @@ def world(monkeypatch):
     """Leave main the environment of nobody, and neighbours that only record."""
     recorder = Recorder()
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(cli, "check_files", recorder.check_files)
+    monkeypatch.setattr(cli.check, "check_files", recorder.check_files)
     monkeypatch.setattr(cli, "ROLES", {name: partial(FakeRole, name) for name in cli.ROLES})
     monkeypatch.setattr(cli.process, "run", recorder.run)
     monkeypatch.setattr(cli.descriptors, "allowed", lambda: recorder.descriptors)
@@ -209,3 +209,28 @@ def test_an_interrupt_while_the_settings_are_read_is_exit_code_130(world, monkey
     monkeypatch.setattr(cli.options, "parse", interrupted)
     assert cli.main([URL]) == 130
     assert capsys.readouterr() == ("", "")
+
+
+def test_check_prints_what_it_found_and_ends_with_2_for_an_error(world, capsys):
+    assert cli.main(["check", "client://127.0.0.1:1/127.0.0.1:2"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("ok       settings of client://127.0.0.1:1/127.0.0.1:2\n") and err == ""
+    assert cli.main(["check", "--json", "client://127.0.0.1:1/127.0.0.1:2", "--tls", "9"]) == 2
+    assert '"ok": false' in capsys.readouterr().out
+    assert world.ran is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        ([URL, "check"], "unknown option or argument 'check'"),
+        (["--log", "info", "check"], "check: a command stands first"),
+        (["genkey", "x"], "genkey is followed by nothing"),
+        (["--json", URL], "unknown option or argument '--json'"),
+        (["--only", "web", URL], "only: no tunnel is called 'web'; there is no [tunnel NAME] section"),
+    ],
+)
+def test_a_command_or_its_option_out_of_place_is_refused(world, capsys, argv, line):
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"nodepass: error: {line}")
+    assert world.ran is None

@@ -227,7 +227,7 @@ def test_every_example_of_the_documentation_parses():
 
 def test_every_example_of_the_help_parses():
     quoted = re.findall(r"nodepass '(\S+)'", EXAMPLES)
-    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 5
+    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 6
     assert [parse_one(url).role for url in quoted] == ["server", "client", "server"]
 
 

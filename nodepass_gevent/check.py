@@ -1,0 +1,162 @@
+"""``nodepass check``: what would go wrong with a configuration, found without running it."""
+
+import datetime
+import errno
+import json
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+
+from . import configfile, descriptors, net, options
+from .certificates import load_certificate
+from .config import Address, Config
+from .errors import ConfigError, ConnectError
+from .keyring import read_keys
+from .tls_context import EXPIRY_WARNING_DAYS, check_files
+from .transport import reason
+
+OK, WARNING, ERROR = "ok", "warning", "error"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    level: str  # OK, WARNING or ERROR
+    tunnel: str  # its name, or ""
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:<8} {f'[{self.tunnel}] ' if self.tunnel else ''}{self.text}"
+
+
+def check_settings(config: Config) -> None:
+    """Refuse files of certificates and keys that cannot be used; raise ConfigError with where they are named."""
+    try:
+        check_files(config)
+    except ConfigError as exc:
+        names = ("ca",) if str(exc).startswith("ca:") else ("crt", "key")
+        sources = [config.source(name) for name in names]
+        raise ConfigError(f"{exc} [from {', '.join(dict.fromkeys(sources))}]") from exc
+    read_keys(config)
+
+
+def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
+    """Look at all that a command line and its files ask for."""
+    findings: list[Finding] = []
+    configs: list[Config] = []
+    for name, arguments in _one_by_one(argv, environ):
+        try:
+            parsed = options.parse(arguments, environ)
+        except ConfigError as exc:
+            findings.append(Finding(ERROR, name, str(exc)))
+            continue
+        configs += parsed.configs
+        findings += [Finding(WARNING, name, text) for text in parsed.warnings]
+    if not findings and not configs:
+        findings.append(Finding(ERROR, "", "there is no tunnel: name one by a URL or in a file"))
+    for config in configs:
+        findings += [Finding(level, config.name, text) for level, text in _look_at(config)]
+    return [*dict.fromkeys(findings), *_count_descriptors(configs)]
+
+
+def report(findings: Iterable[Finding], *, as_json: bool) -> tuple[str, bool]:
+    """Give the findings as lines or as JSON, and whether none is an error."""
+    findings = list(findings)
+    sound = not any(finding.level == ERROR for finding in findings)
+    if as_json:
+        return json.dumps({"ok": sound, "findings": list(map(asdict, findings))}, indent=2), sound
+    return "\n".join(map(str, findings)), sound
+
+
+def _one_by_one(argv: Sequence[str], environ: Mapping[str, str]) -> list[tuple[str, Sequence[str]]]:
+    """Give a command line for each tunnel of a file, so that the mistake of one hides no other."""
+    try:
+        options.parse(argv, environ)
+    except ConfigError:
+        names = _tunnels(argv)
+        if names:
+            return [(name, [*argv, "--only", name]) for name in names]
+    return [("", argv)]
+
+
+def _tunnels(argv: Sequence[str]) -> list[str]:
+    try:
+        line = options.read_line(argv)
+        return [] if line.only else [section.name for section in configfile.read(line.files).tunnels]
+    except ConfigError:
+        return []
+
+
+def _look_at(config: Config) -> Iterator[tuple[str, str]]:
+    yield OK, f"settings of {config.url}"
+    try:
+        check_settings(config)
+    except ConfigError as exc:
+        yield ERROR, str(exc)
+    else:
+        yield from _look_at_certificate(config)
+    if config.role == "client":
+        yield from (_resolve(what, address) for what, address in (("tunnel", config.tunnel), ("target", config.target)))
+    else:
+        yield from (_bind(what, address, kind) for what, address, kind in _ports(config))
+
+
+def _look_at_certificate(config: Config) -> Iterator[tuple[str, str]]:
+    if not (config.crt and config.key):
+        return
+    expires = load_certificate(config.crt, config.key).expires
+    left = expires - datetime.datetime.now(datetime.timezone.utc)
+    if left < datetime.timedelta():
+        yield ERROR, f"crt: the certificate expired on {expires.date()} [from {config.source('crt')}]"
+    elif left < datetime.timedelta(days=EXPIRY_WARNING_DAYS):
+        yield WARNING, f"crt: the certificate expires on {expires.date()}, in {left.days} days"
+    else:
+        yield OK, f"certificate, valid until {expires.date()}, and its key"
+
+
+def _resolve(what: str, address: Address) -> tuple[str, str]:
+    try:
+        found = net.resolve(address)
+    except ConnectError as exc:
+        return WARNING, f"{what} {address}: {exc}"  # it may be there when it is needed: that is tried for ever
+    return OK, f"{what} {address}: {', '.join(map(str, found))}"
+
+
+def _ports(config: Config) -> Iterator[tuple[str, Address, int]]:
+    """Name the ports that a server needs."""
+    yield "tunnel port", config.tunnel, socket.SOCK_STREAM
+    if config.data_port:
+        yield "data port", replace(config.tunnel, port=config.data_port), socket.SOCK_STREAM
+    if config.network != "udp":
+        yield "public port, TCP", config.target, socket.SOCK_STREAM
+    if config.network != "tcp":
+        yield "public port, UDP", config.target, socket.SOCK_DGRAM
+
+
+def _bind(what: str, address: Address, kind: int) -> tuple[str, str]:
+    try:
+        with closing(net.bind(address, kind)) as sock:
+            if kind == socket.SOCK_STREAM:
+                sock.listen(1)
+    except ConnectError as exc:
+        return WARNING, f"{what}: {exc}"
+    except OSError as exc:
+        if exc.errno == errno.EADDRINUSE:
+            return (
+                WARNING,
+                f"{what}: {reason(exc)}; fine if it is by the service that is to be given this configuration",
+            )
+        return ERROR, f"{what}: {reason(exc)}"
+    return OK, f"{what}: {address} is free"
+
+
+def _count_descriptors(configs: Sequence[Config]) -> list[Finding]:
+    if not configs:
+        return []
+    try:
+        budget = descriptors.plan(configs, descriptors.allowed(), descriptors.taken())
+    except ConfigError as exc:
+        return [Finding(ERROR, "", str(exc))]
+    return [Finding(WARNING, "", text) for text in budget.warnings] or [Finding(OK, "", "open files: enough")]

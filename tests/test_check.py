@@ -1,0 +1,133 @@
+import datetime
+import json
+import socket
+
+import pytest
+from authority import make_authority
+
+from nodepass_gevent import check as checks
+from nodepass_gevent.check import ERROR, OK, WARNING, Finding, check, report
+
+SERVER = "server://127.0.0.1:{}/127.0.0.1:{}"
+
+
+@pytest.fixture
+def ports():
+    """Give two ports that are free for TCP and UDP."""
+    with socket.socket() as one, socket.socket() as two:
+        for sock in (one, two):
+            sock.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], two.getsockname()[1]
+
+
+def levels(findings):
+    return [finding.level for finding in findings]
+
+
+def worst(findings):
+    """Give what is no "ok"."""
+    return [finding for finding in findings if finding.level != OK]
+
+
+def test_a_sound_server_has_all_its_ports_looked_at(ports):
+    found = check([SERVER.format(*ports)], {})
+    assert [finding.text for finding in found] == [
+        f"settings of {SERVER.format(*ports)}",
+        f"tunnel port: 127.0.0.1:{ports[0]} is free",
+        f"public port, TCP: 127.0.0.1:{ports[1]} is free",
+        f"public port, UDP: 127.0.0.1:{ports[1]} is free",
+        "open files: enough",
+    ]
+    assert set(levels(found)) == {OK}
+
+
+def test_a_client_has_its_names_resolved():
+    found = check(["client://localhost:1/nowhere.invalid:2"], {})
+    assert levels(found) == [OK, OK, WARNING, OK]
+    assert found[1].text.startswith("tunnel localhost:1: 127.0.0.1:1")
+    assert found[2].text.startswith("target nowhere.invalid:2: resolve nowhere.invalid: ")
+
+
+def test_a_wrong_setting_is_found():
+    (finding,) = check([SERVER.format(1, 2), "--tls", "3"], {})
+    assert finding == Finding(ERROR, "", "tls: '3' is not one of 0, 1, 2 [from command line]")
+
+
+def test_no_tunnel_is_an_error():
+    assert levels(check([], {})) == [ERROR]
+
+
+def test_a_taken_port_is_a_warning_as_the_service_itself_may_have_it(ports):
+    with socket.create_server(("127.0.0.1", ports[0])):
+        (finding,) = worst(check([SERVER.format(*ports), "--network", "tcp"], {}))
+    assert finding.level == WARNING
+    assert finding.text.startswith(f"tunnel port: address already in use: 127.0.0.1:{ports[0]}; fine if")
+
+
+def test_an_address_of_another_machine_cannot_be_bound(ports):
+    (finding,) = worst(check([f"server://192.0.2.1:{ports[0]}/127.0.0.1:{ports[1]}"], {}))
+    assert finding == Finding(ERROR, "", f"tunnel port: cannot assign requested address: 192.0.2.1:{ports[0]}")
+
+
+@pytest.mark.parametrize(
+    ("days", "level", "text"),
+    [
+        (-1, ERROR, "crt: the certificate expired on "),
+        (13, WARNING, "crt: the certificate expires on "),
+        (15, OK, "certificate, valid until "),
+    ],
+)
+def test_the_expiry_of_a_certificate_is_looked_at(tmp_path, ports, days, level, text):
+    files = make_authority().issue(days=(-3, days)).write(tmp_path)
+    found = check([SERVER.format(*ports), "--tls", "2", "--crt", files["crt"], "--key", files["key"]], {})
+    (finding,) = [finding for finding in found if "certificate" in finding.text]
+    assert (finding.level, finding.text[: len(text)]) == (level, text)
+    day = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+    assert str(day.date()) in finding.text
+
+
+def test_a_key_that_does_not_fit_is_found_with_its_source(tmp_path, ports):
+    authority = make_authority()
+    one, two = authority.issue().write(tmp_path, "one"), authority.issue().write(tmp_path, "two")
+    (finding,) = worst(check([SERVER.format(*ports), "--tls", "1", "--crt", one["crt"], "--key", two["key"]], {}))
+    assert finding.level == ERROR and "does not fit" in finding.text and "[from command line]" in finding.text
+
+
+def test_too_few_open_files_are_found(monkeypatch, ports):
+    monkeypatch.setattr(checks.descriptors, "allowed", lambda: 300)
+    found = worst(check([SERVER.format(*ports)], {}))
+    assert levels(found) == [WARNING, WARNING] and found[0].text.startswith("open files: 300 are allowed")
+    monkeypatch.setattr(checks.descriptors, "allowed", lambda: 30)
+    assert levels(worst(check([SERVER.format(*ports)], {}))) == [ERROR]
+
+
+def test_the_mistake_of_one_tunnel_hides_none_of_another(tmp_path, ports):
+    path = tmp_path / "nodepass.conf"
+    path.write_text(
+        f"[tunnel a]\nurl = {SERVER.format(*ports)}\ntls = 7\n"
+        "[tunnel b]\nurl = client://localhost:1/localhost:2\n"
+        "[tunnel c]\nurl = client://localhost:1/localhost:2\nlogg = info\n"
+    )
+    found = check(["--config", str(path)], {})
+    assert [(finding.level, finding.tunnel) for finding in worst(found)] == [(ERROR, "a"), (ERROR, "c")]
+    assert Finding(OK, "b", "settings of client://localhost:1/localhost:2") in found
+
+
+def test_a_file_that_cannot_be_read_is_one_error():
+    (finding,) = check(["--config", "/nonexistent"], {})
+    assert finding.level == ERROR and finding.text.startswith("config: cannot read the file")
+
+
+def test_a_report_is_lines_or_json_and_sound_without_errors():
+    findings = [Finding(OK, "web", "fine"), Finding(WARNING, "", "hm")]
+    assert report(findings, as_json=False) == ("ok       [web] fine\nwarning  hm", True)
+    text, sound = report([*findings, Finding(ERROR, "b", "no")], as_json=True)
+    assert not sound
+    assert json.loads(text) == {
+        "ok": False,
+        "findings": [
+            {"level": "ok", "tunnel": "web", "text": "fine"},
+            {"level": "warning", "tunnel": "", "text": "hm"},
+            {"level": "error", "tunnel": "b", "text": "no"},
+        ],
+    }
