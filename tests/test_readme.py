@@ -51,7 +51,7 @@ def test_the_tables_hold_nothing_else():
 
 
 def test_the_example_file_parses(tmp_path):
-    text = README.partition("``nodepass --config FILE``::\n")[2].partition("\nA wrong value")[0]
+    text = README.partition("``nodepass --config FILE``::\n")[2].partition("\nOne process runs")[0]
     path = tmp_path / "example.conf"
     path.write_text(re.sub("^    ", "", text, flags=re.MULTILINE))
     (config,) = options.parse(["--config", str(path)], {}).configs
