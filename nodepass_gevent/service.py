@@ -90,7 +90,6 @@ class Service:
         exchanges.join(timeout_s)
         cut = len(exchanges)
         exchanges.kill()
-        log.info("%s: %s", self.role, self.role.counters)
         return cut
 
     def run(self) -> None:

@@ -64,6 +64,8 @@ class Tunnels:
         for service in sorted(services, key=lambda service: service.role.config.shutdown_timeout_s):
             spent_s = time.monotonic() - begun
             cut += service.drain(max(service.role.config.shutdown_timeout_s - spent_s, 0))
+        for service in self:
+            log.info("%s: %s", service.role, service.role.counters)
         return cut
 
     def _change(self, service: Service, config: Config) -> None:
@@ -82,9 +84,9 @@ class Tunnels:
 
     def _retire(self, service: Service, timeout_s: float | None) -> None:
         """Stop a service, and let its exchanges end."""
+        self._leaving.add(service)
         service.stop()
         service.role.retire()
-        self._leaving.add(service)
         self._drains.spawn(self._drain, service, timeout_s)
 
     def _drain(self, service: Service, timeout_s: float | None) -> None:
