@@ -1,0 +1,14 @@
+"""Sphinx: `sphinx-build -W -b html docs build/html`."""
+
+import re
+from pathlib import Path
+
+project = "nodepass-gevent"
+copyright = "nodepass-gevent contributors"
+version = release = re.search(
+    r'"(.+)"', Path(__file__).parent.with_name("nodepass_gevent").joinpath("__init__.py").read_text()
+)[1]
+html_theme = "furo"
+html_title = f"nodepass-gevent {version}"
+exclude_patterns = ["performance-*.rst"]  # parts of performance.rst
+nitpicky = True
