@@ -247,7 +247,7 @@ class Egress:
         """
         if self._fail(id, why):
             with suppress(OSError), gevent.Timeout(self._config.limits.drain_linger_s, False):
-                while data.recv(CHUNK):
+                while data.recv_next(CHUNK):
                     pass
 
     def _target(self) -> list[Endpoint]:
