@@ -18,7 +18,7 @@ from . import opening, proxy_protocol, relay, wire
 from .config import Config
 from .crew import Crew
 from .datagrams import DatagramEgress, DatagramIngress
-from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, NotCarried, TunnelError
+from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, NotCarried, ProtocolError, TunnelError
 from .metrics import Counters
 from .net import Endpoint, connect, resolve
 from .relay import Exchange, Outcome
@@ -206,7 +206,8 @@ class Egress:
             data = self._pool.take(launch.id, self._config.limits.pool_wait_s)
         except NodePassError as exc:
             self._counters.launches_lost += 1
-            log.warning("launch of %s lost: %s", launch.id.decode(), exc)
+            repeated = isinstance(exc, ProtocolError)  # a few bytes each, as often as a peer likes: no line for that
+            log.log(logging.DEBUG if repeated else logging.WARNING, "launch of %s lost: %s", launch.id.decode(), exc)
             if isinstance(exc, NoDataConnection):
                 self._fail(launch.id, wire.GONE.decode())
             return

@@ -109,7 +109,7 @@ class Joining:
                 transport = stream
                 id = _send_id(stream, client.pool, first)
             client.pool.add(id, transport)
-        except (OSError, ProtocolError, PoolClosed, KeyMismatch) as exc:
+        except (OSError, ProtocolError, PoolClosed, CertificateRefused, KeyMismatch) as exc:
             if isinstance(exc, KeyMismatch):
                 self._on_wrong_tag(key)
             self._counters.data_connections_refused += 1

@@ -6,6 +6,7 @@ from exchanges import ID, address_of, happened
 from support import Flooded, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
 
 from nodepass_gevent.config import Address
+from nodepass_gevent.errors import ProtocolError
 from nodepass_gevent.forward import Egress
 from nodepass_gevent.wire import Kind, Launch
 
@@ -53,6 +54,19 @@ def test_a_launch_that_failed_ends_in_time_although_the_server_sends_without_a_p
     with bounded():
         side.egress.launch(Launch(ID, Kind.TCP))
         assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+
+
+def test_a_launch_that_is_repeated_is_counted_and_costs_no_line_in_the_log(egress, caplog):
+    caplog.set_level("INFO")
+    side = egress()
+
+    def take(id, timeout_s):
+        raise ProtocolError("launched twice")
+
+    side.pool.take = take
+    side.egress.launch(Launch(ID, Kind.TCP))
+    assert side.counted == {"launches_lost": 1}
+    assert not caplog.records
 
 
 def test_a_target_that_does_not_answer_the_dial_resets_the_user_at_the_deadline(egress, caplog):
