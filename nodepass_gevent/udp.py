@@ -1,5 +1,6 @@
 """Datagrams: the public socket, which answers from the address it was asked at, and a socket to the target."""
 
+import errno
 import socket
 import struct
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from .transport import RawSocket
 
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
+MEMORY_PAUSE_S = 0.05  # after a receive that failed for lack of memory: the datagram waits, and so would a loop spin
 TARGET_BUFFER = 1 << 20  # the same for the replies of one target in a session
 IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
 _ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
@@ -62,8 +64,8 @@ class PublicSocket:
                         handle(bytes(_buffer[:size]), Reply(sock, sender, source))
             except BlockingIOError:
                 pass
-            except OSError:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
-                gevent.sleep(0)
+            except OSError as exc:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
+                gevent.sleep(MEMORY_PAUSE_S if exc.errno in (errno.ENOMEM, errno.ENOBUFS) else 0)
 
     def close(self) -> None:
         self._socket.close()
