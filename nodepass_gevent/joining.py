@@ -129,7 +129,7 @@ class Joining:
     def join_v1(self, stream: Stream, expected: bool, whose: Callable[[str], Client | None]) -> None:
         """Bring a v1 data connection into the pool of its client; hold and then close everybody else's.
 
-        ``expected``: a v1 client, or a candidate, is at its address; ``whose`` says, when it is complete.
+        ``expected``: a v1 client with room, or a candidate, is at its address; ``whose`` says, when it is complete.
         """
         key = net.peer_key(stream.peer[0])
         try:
