@@ -17,7 +17,7 @@ from gevent.pool import Pool
 from . import opening, proxy_protocol, relay, wire
 from .config import Config
 from .crew import Crew
-from .datagrams import DatagramEgress, DatagramIngress
+from .datagrams import DatagramEgress, DatagramIngress, Entrance
 from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, NotCarried, ProtocolError, TunnelError
 from .metrics import Counters
 from .net import Endpoint, connect, resolve
@@ -73,12 +73,19 @@ class Abortable(Protocol):
 class Ingress:
     """Users of the public port. ``link(timeout_s)`` waits for a peer, or raises NoDataConnection."""
 
-    def __init__(self, link: Callable[[float], Link], exchanges: Crew, config: Config, counters: Counters) -> None:
+    def __init__(
+        self,
+        link: Callable[[float], Link],
+        exchanges: Crew,
+        config: Config,
+        counters: Counters,
+        entrance: Entrance | None = None,
+    ) -> None:
         self._link = link
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
-        self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters)
+        self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters, entrance)
 
     def room(self) -> int:
         """Wait until there is room for a user, and say for how many."""

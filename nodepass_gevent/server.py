@@ -53,7 +53,8 @@ class Server:
         self._admission = Admission(config, self.counters)
         self.penalties = Penalties(config.limits, self._clients.at)
         self._reception = Reception(config, self._certificate, self._keys, self._clients, self.penalties, self.counters)
-        self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
+        entrance = self._admission if config.limits.users_per_address else None
+        self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters, entrance)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool
         self._joiners = Crew()  # for data connections, where joining takes a handshake
 
