@@ -326,7 +326,8 @@ class DatagramEgress:
         if answer:
             self._counters.datagrams_down += 1
             self._counters.bytes_down += len(answer)
-            data.sendall(answer)
+            with deadline(timeout_s, "answer to the tunnel"):
+                data.sendall(answer)
         data.linger(self._config.limits.drain_linger_s)
 
 
