@@ -104,7 +104,7 @@ class Server:
             return stack.enter_context(closing(sock))
 
         def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
-            return partial(net.serve, listener, handle, self._paused, limits=config.limits)
+            return partial(net.serve, listener, handle, self._paused, _after_those_before, config.limits)
 
         tunnel = listen(config.tunnel)
         ports = [f"tunnel {_bound(config.tunnel, tunnel)}"]
@@ -162,6 +162,15 @@ class Server:
         warn = self.counters.accept_pauses % PAUSES_PER_WARNING == 0
         self.counters.accept_pauses += 1
         log.log(logging.WARNING if warn else logging.DEBUG, "accepting pauses: %s", reason(exc))
+
+
+def _after_those_before() -> int:
+    """Let callers that are accepted have their turn, and then take a batch more: a handshake takes longer than that.
+
+    The event loop looks for arrivals every few milliseconds, whether those before have had their turn or not.
+    """
+    gevent.sleep(0)
+    return net.ACCEPT_BATCH
 
 
 def _bound(address: Address, listener: RawSocket) -> Address:
