@@ -21,7 +21,7 @@ from .frames import MAX_DATAGRAM
 from .metrics import Counters
 from .net import Endpoint
 from .transport import Transport, deadline, reason
-from .udp import PublicSocket, TargetSocket
+from .udp import Entrance, PublicSocket, TargetSocket
 from .udp_relay import UDPRelay
 from .wire import Kind, Launch
 
@@ -45,16 +45,6 @@ class Reply(Protocol):
 
     def __call__(self, datagram: memoryview | bytes) -> object:
         """Send a datagram, or raise OSError."""
-
-
-class Entrance(Protocol):
-    """Counts users by address."""
-
-    def enter(self, host: str) -> bool:
-        """Count one in, who must leave; False when there are too many from there."""
-
-    def leave(self, host: str) -> None:
-        """Count one out."""
 
 
 class DatagramIngress:

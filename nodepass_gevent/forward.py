@@ -17,12 +17,13 @@ from gevent.pool import Pool
 from . import opening, proxy_protocol, relay, wire
 from .config import Config
 from .crew import Crew
-from .datagrams import DatagramEgress, DatagramIngress, Entrance
+from .datagrams import DatagramEgress, DatagramIngress
 from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, NotCarried, ProtocolError, TunnelError
 from .metrics import Counters
 from .net import Endpoint, connect, resolve
 from .relay import Exchange, Outcome
 from .transport import Stream, Transport, reason
+from .udp import Entrance
 from .wire import Kind, Launch
 
 log = logging.getLogger(__name__)

@@ -96,7 +96,7 @@ class Server:
         def keep(address: Address, kind: int, make: Callable[[], RawSocket]) -> RawSocket:
             sock = self._inherited.pop((address, kind), None) or make()
             self._sockets[address, kind] = sock
-            stack.callback(self._sockets.pop, (address, kind))
+            stack.callback(self._sockets.pop, (address, kind), None)  # two may name port 0
             return sock
 
         def listen(address: Address) -> RawSocket:

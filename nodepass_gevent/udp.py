@@ -4,7 +4,7 @@ import errno
 import socket
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import gevent
 from gevent.socket import wait_read, wait_write
@@ -22,6 +22,16 @@ IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
 _ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
 
 _buffer = memoryview(bytearray(65536))  # nobody switches while it is in use
+
+
+class Entrance(Protocol):
+    """Counts users by address."""
+
+    def enter(self, host: str) -> bool:
+        """Count one in, who must leave; False when there are too many from there."""
+
+    def leave(self, host: str) -> None:
+        """Count one out."""
 
 
 class PublicSocket:

@@ -50,7 +50,7 @@ def said():
     del hub.print_exception
     logger.removeHandler(handler)
     logger.setLevel(level)
-    assert not handler.tracebacks
+    assert not handler.tracebacks, handler.tracebacks
 
 
 @dataclass
