@@ -72,7 +72,7 @@ class Admission:
         self._clients = Lists(config.allow_clients, config.deny_clients)
         self._users = Lists(config.allow_users, config.deny_users)
         self._most = limits.users_per_address
-        self._present: Counter[str] = Counter()  # TCP users by address
+        self._present: Counter[str] = Counter()  # users by address, of TCP and of UDP
         self._rate = Rate(limits.udp_rate_per_address, clock) if limits.udp_rate_per_address else None
         self._counters = counters
 
@@ -104,22 +104,26 @@ class Admission:
 
         def admit(user: Stream) -> None:
             host = user.peer[0]
-            if not self._users.admits(host) or not self._enter(peer_key(host)):
+            if not self._users.admits(host) or not self.enter(host):
                 self._counters.users_kept_out += 1
                 log.debug("user %s is kept out by its address", user)
                 user.reset()
                 return
-            start(user, partial(self._leave, peer_key(host)))
+            start(user, partial(self.leave, host))
 
         return admit
 
-    def _enter(self, key: str) -> bool:
+    def enter(self, host: str) -> bool:
+        """Count a user in, who must ``leave``; False when there are too many from its address."""
+        key = peer_key(host)
         if self._most and self._present[key] >= self._most:
             return False
         self._present[key] += 1
         return True
 
-    def _leave(self, key: str) -> None:
+    def leave(self, host: str) -> None:
+        """Count a user out."""
+        key = peer_key(host)
         self._present[key] -= 1
         if not self._present[key]:
             del self._present[key]

@@ -21,7 +21,7 @@ from .frames import MAX_DATAGRAM
 from .metrics import Counters
 from .net import Endpoint
 from .transport import Transport, deadline, reason
-from .udp import PublicSocket, TargetSocket
+from .udp import Entrance, PublicSocket, TargetSocket
 from .udp_relay import UDPRelay
 from .wire import Kind, Launch
 
@@ -61,12 +61,14 @@ class DatagramIngress:
         exchanges: Crew,
         config: Config,
         counters: Counters,
+        entrance: Entrance | None = None,
     ) -> None:
         self._launch = launch
         self._framed = framed
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
+        self._entrance = entrance  # None: all may come
         self._limit = max(config.semaphore_limit // 2, 1)
         self._asking = 0  # exchanges of one datagram
         self._sessions: dict[Reply, UDPRelay] = {}  # by user
@@ -109,12 +111,25 @@ class DatagramIngress:
             self._leaving.kill(block=False)
             self._leaving = None
 
+    def _enter(self, reply: Reply) -> bool:
+        if self._entrance is None or self._entrance.enter(reply.sender[0]):
+            return True
+        self._counters.datagrams_kept_out += 1
+        return False
+
+    def _leave(self, reply: Reply) -> None:
+        if self._entrance is not None:
+            self._entrance.leave(reply.sender[0])
+
     # Sessions
 
     def _open_session(self, datagram: bytes, reply: Reply) -> None:
+        if not self._enter(reply):  # first: who is one too many takes nobody's place
+            return
         if len(self._sessions) + self._asking >= self._limit:
             self._evict()
         if len(self._sessions) + self._asking >= self._limit or self._exchanges.full():
+            self._leave(reply)
             self._counters.datagrams_dropped_busy += 1
             return
         session = self._sessions[reply] = UDPRelay(reply)
@@ -127,6 +142,7 @@ class DatagramIngress:
             session = self._sessions.pop(reply)
             if session.running and session.idle_s() >= EVICTABLE_S:
                 session.end("idle, and another user came")
+                self._leave(reply)
                 return
             self._sessions[reply] = session
 
@@ -144,7 +160,7 @@ class DatagramIngress:
                 log.warning("user %s dropped for %g s: %s", reply, REFUSED_S, session.how)
                 gevent.sleep(REFUSED_S)
         except NotCarried:  # by the peer for which its first datagrams have waited
-            del self._sessions[reply]
+            self._close_session(reply)
             for datagram in session.take_waiting():
                 self._open_exchange(datagram, reply)
         except TunnelError as exc:
@@ -153,7 +169,7 @@ class DatagramIngress:
         finally:
             launched.pop(id, None)
             if self._sessions.get(reply) is session:
-                del self._sessions[reply]
+                self._close_session(reply)
             self._ended()
             _count_drops(self._counters, session)
             self._counters.datagrams_up += session.framed
@@ -162,7 +178,11 @@ class DatagramIngress:
             self._counters.bytes_down += session.delivered_bytes
             _log_session(id, f"{reply} -> tunnel", session, started)
 
-    # Crew of one datagram
+    def _close_session(self, reply: Reply) -> None:
+        del self._sessions[reply]
+        self._leave(reply)
+
+    # Exchanges of one datagram
 
     def _open_exchange(self, datagram: bytes, reply: Reply) -> None:
         """Start the exchange of one datagram, or drop it: v1 cannot frame an empty one."""
@@ -170,7 +190,7 @@ class DatagramIngress:
             self._counters.datagrams_dropped_size += 1
         elif len(self._sessions) + self._asking >= self._limit or self._exchanges.full():
             self._counters.datagrams_dropped_busy += 1
-        else:
+        elif self._enter(reply):
             self._counters.udp_exchanges += 1
             self._asking += 1
             self._exchanges.spawn(self._run_exchange, datagram, reply)
@@ -189,6 +209,7 @@ class DatagramIngress:
             log.debug("datagram of %s: %s", reply, reason(exc))
         finally:
             self._asking -= 1
+            self._leave(reply)
             self._ended()
 
     def _ask(self, datagram: bytes, user: tuple) -> bytes:
@@ -295,7 +316,8 @@ class DatagramEgress:
         if answer:
             self._counters.datagrams_down += 1
             self._counters.bytes_down += len(answer)
-            data.sendall(answer)
+            with deadline(timeout_s, "answer to the tunnel"):
+                data.sendall(answer)
         data.linger(self._config.limits.drain_linger_s)
 
 

@@ -18,11 +18,12 @@ from . import opening, proxy_protocol, relay, wire
 from .config import Config
 from .crew import Crew
 from .datagrams import DatagramEgress, DatagramIngress
-from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, NotCarried, TunnelError
+from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, NotCarried, ProtocolError, TunnelError
 from .metrics import Counters
 from .net import Endpoint, connect, resolve
 from .relay import Exchange, Outcome
 from .transport import Stream, Transport, reason
+from .udp import Entrance
 from .wire import Kind, Launch
 
 log = logging.getLogger(__name__)
@@ -73,12 +74,19 @@ class Abortable(Protocol):
 class Ingress:
     """Users of the public port. ``link(timeout_s)`` waits for a peer, or raises NoDataConnection."""
 
-    def __init__(self, link: Callable[[float], Link], exchanges: Crew, config: Config, counters: Counters) -> None:
+    def __init__(
+        self,
+        link: Callable[[float], Link],
+        exchanges: Crew,
+        config: Config,
+        counters: Counters,
+        entrance: Entrance | None = None,
+    ) -> None:
         self._link = link
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
-        self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters)
+        self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters, entrance)
 
     def room(self) -> int:
         """Wait until there is room for a user, and say for how many."""
@@ -206,7 +214,8 @@ class Egress:
             data = self._pool.take(launch.id, self._config.limits.pool_wait_s)
         except NodePassError as exc:
             self._counters.launches_lost += 1
-            log.warning("launch of %s lost: %s", launch.id.decode(), exc)
+            repeated = isinstance(exc, ProtocolError)  # a few bytes each, as often as a peer likes: no line for that
+            log.log(logging.DEBUG if repeated else logging.WARNING, "launch of %s lost: %s", launch.id.decode(), exc)
             if isinstance(exc, NoDataConnection):
                 self._fail(launch.id, wire.GONE.decode())
             return
@@ -247,7 +256,7 @@ class Egress:
         """
         if self._fail(id, why):
             with suppress(OSError), gevent.Timeout(self._config.limits.drain_linger_s, False):
-                while data.recv(CHUNK):
+                while data.recv_next(CHUNK):
                     pass
 
     def _target(self) -> list[Endpoint]:

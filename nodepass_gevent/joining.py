@@ -109,7 +109,7 @@ class Joining:
                 transport = stream
                 id = _send_id(stream, client.pool, first)
             client.pool.add(id, transport)
-        except (OSError, ProtocolError, PoolClosed, KeyMismatch) as exc:
+        except (OSError, ProtocolError, PoolClosed, CertificateRefused, KeyMismatch) as exc:
             if isinstance(exc, KeyMismatch):
                 self._on_wrong_tag(key)
             self._counters.data_connections_refused += 1
@@ -129,7 +129,7 @@ class Joining:
     def join_v1(self, stream: Stream, expected: bool, whose: Callable[[str], Client | None]) -> None:
         """Bring a v1 data connection into the pool of its client; hold and then close everybody else's.
 
-        ``expected``: a v1 client, or a candidate, is at its address; ``whose`` says, when it is complete.
+        ``expected``: a v1 client with room, or a candidate, is at its address; ``whose`` says, when it is complete.
         """
         key = net.peer_key(stream.peer[0])
         try:

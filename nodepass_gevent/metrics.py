@@ -27,7 +27,7 @@ class Counters:
     datagrams_dropped_queue: int = 0  # a session's data connection was full, or ended
     datagrams_dropped_network: int = 0  # a session's, not taken by the network they were for
     datagrams_refused: int = 0  # the target's host said that nobody listens
-    datagrams_kept_out: int = 0  # from an address that is not allowed
+    datagrams_kept_out: int = 0  # from an address that is not allowed, or over users-per-address
     datagrams_unanswered: int = 0
     users_kept_out: int = 0  # from an address that is not allowed, or over users-per-address
     callers_refused: int = 0

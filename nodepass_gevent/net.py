@@ -195,5 +195,7 @@ def _connect(sock: RawSocket, endpoint: Endpoint, timeout_s: float) -> None:
         with deadline(timeout_s, "connect"):
             wait_write(sock.fileno())
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if not code and sock.getsockname()[1] == endpoint.sockaddr[1] and sock.getsockname() == sock.getpeername():
+        code = errno.ECONNREFUSED  # nobody listens, and of all ports the kernel has drawn that one: it reached itself
     if code:
         raise OSError(code, os.strerror(code))

@@ -214,6 +214,7 @@ class DialingPool:
             return transport
         for ended in (self._ended, self._ended_before):
             if id in ended:
+                self._fill_soon()
                 return ended.pop(id)
         if id in self._takers:
             raise ProtocolError(f"data connection {id.decode()} launched twice")
@@ -268,7 +269,8 @@ class DialingPool:
     def _fill(self) -> None:
         if self._refusal or self._leaving:
             return
-        room = min(DIALS_AT_ONCE, self._maximum - len(self._idle)) - self._dialling
+        held = len(self._idle) + len(self._ended) + len(self._ended_before)
+        room = min(DIALS_AT_ONCE, self._maximum - held) - self._dialling
         begun = min(max(self._missing(), self._owed), room)
         for _ in range(begun):
             self._dialling += 1
@@ -291,6 +293,7 @@ class DialingPool:
         while True:
             try:
                 dialled = self._dial()
+                self._check_new(*dialled)
                 self._failing = False
                 return dialled
             except PolicyError as exc:
@@ -303,8 +306,14 @@ class DialingPool:
             if self._refusal or self._missing() < 0:
                 return None
 
+    def _check_new(self, id: bytes, transport: Transport) -> None:
+        """Make sure that no other connection has this id: of two the first is kept."""
+        if id in self._idle or id in self._ended or id in self._ended_before:
+            transport.reset()
+            raise ProtocolError(f"the server gives the id {id.decode()} twice")
+
     def _settle(self, id: bytes, transport: Transport) -> None:
-        if self._closed or id in self._idle or id in self._ended or id in self._ended_before:
+        if self._closed:
             transport.reset()
         elif id in self._takers:
             self._takers.pop(id).set(transport)
@@ -331,9 +340,8 @@ class DialingPool:
         arrived = transport.peek()
         if arrived:
             self._idle.ignore(id)
-        elif arrived is False:
+        elif arrived is False:  # not replaced before it is launched, or the round ends: a server could go on and on
             self._ended[id] = self._idle.pop(id)
-            self._fill()
 
     def _forget_ended(self) -> None:
         """Drop what ended more than a round ago and was never launched."""

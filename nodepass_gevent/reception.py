@@ -284,7 +284,8 @@ class Reception:
     def join(self, stream: Stream) -> None:
         """Take a data connection of a v1 client, or of a silent caller that this proves to be one."""
         key = net.peer_key(stream.peer[0])
-        expected = bool(self._v1_client_at(key) or self._callers.youngest(key))
+        client = self._v1_client_at(key)
+        expected = self._joining.has_room(client) if client else self._callers.youngest(key) is not None
         self._joining.join_v1(stream, expected, lambda key: self._v1_client_at(key) or self._recognise(key))
 
     def _v1_client_at(self, key: str) -> Client | None:

@@ -53,7 +53,8 @@ class Server:
         self._admission = Admission(config, self.counters)
         self.penalties = Penalties(config.limits, self._clients.at)
         self._reception = Reception(config, self._certificate, self._keys, self._clients, self.penalties, self.counters)
-        self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters)
+        entrance = self._admission if config.limits.users_per_address else None
+        self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters, entrance)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool
         self._joiners = Crew()  # for data connections, where joining takes a handshake
 
@@ -95,7 +96,7 @@ class Server:
         def keep(address: Address, kind: int, make: Callable[[], RawSocket]) -> RawSocket:
             sock = self._inherited.pop((address, kind), None) or make()
             self._sockets[address, kind] = sock
-            stack.callback(self._sockets.pop, (address, kind))
+            stack.callback(self._sockets.pop, (address, kind), None)  # two may name port 0
             return sock
 
         def listen(address: Address) -> RawSocket:
@@ -103,7 +104,7 @@ class Server:
             return stack.enter_context(closing(sock))
 
         def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
-            return partial(net.serve, listener, handle, self._paused, limits=config.limits)
+            return partial(net.serve, listener, handle, self._paused, _after_those_before, config.limits)
 
         tunnel = listen(config.tunnel)
         ports = [f"tunnel {_bound(config.tunnel, tunnel)}"]
@@ -161,6 +162,15 @@ class Server:
         warn = self.counters.accept_pauses % PAUSES_PER_WARNING == 0
         self.counters.accept_pauses += 1
         log.log(logging.WARNING if warn else logging.DEBUG, "accepting pauses: %s", reason(exc))
+
+
+def _after_those_before() -> int:
+    """Let callers that are accepted have their turn, and then take a batch more: a handshake takes longer than that.
+
+    The event loop looks for arrivals every few milliseconds, whether those before have had their turn or not.
+    """
+    gevent.sleep(0)
+    return net.ACCEPT_BATCH
 
 
 def _bound(address: Address, listener: RawSocket) -> Address:

@@ -106,7 +106,7 @@ SETTINGS = (
     Setting("deny_users", "NODEPASS_DENY_USERS", Networks.parse, "NETWORKS", _ACCESS,
             "server: networks whose users are kept out, even if allowed"),
     Setting("users_per_address", "NODEPASS_USERS_PER_ADDRESS", parse_integer, "N", _ACCESS,
-            "server: TCP users at once from one address (IPv6: /64); 0: no limit"),
+            "server: users at once, of TCP and UDP, from one address (IPv6: /64); 0: no limit"),
     Setting("udp_rate_per_address", "NODEPASS_UDP_RATE_PER_ADDRESS", parse_integer, "N", _ACCESS,
             "server: datagrams per second from one address (IPv6: /64); 0: no limit"),
     Setting("allow_clients", "NODEPASS_ALLOW_CLIENTS", Networks.parse, "NETWORKS", _ACCESS,

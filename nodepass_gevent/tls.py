@@ -19,6 +19,7 @@ RECORD = 16384  # bytes of plain text in the largest TLS record
 BATCH = 4 * RECORD  # bytes encrypted before one write
 HEADER = 5  # bytes of a record: type, version, length
 OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
+MOST_BEHIND = 2 * BATCH  # bytes that wait for a peer which makes us answer (key updates) and does not read
 
 _raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text on its way to OpenSSL; nobody switches meanwhile
 _REFUSALS = {  # of a certificate, as alerts of TLS name them
@@ -215,13 +216,23 @@ class TLSStream(Transport):
                     self._records -= 1
         except SSL.WantReadError:
             self._records = 0
-            self._backlog += self._output(OVERHEAD)  # an answer to a key update goes out with the next write
+            self._answer()
         except SSL.ZeroReturnError:
             self._ended = True
         except SSL.Error as exc:
             raise _translate(exc) from exc
         self.buffered = self._records > 0 or self._ended
         return filled
+
+    def _answer(self) -> None:
+        """Send what OpenSSL has answered by itself, to key updates; what the kernel does not take stays bounded."""
+        answer = self._output(BATCH + OVERHEAD)  # no longer than what was asked, and that came in one read
+        if not answer:
+            return
+        self._backlog += answer
+        self.flush()
+        if len(self._backlog) > MOST_BEHIND:
+            raise ConnectionAbortedError("TLS: the peer asks for key updates and reads none of the answers")
 
     def push(self, data: memoryview | bytes) -> int:
         if not self.flush():
@@ -269,11 +280,15 @@ class TLSStream(Transport):
             return bool(self._connection.recv(1, socket.MSG_PEEK)) if self._records else None
         except SSL.WantReadError:
             self._records, self.buffered = 0, False
-            return None
         except BlockingIOError:
             return None
         except (OSError, SSL.Error):
             return False
+        try:
+            self._answer()
+        except OSError:
+            return False
+        return None
 
     def close(self) -> None:
         self.stream.close()

@@ -1,9 +1,10 @@
 """Datagrams: the public socket, which answers from the address it was asked at, and a socket to the target."""
 
+import errno
 import socket
 import struct
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import gevent
 from gevent.socket import wait_read, wait_write
@@ -15,11 +16,22 @@ from .transport import RawSocket
 
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
+MEMORY_PAUSE_S = 0.05  # after a receive that failed for lack of memory: the datagram waits, and so would a loop spin
 TARGET_BUFFER = 1 << 20  # the same for the replies of one target in a session
 IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
 _ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
 
 _buffer = memoryview(bytearray(65536))  # nobody switches while it is in use
+
+
+class Entrance(Protocol):
+    """Counts users by address."""
+
+    def enter(self, host: str) -> bool:
+        """Count one in, who must leave; False when there are too many from there."""
+
+    def leave(self, host: str) -> None:
+        """Count one out."""
 
 
 class PublicSocket:
@@ -62,8 +74,8 @@ class PublicSocket:
                         handle(bytes(_buffer[:size]), Reply(sock, sender, source))
             except BlockingIOError:
                 pass
-            except OSError:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
-                gevent.sleep(0)
+            except OSError as exc:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
+                gevent.sleep(MEMORY_PAUSE_S if exc.errno in (errno.ENOMEM, errno.ENOBUFS) else 0)
 
     def close(self) -> None:
         self._socket.close()

@@ -21,6 +21,10 @@ from .values import Pins, format_pin, printable
 MAX_CHAIN = 8  # certificates between a peer's and its authority's; real ones have one or two
 NAMES_SHOWN = 3  # of a certificate that is for another name
 
+_UNREADABLE = (  # what is raised for certificates that OpenSSL takes, and that are malformed inside
+    ValueError, UnsupportedAlgorithm, crypto.Error,
+    x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
+)  # fmt: skip
 _CODES = SSL.X509VerificationCodes
 _UNKNOWN_ISSUER = "no authority known here has issued it, or a certificate between is missing"
 _WORDS = {  # for what OpenSSL finds; {} is the certificate in the chain
@@ -65,13 +69,13 @@ class Judge:
     def __call__(self, connection: SSL.Connection, certificate: crypto.X509, code: int, depth: int, ok: int) -> bool:
         verdict: Verdict = connection.get_app_data()
         problem = ""
-        if self._chain_setting and not ok:
-            problem = f"{self._chain_setting}: {_in_words(code, certificate, depth)}"
-        elif depth == 0:
-            try:
+        try:
+            if self._chain_setting and not ok:
+                problem = f"{self._chain_setting}: {_in_words(code, certificate, depth)}"
+            elif depth == 0:
                 problem = self._examine(certificate.to_cryptography())
-            except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
-                problem = f"{self._chain_setting or 'pin'}: it cannot be read"
+        except _UNREADABLE:
+            problem = f"{self._chain_setting or 'pin'}: it cannot be read"
         if problem:
             verdict.problem = f"{self._what} refused by {problem}"
             if depth == 0:

@@ -86,13 +86,29 @@ class _Reply:
         self._answers.append(datagram)
 
 
+class Entrance:
+    """Counts who is inside, whatever the address."""
+
+    def __init__(self):
+        self.inside = 0
+        self.full = False
+
+    def enter(self, host):
+        self.inside += not self.full
+        return not self.full
+
+    def leave(self, host):
+        self.inside -= 1
+
+
 class IngressSide(Side):
     def __init__(self, pair, settings, *capabilities):
         super().__init__(settings)
         self._pair = pair
         self.link = FakeLink(*capabilities)
         self.answers = []
-        self.ingress = Ingress(self._find_link, self.exchanges, self.config, self.counters)
+        self.entrance = Entrance()
+        self.ingress = Ingress(self._find_link, self.exchanges, self.config, self.counters, self.entrance)
 
     def _find_link(self, timeout_s):
         if self.link is None:
@@ -131,6 +147,7 @@ def ingress(pair):
     yield make
     for side in made:
         side.end()
+        assert side.entrance.inside == 0
 
 
 class FakePool:

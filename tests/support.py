@@ -60,6 +60,22 @@ def endpoint_of(listener):
     return Endpoint(listener.family, ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, *rest))
 
 
+class Flooded(Stream):
+    """A connection on which more bytes have come whenever it is read; who reads without a pause is told."""
+
+    def __init__(self, stream):
+        super().__init__(stream.socket, stream.peer)
+        self._first_read = 0.0
+
+    def pull(self, buffer):
+        self._first_read = self._first_read or time.monotonic()
+        assert time.monotonic() - self._first_read < BOUND_S, "nobody else has had a turn"
+        return len(buffer)
+
+    def recv(self, size):
+        return bytes(self.pull(memoryview(bytearray(size))))
+
+
 @contextlib.contextmanager
 def silent_endpoint():
     """An address that answers no SYN: its backlog is full."""

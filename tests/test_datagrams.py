@@ -271,6 +271,19 @@ def test_when_all_places_are_taken_the_session_that_was_idle_makes_room(framed):
     wait_until(lambda: clients[0].recv(65536).endswith(b"still here"))
 
 
+def test_who_is_one_too_many_of_an_address_takes_nobodys_place(framed, monkeypatch):
+    monkeypatch.setattr("nodepass_gevent.datagrams.EVICTABLE_S", 0)
+    side = framed(semaphore_limit=2)
+    client, user = side.add_data(), User("a")
+    side.ingress.udp.datagram(b"one", user)
+    assert read_exactly(client, 5) == frames(b"one")
+    side.entrance.full = True
+    side.ingress.udp.datagram(b"x", User("b"))
+    side.ingress.udp.datagram(b"two", user)
+    assert read_exactly(client, 5) == frames(b"two")
+    assert side.counters.datagrams_kept_out == 1
+
+
 def test_users_who_wait_for_a_data_connection_keep_their_places(framed):
     side = framed(semaphore_limit=4)
     for name in "ab":

@@ -15,6 +15,7 @@ from nodepass_gevent.config import Address
 from nodepass_gevent.datagrams import ONE_SEGMENT
 from nodepass_gevent.forward import Egress
 from nodepass_gevent.frames import format_frame
+from nodepass_gevent.transport import Stream
 from nodepass_gevent.wire import Kind, Launch
 
 PIECES = {
@@ -65,6 +66,24 @@ def test_an_answer_of_the_greatest_size_arrives_whole(egress, udp_target):
         "datagrams_down": 1,
         "bytes_down": LIMIT,
     }
+
+
+class Full(Stream):
+    """A connection whose peer reads nothing: the kernel takes no more."""
+
+    def push(self, data):
+        return 0
+
+
+def test_an_answer_that_the_server_does_not_read_frees_its_slot(egress, udp_target, pair):
+    side = egress(target=address_of(udp_target), udp_read_timeout_s=0.1)
+    data, server = pair()
+    side.pool.ready[ID] = Full(data.socket)
+    side.egress.launch(Launch(ID, Kind.UDP))
+    server.sendall(b"q")
+    _, sender = udp_target.recvfrom(65536)
+    udp_target.sendto(b"answer", sender)
+    assert side.counted["exchanges_failed"] == 1
 
 
 def test_a_silent_target_frees_its_slot_and_ends_without_a_reset(egress, udp_target):

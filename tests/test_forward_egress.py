@@ -3,9 +3,10 @@ import socket
 import gevent
 import pytest
 from exchanges import ID, address_of, happened
-from support import is_reset, read_all, reset, silent_endpoint, wait_until
+from support import Flooded, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
 
 from nodepass_gevent.config import Address
+from nodepass_gevent.errors import ProtocolError
 from nodepass_gevent.forward import Egress
 from nodepass_gevent.wire import Kind, Launch
 
@@ -42,6 +43,30 @@ def test_a_target_that_refuses_resets_the_user(egress, target):
     side = egress(target=refused)
     assert is_reset(side.launch(Kind.TCP))
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+
+
+def test_a_launch_that_failed_ends_in_time_although_the_server_sends_without_a_pause(egress, pair):
+    side = egress(target=Address("127.0.0.1", 1), drain_linger_s=0.01)
+    side.egress._fail = lambda id, why: True
+    data, server = pair()
+    server.sendall(b"x")
+    side.pool.ready[ID] = Flooded(data)
+    with bounded():
+        side.egress.launch(Launch(ID, Kind.TCP))
+        assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+
+
+def test_a_launch_that_is_repeated_is_counted_and_costs_no_line_in_the_log(egress, caplog):
+    caplog.set_level("INFO")
+    side = egress()
+
+    def take(id, timeout_s):
+        raise ProtocolError("launched twice")
+
+    side.pool.take = take
+    side.egress.launch(Launch(ID, Kind.TCP))
+    assert side.counted == {"launches_lost": 1}
+    assert not caplog.records
 
 
 def test_a_target_that_does_not_answer_the_dial_resets_the_user_at_the_deadline(egress, caplog):

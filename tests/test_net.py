@@ -249,6 +249,21 @@ def test_a_refused_connect_names_the_address_and_the_reason(no_leaks):
         net.connect([endpoint], 5, LIMITS)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_a_connection_that_would_reach_itself_is_refused(no_leaks, monkeypatch, host):
+    endpoint = net.Endpoint(socket.AF_INET, (host, free_endpoint().sockaddr[1]))
+
+    class Unlucky(net.RawSocket):
+        def connect_ex(self, address):
+            if not self.getsockname()[1]:
+                self.bind(("127.0.0.1", address[1]))  # as the kernel draws it, once in 28,000 times
+            return super().connect_ex(address)
+
+    monkeypatch.setattr(net, "RawSocket", Unlucky)
+    with pytest.raises(ConnectError, match="connection refused"):
+        net.connect([endpoint], 5, LIMITS)
+
+
 def test_a_connect_without_an_answer_times_out(no_leaks):
     with silent_endpoint() as endpoint:
         with pytest.raises(ConnectError, match=rf"^connect {endpoint}: connect: timed out after 0.05 s$"):

@@ -201,20 +201,21 @@ def test_a_user_who_ends_before_the_launch_is_handed_out_for_a_round(rounds, dia
     pool = dialing(1)
     wait_until(lambda: len(pool) == 1)
     dialler.peers[0].shutdown(1)
-    wait_until(lambda: len(dialler.ids) == 2)  # the pool counts on it no more
+    wait_until(lambda: len(pool) == 0)  # the pool counts on it no more
     for _ in range(rounds):
         clock.advance(ROUND_S)
     with take(pool, dialler.ids[0]) as transport:
         assert transport.recv(1) == b""
         transport.sendall(b"answer")
     assert read_all(dialler.peers[0]) == b"answer"
+    wait_until(lambda: len(pool) == pool.capacity)
 
 
 def test_a_connection_that_ended_and_is_never_launched_is_dropped(dialler, dialing, clock):
     pool = dialing(1)
     wait_until(lambda: len(pool) == 1)
     dialler.peers[0].shutdown(1)
-    wait_until(lambda: len(dialler.ids) == 2)
+    wait_until(lambda: len(pool) == 0)
     clock.advance(ROUND_S)
     clock.advance(ROUND_S)
     assert is_reset(dialler.peers[0])
@@ -222,24 +223,66 @@ def test_a_connection_that_ended_and_is_never_launched_is_dropped(dialler, diali
         take(pool, dialler.ids[0])
 
 
-def test_of_two_connections_with_one_id_the_first_is_kept(dialler, dialing):
+def end_each(dialler):
+    """Be a server that ends each data connection as soon as it is dialled."""
+    dialler.on_dialled = lambda: dialler.peers[-1].shutdown(1)
+
+
+def test_a_server_that_ends_each_connection_at_once_makes_it_dial_once_a_round(dialler, dialing, clock):
+    end_each(dialler)
+    pool = dialing(4)
+    expected = 0
+    for _ in range(5):
+        expected += pool.capacity
+        wait_until(lambda expected=expected: len(dialler.ids) == expected)
+        wait_until(lambda: len(pool) == 0)
+        gevent.idle()
+        assert len(dialler.ids) == expected
+        clock.advance(ROUND_S)
+    assert expected == 4 + 5 + 6 + 7 + 8
+
+
+def test_a_server_that_ends_each_connection_at_once_makes_it_hold_no_more_than_the_maximum(dialler, dialing):
+    end_each(dialler)
+    pool = dialing(4, maximum=6)
+    for _ in range(20):
+        pool.dial_more(6)
+        gevent.idle()
+    assert len(dialler.ids) == 6
+
+
+def test_of_two_connections_with_one_id_the_first_is_kept(dialler, dialing, clock):
     dialler.next_ids = [b"0000000a", b"0000000a"]
     pool = dialing(2)
-    wait_until(lambda: len(pool) == 2)
+    wait_until(lambda: clock.sleeping == 2)
     assert is_reset(dialler.peers[1])
+    clock.advance(RETRY_MIN_S)
+    wait_until(lambda: len(pool) == 2)
     assert leads_to(take(pool, b"0000000a"), dialler.peers[0])
 
 
-def test_the_first_of_two_with_one_id_is_kept_although_its_user_has_ended(dialler, dialing):
+def test_the_first_of_two_with_one_id_is_kept_although_its_user_has_ended(dialler, dialing, clock):
     dialler.next_ids = [b"0000000a", b"0000000a"]
     pool = dialing(1)
     wait_until(lambda: len(pool) == 1)
     dialler.peers[0].shutdown(1)
-    wait_until(lambda: len(dialler.ids) == 3)
+    wait_until(lambda: len(pool) == 0)
+    clock.advance(ROUND_S)
+    wait_until(lambda: len(dialler.ids) >= 2)
     assert is_reset(dialler.peers[1])
     with take(pool, b"0000000a") as transport:
         transport.sendall(b"answer")
     assert read_all(dialler.peers[0]) == b"answer"
+
+
+def test_a_server_that_gives_all_connections_one_id_makes_it_dial_with_pauses(dialler, dialing, clock):
+    dialler.next_ids = [b"0000000a"] * 1000
+    dialing(2)
+    for dials in range(2, 7):
+        wait_until(lambda dials=dials: len(dialler.ids) == dials)
+        wait_until(lambda: clock.sleeping == 2)
+        clock.advance(clock.slept_s[-1])
+    assert clock.slept_s[1:6] == [RETRY_MIN_S * 2**each for each in range(5)]
 
 
 # Failing dials
@@ -364,10 +407,10 @@ def test_closing_a_dialing_pool_resets_what_is_idle_ends_the_dials_and_wakes_who
     pool = dialing(2)
     wait_until(lambda: len(pool) == 2)
     dialler.peers[1].shutdown(1)
-    wait_until(lambda: len(dialler.ids) == 3)
+    wait_until(lambda: len(pool) == 1)
     dialler.open.clear()
     waiting = spawn(pool.take, b"ffffffff", 5)
-    wait_until(lambda: dialler.in_flight == 1)
+    wait_until(lambda: dialler.in_flight == 2)  # for the one that ended, too
     pool.close()
     with pytest.raises(PoolClosed):
         waiting.get(timeout=5)

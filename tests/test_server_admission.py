@@ -1,5 +1,6 @@
 """Who may come in at the ports of a running server: users, callers, data connections, datagrams, penalties."""
 
+import contextlib
 import socket
 
 import pytest
@@ -106,3 +107,47 @@ def test_datagrams_over_the_rate_of_their_address_are_dropped_and_counted(serve)
     before = running.counters.datagrams_unanswered
     ask(running, 2, HERE)
     wait_until(lambda: running.counters.datagrams_unanswered == before + 2)
+
+
+def sessions(running, count, source, stack):
+    """Let as many UDP users of an address ask."""
+    for _ in range(count):
+        user = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        user.bind((source, 0))
+        user.sendto(b"x", ("127.0.0.1", running.public))
+
+
+def test_udp_users_over_the_limit_of_their_address_are_dropped_until_one_has_left(serve):
+    running = serve(network="udp", users_per_address=2, pool_wait_s=0.1)  # nobody serves them
+    with contextlib.ExitStack() as stack:
+        sessions(running, 5, ELSEWHERE, stack)
+        wait_until(lambda: running.counters.datagrams_kept_out == 3)
+        sessions(running, 1, HERE, stack)
+        wait_until(lambda: running.counters.datagrams_unanswered == 3)
+        sessions(running, 2, ELSEWHERE, stack)
+        wait_until(lambda: running.counters.datagrams_unanswered == 5)
+    assert running.counters.datagrams_kept_out == 3
+
+
+def test_tcp_and_udp_users_of_an_address_are_counted_together(serve, connect):
+    running = serve(network="both", users_per_address=1, pool_wait_s=1)
+    user = connect(running, "user", ELSEWHERE)
+    wait_until(lambda: running.counters.tcp_exchanges)
+    ask(running, 1, ELSEWHERE)
+    wait_until(lambda: running.counters.datagrams_kept_out == 1)
+    assert quiet(user)
+
+
+def test_datagrams_to_a_v1_client_count_while_they_wait_for_their_answer(serve, connect):
+    running = serve(network="udp", users_per_address=2)
+    client = connect(running).join(6).known()
+    ask(running, 3, HERE)
+    wait_until(lambda: running.counters.datagrams_kept_out == 1)
+    for unanswered in (2, 4):
+        for _ in range(2):
+            data, kind = client.launched()
+            with data:
+                assert kind == b"2"
+        wait_until(lambda unanswered=unanswered: running.counters.datagrams_unanswered == unanswered)
+        ask(running, 2, HERE)
+    assert running.counters.datagrams_kept_out == 1

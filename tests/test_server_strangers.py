@@ -74,6 +74,16 @@ def test_no_more_data_connections_are_taken_than_the_limit(serve, connect):
     assert is_served(connect(running, "user"), client.join())
 
 
+def test_beside_a_full_pool_no_tls_handshake_of_its_client_is_begun(serve, connect):
+    running = serve(tls=1, min_pool_capacity=1, max_pool_capacity=2, tls_handshake_timeout_s=HOLD_S)
+    client = connect(running).join(2).known()
+    wait_until(lambda: len(client.idle) == 2)
+    gevent.sleep(0.02)  # as above
+    with pytest.raises(OSError):  # held, and closed: no hello of the server
+        client.secure(connect(running, "data"))
+    assert is_served(connect(running, "user"), client)
+
+
 @pytest.mark.parametrize("fault", ["speaks", "closes"])
 def test_a_data_connection_that_breaks_the_rules_is_never_given_to_a_user(serve, connect, said, fault):
     running = serve()

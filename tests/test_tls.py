@@ -1,11 +1,13 @@
 """TLSStream: the byte stream over TLS, against itself and against Python's own ssl module."""
 
+import contextlib
+import socket
 from dataclasses import replace
 
 import gevent
 import pytest
 from OpenSSL import SSL
-from secure import client_context, handshake, presented, stream_pair
+from secure import client_context, handshake, key_updater, presented, stream_pair
 from support import bounded, wait_until
 
 from nodepass_gevent import tls
@@ -224,6 +226,42 @@ def test_what_a_stalled_reader_leaves_is_bounded(ends):
     assert taken < 32 << 20  # what the kernel takes on both sides, and one batch
     assert not server.flush()
     assert [server.push(data) for _ in range(100)] == [0] * 100
+
+
+@pytest.fixture
+def updating(no_leaks):
+    """A server, its client, and what makes the client's demands for key updates."""
+    near, far = stream_pair()
+    with bounded(), near, far:
+        yield key_updater(near, far)
+
+
+def test_a_key_update_is_answered_although_nothing_else_is_written(updating, spawn):
+    near, far, updates = updating
+    far.stream.recv(RECORD)  # tickets
+    far.stream.sendall(updates.record() + updates.record())  # OpenSSL answers one when it reads on
+    spawn(near.recv, 1)
+    far.stream.wait_for_arrival()
+    assert far.stream.recv(5) == b"\x17\x03\x03\x00\x16"  # a record that holds a KeyUpdate and no more
+
+
+@pytest.mark.parametrize("read", ["recv", "peek"])
+def test_a_peer_that_demands_key_updates_and_reads_no_answers_is_cut_and_little_is_held(updating, read):
+    near, far, updates = updating
+    near.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    far.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    most = 0
+    with pytest.raises(ConnectionAbortedError, match="key updates"):
+        for _ in range(1000):
+            far.stream.sendall(b"".join(updates.record() for _ in range(100)))
+            near.wait_for_arrival()
+            if read == "recv":
+                with contextlib.suppress(BlockingIOError):
+                    near.pull(memoryview(bytearray(10)))
+            elif near.peek() is False:
+                raise ConnectionAbortedError("key updates, and peek calls it ended")
+            most = max(most, len(near._backlog))
+    assert most < 200_000
 
 
 def test_lingering_loses_nothing_although_the_peer_speaks_on(ends, spawn):

@@ -4,7 +4,7 @@ import socket
 import gevent
 import pytest
 from gevent.socket import wait_read
-from support import bounded, is_reset, read_all, read_exactly, reset, wait_until
+from support import Flooded, bounded, is_reset, read_all, read_exactly, reset, wait_until
 
 from nodepass_gevent.errors import ProtocolError
 
@@ -125,6 +125,13 @@ def test_linger_does_not_wait_for_ever(pair):
     stream, _ = pair()
     with bounded():
         stream.linger(0.01)
+
+
+def test_linger_ends_in_time_although_the_peer_sends_without_a_pause(pair):
+    stream, peer = pair()
+    peer.sendall(b"x")
+    with bounded():
+        Flooded(stream).linger(0.01)
 
 
 def test_the_end_of_a_block_is_an_end_and_an_exception_is_a_reset(pair):

@@ -9,7 +9,7 @@ from support import BOUND_S, LOOPBACK, bounded, endpoint_of, wait_until
 
 from nodepass_gevent.config import Address
 from nodepass_gevent.frames import MAX_DATAGRAM
-from nodepass_gevent.udp import BATCH, PublicSocket, TargetSocket
+from nodepass_gevent.udp import BATCH, MEMORY_PAUSE_S, PublicSocket, TargetSocket
 
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
@@ -150,6 +150,35 @@ def test_serving_goes_on_when_the_handler_lets_a_network_error_through(serve):
         for datagram in (b"bad", b"good"):
             sock.sendto(datagram, ("127.0.0.1", port))
         assert sock.recv(100) == b"good"
+
+
+class WithoutMemory:
+    """A socket that cannot receive, however often it is tried, until there is ``memory``."""
+
+    def __init__(self, sock):
+        self.sock, self.tries, self.memory = sock, 0, False
+
+    def recvfrom_into(self, buffer):
+        self.tries += 1
+        if self.memory:
+            return self.sock.recvfrom_into(buffer)
+        raise OSError(errno.ENOMEM, "out of memory")
+
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+
+
+def test_without_memory_it_receives_with_pauses_and_goes_on_when_there_is_some(spawn):
+    public = PublicSocket(Address("127.0.0.1", 0))
+    poor = public._socket = WithoutMemory(public._socket)
+    with user() as sock, closing(public):
+        sock.sendto(b"x", ("127.0.0.1", public.port))
+        serving = spawn(public.serve, echo)
+        gevent.sleep(3 * MEMORY_PAUSE_S)
+        assert 1 <= poor.tries <= 4
+        poor.memory = True
+        assert sock.recv(100) == b"x"
+        serving.kill()
 
 
 def test_a_flood_of_datagrams_lets_others_have_their_turn(serve):

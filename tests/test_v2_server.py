@@ -3,6 +3,7 @@
 import contextlib
 import re
 import socket
+import ssl
 from dataclasses import replace
 
 import gevent
@@ -12,7 +13,9 @@ from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line
 
 from nodepass_gevent import opening, tls
 from nodepass_gevent.errors import ProtocolError
+from nodepass_gevent.net import ACCEPT_BATCH
 from nodepass_gevent.tls_context import SELF_SIGNED, ClientPolicy
+from nodepass_gevent.transport import RawSocket
 
 HELLO = b"//?v=2&c=need,later&x=1#hello\n"
 LAUNCH = re.compile(rb"//([0-9a-f]{8})(?:\?from=[^#]+)?#([0-9])")
@@ -333,6 +336,32 @@ def test_callers_that_begin_to_speak_and_stall_are_bounded_and_keep_nobody_out(s
     assert is_served(connect(running, "user"), call(running).join())
     wait_until(lambda: running.counters.callers_refused >= 8)
     assert all(map(is_gone, crowd[:8]))
+
+
+def client_hello(alpn):
+    """Give what opens a TLS connection, to be sent by many."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols([alpn])
+    coming, going = ssl.MemoryBIO(), ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(coming, going).do_handshake()
+    return going.read()
+
+
+def test_a_flood_of_handshakes_is_accepted_no_faster_than_it_is_worked_off(serve):
+    running = serve(tls=1, callers=16)
+    opening = b"//?v=2#hello\n" + client_hello("nodepass-ctl/2")
+    most = 0
+    with contextlib.ExitStack() as stack:
+        for _ in range(1200):
+            stranger = stack.enter_context(contextlib.closing(RawSocket()))  # blocks: the server has not had a turn
+            stranger.connect((HERE, running.tunnel))
+            stranger.send(opening)
+        while running.counters.callers_refused < 1000:
+            most = max(most, len(running.server._callers))
+            gevent.sleep(0)
+    assert most <= 6 * ACCEPT_BATCH
 
 
 def test_protocol_1_offers_nothing_and_refuses_a_hello(serve, connect):

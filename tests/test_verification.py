@@ -1,13 +1,17 @@
 """What each side demands of the other's certificate, right and wrong, on every kind of connection."""
 
 import logging
+import re
 import socket
 import ssl
+import warnings
 from dataclasses import dataclass
 
 import gevent
 import pytest
 from authority import CLIENT, DAYS, SERVER, Issued, make_authority, write_authorities
+from cryptography.hazmat.primitives.serialization import Encoding
+from OpenSSL import SSL, crypto
 from secure import VERSIONS, stream_pair
 from support import as_stream, bounded
 
@@ -15,7 +19,7 @@ from nodepass_gevent import opening, tls
 from nodepass_gevent.certificates import Certificate, make_certificate
 from nodepass_gevent.config import Pins
 from nodepass_gevent.errors import CertificateRefused, PolicyError, RefusedByPeer
-from nodepass_gevent.tls_context import ALPNS, SELF_SIGNED, VERIFIED, ClientPolicy, ServerCertificate
+from nodepass_gevent.tls_context import ALPNS, SELF_SIGNED, VERIFIED, ClientContext, ClientPolicy, ServerCertificate
 
 HOST = "tunnel.example"
 every_kind = pytest.mark.parametrize("alpn", ALPNS, ids=["v1 data", "v2 control", "v2 data"])
@@ -345,6 +349,44 @@ def test_a_client_with_a_wrong_certificate_is_refused_and_told(
     ends.raw.sendall(ends.server.alert)
     with pytest.raises(RefusedByPeer, match=told):
         ends.client.recv(10)
+
+
+class Malformed:
+    """Presents a certificate that OpenSSL takes and that is malformed inside, on either side."""
+
+    def __init__(self, part):
+        issued = make_authority()
+        der = issued.chain[0].public_bytes(Encoding.DER)
+        good, bad = {
+            "end": (der[der.rindex(b"\x17\r") :][:4], b"\x17\rxx"),  # not a number in UTCTime
+            "version": (b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x1b"),
+        }[part]
+        assert der.count(good) >= 1
+        at = der.rindex(good)
+        certificate = crypto.load_certificate(crypto.FILETYPE_ASN1, der[:at] + bad + der[at + len(good) :])
+        self._made = SSL.Context(SSL.TLS_METHOD)
+        with warnings.catch_warnings():  # cryptography's own class would not take it
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._made.use_certificate(certificate)
+        self._made.use_privatekey(issued.key)
+        self.contexts = {b"": self._made}
+
+    def context(self, mode, alpn):
+        return ClientContext(self._made, alpn, b"", False)
+
+
+def test_a_client_with_a_malformed_certificate_is_refused(shake, demanding):
+    ends = shake(demanding, Malformed("end"), SELF_SIGNED)
+    assert isinstance(ends.server, CertificateRefused) and "refused by ca: it cannot be read" in str(ends.server)
+
+
+@pytest.mark.parametrize(("part", "mode"), [("end", VERIFIED), ("version", SELF_SIGNED)])
+def test_a_server_with_a_malformed_certificate_is_refused(shake, ca, part, mode):
+    policy = ClientPolicy(HOST, **({"ca": ca} if mode == VERIFIED else {"pin": Pins((bytes(32),))}))
+    ends = shake(Malformed(part), policy, mode)
+    assert isinstance(ends.client, PolicyError) and re.search(
+        "refused by (ca|pin): it cannot be read", str(ends.client)
+    )
 
 
 def test_a_self_signed_client_is_refused(shake, demanding, tmp_path):

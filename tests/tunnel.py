@@ -42,12 +42,15 @@ def said():
     handler = Said()
     logger = logging.getLogger("nodepass_gevent")
     level = logger.level
+    hub = gevent.get_hub()
+    hub.print_exception = lambda *raised: handler.tracebacks.append(raised)  # as the service has it
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     yield handler
+    del hub.print_exception
     logger.removeHandler(handler)
     logger.setLevel(level)
-    assert not handler.tracebacks
+    assert not handler.tracebacks, handler.tracebacks
 
 
 @dataclass

@@ -33,8 +33,8 @@ roles = []
 def noted(make):
     """Remember the roles that are made."""
 
-    def make_and_note(config):
-        roles.append(make(config))
+    def make_and_note(config, before):
+        roles.append(make(config, before))
         return roles[-1]
 
     return make_and_note
