@@ -5,6 +5,7 @@ arrives while it is idle is dropped and never given to anybody. State changes fi
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -162,7 +163,9 @@ class DialingPool:
 
     ``dial()`` blocks and gives (id, transport), or raises OSError or NodePassError. ``capacity`` starts at
     ``minimum``; after each ROUND_S it goes down by one when less than a fifth of it was dialled in that round,
-    up by one when more than four fifths were, to ``maximum`` at most (protocol v1).
+    up by one when more than four fifths were, to ``maximum`` at most (protocol v1). Where the peer does not launch a
+    connection before it has been ready for some time, ``lead_s`` says how long to be ahead of it: as many more are kept
+    as were launched within that time.
     """
 
     def __init__(
@@ -171,11 +174,14 @@ class DialingPool:
         minimum: int,
         maximum: int,
         sleep: Callable[[float], object] = gevent.sleep,
+        lead_s: float = 0.0,
     ) -> None:
         self.capacity = self._minimum = minimum
         self._maximum = maximum
         self._dial = dial
         self._sleep = sleep
+        self._lead_s = lead_s
+        self._used_at: deque[float] = deque(maxlen=DIALS_AT_ONCE)  # when connections were launched, in the last lead_s
         self._dials = Crew()  # sized by _fill
         self._dialling = 0
         self._dialled = 0  # in this round
@@ -208,6 +214,8 @@ class DialingPool:
         if self._closed:
             raise PoolClosed("the session has ended")
         self._taken += 1
+        if self._lead_s:
+            self._used_at.append(time.monotonic())
         if id in self._idle:
             transport = self._idle.pop(id)
             self._fill_soon()
@@ -257,7 +265,11 @@ class DialingPool:
             taker.set_exception(PoolClosed("the session has ended"))
 
     def _missing(self) -> int:
-        return self.capacity + len(self._takers) - len(self._idle) - self._dialling
+        if self._used_at:
+            past = time.monotonic() - self._lead_s
+            while self._used_at and self._used_at[0] < past:
+                self._used_at.popleft()
+        return self.capacity + len(self._used_at) + len(self._takers) - len(self._idle) - self._dialling
 
     def _fill_soon(self) -> None:
         """Dial for what is used, together with what else is used in this moment while there is enough left."""
