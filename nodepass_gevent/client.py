@@ -216,6 +216,8 @@ class Client:
         try:
             data = self._secure(stream, mode)
             with deadline(limits.id_timeout_s, "id of a data connection"):
+                if not data.buffered:
+                    data.wait_for_arrival()  # no id is here so soon
                 return wire.parse_id(data.recv_exactly(wire.ID_LENGTH)), data
         except BaseException:
             stream.reset()

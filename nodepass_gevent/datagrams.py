@@ -33,6 +33,8 @@ EVICTABLE_S = 1.0  # of silence: a session gives its place to a newcomer when al
 EVICTION_TRIES = 8  # sessions that are looked at for a newcomer
 DRAINED_S = 1.0  # of silence that ends a session while the process is about to end
 
+_buffer = memoryview(bytearray(MAX_DATAGRAM))  # nobody switches while it is in use
+
 REFUSED_S = 1.0  # what a user sends is dropped for that long after its peer has said that its launch failed
 
 
@@ -198,12 +200,7 @@ class DatagramIngress:
     def _run_exchange(self, datagram: bytes, reply: Reply) -> None:
         try:
             with deadline(self._config.udp_read_timeout_s, "datagram"):
-                answer = self._ask(datagram, reply.sender)
-            if not answer:
-                raise TimeoutError("no answer")
-            self._counters.datagrams_down += 1
-            self._counters.bytes_down += len(answer)
-            reply(answer)
+                self._ask(datagram, reply)
         except (OSError, TunnelError) as exc:
             self._counters.datagrams_unanswered += 1
             log.debug("datagram of %s: %s", reply, reason(exc))
@@ -212,18 +209,22 @@ class DatagramIngress:
             self._leave(reply)
             self._ended()
 
-    def _ask(self, datagram: bytes, user: tuple) -> bytes:
-        _, data, _ = self._launch(Kind.UDP, self._config.udp_read_timeout_s, user)
+    def _ask(self, datagram: bytes, reply: Reply) -> None:
+        _, data, _ = self._launch(Kind.UDP, self._config.udp_read_timeout_s, reply.sender)
         with data:
-            data.sendall(datagram)
-            data.shutdown_write()
+            gevent.sleep(0)  # the launch goes first: a client that finds the datagram without it has to look twice
+            data.send_last(datagram)
             self._counters.datagrams_up += 1
             self._counters.bytes_up += len(datagram)
             answer = _read_to_end(data, self._config.udp_data_buf_size)
-        if len(answer) > self._config.udp_data_buf_size:
-            self._counters.datagrams_dropped_size += 1
-            raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
-        return answer
+            if len(answer) > self._config.udp_data_buf_size:
+                self._counters.datagrams_dropped_size += 1
+                raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
+            if not answer:
+                raise TimeoutError("no answer")
+            self._counters.datagrams_down += 1
+            self._counters.bytes_down += len(answer)
+            reply(answer)
 
 
 class DatagramEgress:
@@ -290,35 +291,37 @@ class DatagramEgress:
 
     def exchange(self, launch: Launch, data: Transport) -> None:
         """Carry one datagram and one answer over ``data``, unframed."""
-        id = launch.id
         self._counters.udp_exchanges += 1
         limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
-        with deadline(timeout_s, "datagram"):
-            datagram = _read_datagram(data, limit)
+        datagram, ended = _read_datagram(data, limit, timeout_s)
         if not 0 < len(datagram) <= limit:
             self._counters.datagrams_dropped_size += 1
             return
-        answer = b""
         with self._open_target(launch, data) as target:
-            try:
-                target.send(self._header(launch, target) + datagram)
-                self._counters.datagrams_up += 1
-                self._counters.bytes_up += len(datagram)
-                with deadline(timeout_s, "answer"):
-                    answer = target.recv()
-            except OSError as exc:  # silent, or refused by ICMP: an end of stream without an answer says so
-                self._counters.datagrams_unanswered += 1
-                log.debug("exchange %s: target %s: %s", id.decode(), self._config.target, reason(exc))
-                self._forget()
-        if len(answer) > limit:
-            self._counters.datagrams_dropped_size += 1
-            answer = b""
-        if answer:
-            self._counters.datagrams_down += 1
-            self._counters.bytes_down += len(answer)
-            with deadline(timeout_s, "answer to the tunnel"):
-                data.sendall(answer)
-        data.linger(self._config.limits.drain_linger_s)
+            answer = self._ask(launch, target, datagram)
+            if len(answer) > limit:
+                self._counters.datagrams_dropped_size += 1
+            elif answer:
+                self._counters.datagrams_down += 1
+                self._counters.bytes_down += len(answer)
+                with deadline(timeout_s, "answer to the tunnel"):
+                    data.send_last(answer)
+        if not ended:  # to close before the peer has ended could take the answer away from it
+            data.linger(self._config.limits.drain_linger_s)
+
+    def _ask(self, launch: Launch, target: TargetSocket, datagram: bytes) -> bytes:
+        """Give the target's answer; an empty one when it is silent, or refuses by ICMP."""
+        try:
+            target.send(self._header(launch, target) + datagram)
+            self._counters.datagrams_up += 1
+            self._counters.bytes_up += len(datagram)
+            with deadline(self._config.udp_read_timeout_s, "answer"):
+                return target.recv()
+        except OSError as exc:
+            self._counters.datagrams_unanswered += 1
+            log.debug("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
+            self._forget()
+            return b""
 
 
 class _Introduced:
@@ -371,25 +374,42 @@ def _log_session(id: bytes, way: str, session: UDPRelay, started: float) -> None
 
 
 def _read_to_end(data: Transport, limit: int) -> bytes:
-    """Read until the peer's end of stream, or one byte more than ``limit``."""
+    """Read until the peer's end of stream, or more than ``limit`` bytes."""
     read = b""
-    while len(read) <= limit and (piece := data.recv_next(limit + 1 - len(read))):
-        read += piece
+    if not data.buffered:
+        data.wait_for_arrival()
+    while len(read) <= limit and (count := data.recv_into(_buffer)):
+        read += _buffer[:count]
     return read
 
 
-def _read_datagram(data: Transport, limit: int) -> bytes:
-    """Read a datagram that nothing frames: up to the end of stream, or to a short silence.
+def _read_datagram(data: Transport, limit: int, timeout_s: float) -> tuple[bytes, bool]:
+    """Read a datagram that nothing frames: up to the end of stream, or to a short silence. Give whether it has ended.
 
     Our server half-closes behind it, the original's does not (protocol v1).
     """
+    end = time.monotonic() + timeout_s
     read = b""
     while len(read) <= limit:
-        silence_s = END_OF_DATAGRAM_S if len(read) >= ONE_SEGMENT else 0 if read else None
-        piece = None
-        with gevent.Timeout(silence_s, False):
-            piece = data.recv(MAX_DATAGRAM)
-        if not piece:
+        try:
+            count = data.pull(_buffer)
+        except BlockingIOError:
+            left_s = end - time.monotonic()
+            silence_s = END_OF_DATAGRAM_S if len(read) >= ONE_SEGMENT else 0 if read else left_s
+            if _comes(data, min(silence_s, left_s)):
+                continue
+            if not read or silence_s > left_s:
+                raise TimeoutError(f"datagram: timed out after {timeout_s:g} s") from None
             break
-        read += piece
-    return read
+        if not count:
+            return read, True
+        read += _buffer[:count]
+    return read, False
+
+
+def _comes(data: Transport, timeout_s: float) -> bool:
+    """Wait for something to arrive; False when nothing does."""
+    with gevent.Timeout(max(timeout_s, 0), False):
+        data.wait_for_arrival()
+        return True
+    return False
