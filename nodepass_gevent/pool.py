@@ -187,7 +187,7 @@ class DialingPool:
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
-        self._gathering = gevent.get_hub().loop.timer(GATHER_S, ref=False)
+        self._gathering = gevent.get_hub().loop.timer(lead_s / 6 or GATHER_S, ref=False)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
         self._idle = _Idle(self._look)

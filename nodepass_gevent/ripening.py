@@ -18,7 +18,7 @@ from .transport import Stream, Transport
 log = logging.getLogger(__name__)
 
 RIPEN_S = 0.005  # after the acknowledgement (protocol v1)
-TICK_S = 0.001  # what is ripe by then goes on together
+GATHER_S = 0.001  # what is ripe within that goes on together
 ACK_POLL_S, ACK_POLL_MAX_S = 0.001, 0.05  # the kernel does not tell when an acknowledgement is in
 
 
@@ -39,7 +39,8 @@ class Ripening:
         self._id_timeout_s = id_timeout_s
         self._on_refused = on_refused
         self._entries: list[_Entry] = []  # a heap
-        self._timer: Any = None  # made when first needed
+        self._timer: Any = None  # runs while anything waits
+        self._waits_until = 0.0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,23 +48,34 @@ class Ripening:
     def add(self, id: bytes, stream: Stream, data: Transport, pool: AcceptingPool) -> None:
         """Bring a connection whose id is sent into its pool when it is ripe."""
         now = time.monotonic()
-        self._look(_Entry(now, id, stream, data, pool, ACK_POLL_S / 2, now + self._id_timeout_s), now)
-        if self._timer is None:
-            self._timer = gevent.get_hub().loop.timer(TICK_S, TICK_S)
-        if not self._timer.active:
-            self._timer.start(self._tick)
+        pause_s = ACK_POLL_S if stream.unacknowledged() else 0
+        too_late = now + self._id_timeout_s
+        heappush(self._entries, _Entry(now + (pause_s or RIPEN_S), id, stream, data, pool, pause_s, too_late))
+        if self._timer is None or self._waits_until > self._entries[0].due + GATHER_S:
+            self._wait(now)
 
     def close(self) -> None:
         """Reset what is not ripe yet."""
-        if self._timer is not None:
-            self._timer.stop()
-            self._timer.close()
-            self._timer = None
+        self._stop_timer()
         entries, self._entries = self._entries, []
         for entry in entries:
             entry.data.reset()
 
-    def _tick(self) -> None:
+    def _wait(self, now: float) -> None:
+        """Look again when the first is due, and what comes right behind it."""
+        self._stop_timer()
+        self._waits_until = max(self._entries[0].due, now) + GATHER_S
+        self._timer = gevent.get_hub().loop.timer(self._waits_until - now)
+        self._timer.start(self._on_time)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+            self._timer = None
+
+    def _on_time(self) -> None:
+        self._stop_timer()
         now = time.monotonic()
         while self._entries and self._entries[0].due <= now:
             entry = heappop(self._entries)
@@ -74,8 +86,8 @@ class Ripening:
                     entry.pool.add(entry.id, entry.data)
             except PoolClosed as exc:
                 self._refuse(entry, str(exc))
-        if not self._entries:
-            self._timer.stop()
+        if self._entries:
+            self._wait(now)
 
     def _look(self, entry: _Entry, now: float) -> None:
         """Look whether the id is acknowledged by now."""
