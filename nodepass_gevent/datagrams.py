@@ -7,6 +7,7 @@ both ways, framed. With any other peer each datagram is an exchange of its own, 
 import logging
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
@@ -195,12 +196,19 @@ class DatagramIngress:
         elif self._enter(reply):
             self._counters.udp_exchanges += 1
             self._asking += 1
-            self._exchanges.spawn(self._run_exchange, datagram, reply)
+            data = None
+            with suppress(TunnelError):  # there will be one, perhaps
+                data = self._launch_one(reply, 0)  # its line goes before the datagram, which is thus awaited when it comes
+            self._exchanges.spawn(self._run_exchange, datagram, reply, data)
 
-    def _run_exchange(self, datagram: bytes, reply: Reply) -> None:
+    def _launch_one(self, reply: Reply, timeout_s: float) -> Transport:
+        return self._launch(Kind.UDP, timeout_s, reply.sender)[1]
+
+    def _run_exchange(self, datagram: bytes, reply: Reply, data: Transport | None) -> None:
+        timeout_s = self._config.udp_read_timeout_s
         try:
-            with deadline(self._config.udp_read_timeout_s, "datagram"):
-                self._ask(datagram, reply)
+            with deadline(timeout_s, "datagram"):
+                self._ask(datagram, reply, data or self._launch_one(reply, timeout_s))
         except (OSError, TunnelError) as exc:
             self._counters.datagrams_unanswered += 1
             log.debug("datagram of %s: %s", reply, reason(exc))
@@ -209,10 +217,8 @@ class DatagramIngress:
             self._leave(reply)
             self._ended()
 
-    def _ask(self, datagram: bytes, reply: Reply) -> None:
-        _, data, _ = self._launch(Kind.UDP, self._config.udp_read_timeout_s, reply.sender)
+    def _ask(self, datagram: bytes, reply: Reply, data: Transport) -> None:
         with data:
-            gevent.sleep(0)  # the launch goes first: a client that finds the datagram without it has to look twice
             data.send_last(datagram)
             self._counters.datagrams_up += 1
             self._counters.bytes_up += len(datagram)

@@ -102,7 +102,10 @@ class AcceptingPool:
         self._idle.add(id, transport)
 
     def take(self, timeout_s: float) -> tuple[bytes, Transport]:
-        """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed."""
+        """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed.
+
+        Does not switch when there is one, or no time to wait.
+        """
         while self._idle:
             id, transport = self._idle.pop_oldest()
             if transport.peek() is None:
@@ -110,6 +113,8 @@ class AcceptingPool:
             transport.reset()
         if self._closed.is_set():
             raise PoolClosed("the session has ended")
+        if timeout_s <= 0:
+            raise NoDataConnection("no data connection is ready")
         taker = AsyncResult()
         self._takers.append(taker)
         self._short += 1
