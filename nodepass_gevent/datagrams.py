@@ -197,8 +197,8 @@ class DatagramIngress:
             self._counters.udp_exchanges += 1
             self._asking += 1
             data = None
-            with suppress(TunnelError):  # there will be one, perhaps
-                data = self._launch_one(reply, 0)  # its line goes before the datagram, which is thus awaited when it comes
+            with suppress(TunnelError):  # the launch, where it need not wait, goes before the datagram: its client is
+                data = self._launch_one(reply, 0)  # woken by what it waits for
             self._exchanges.spawn(self._run_exchange, datagram, reply, data)
 
     def _launch_one(self, reply: Reply, timeout_s: float) -> Transport:

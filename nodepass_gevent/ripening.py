@@ -1,6 +1,7 @@
-"""Data connections of v1 clients between their id and their pool: the original's client drops a launch that comes early.
+"""Data connections of v1 clients, between their id and their pool.
 
-So each has its id acknowledged first, and then waits a moment more. One timer looks after all of them.
+The original's client drops a launch that comes right behind its id (protocol v1). So each connection waits here until
+its id is acknowledged, and a moment more. One timer looks after all of them.
 """
 
 import logging
