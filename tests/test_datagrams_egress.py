@@ -2,7 +2,7 @@
 
 import os
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 
 import gevent
 import pytest
@@ -130,6 +130,21 @@ def test_a_launched_datagram_that_is_empty_or_too_long_is_dropped_and_counted(si
 def test_a_launched_datagram_that_never_comes_is_a_failure(egress, udp_target):
     side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
     assert is_reset(side.launch(Kind.UDP))
+    assert side.counted == {"udp_exchanges": 1, "exchanges_failed": 1}
+
+
+def test_a_launched_datagram_that_drips_without_end_is_a_failure(egress, udp_target, spawn):
+    side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
+    server = side.launch(Kind.UDP)
+    server.sendall(bytes(ONE_SEGMENT))
+
+    def drip():
+        with suppress(OSError):
+            while True:
+                server.sendall(b".")
+                gevent.sleep(SHORT_S / 10)
+
+    spawn(drip)
     assert side.counted == {"udp_exchanges": 1, "exchanges_failed": 1}
 
 
