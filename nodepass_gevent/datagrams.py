@@ -14,11 +14,10 @@ from typing import Any, Protocol
 
 import gevent
 
-from . import proxy_protocol
+from . import proxy_protocol, unframed
 from .config import Config
 from .crew import Crew
 from .errors import ConnectError, NotCarried, TunnelError
-from .frames import MAX_DATAGRAM
 from .metrics import Counters
 from .net import Endpoint
 from .transport import Transport, deadline, reason
@@ -28,13 +27,9 @@ from .wire import Kind, Launch
 
 log = logging.getLogger(__name__)
 
-ONE_SEGMENT = 512  # bytes; what is shorter fits IPv4's least TCP segment and was not cut in pieces
-END_OF_DATAGRAM_S = 0.02  # silence that ends a longer one, where the sender does not half-close
 EVICTABLE_S = 1.0  # of silence: a session gives its place to a newcomer when all places are taken
 EVICTION_TRIES = 8  # sessions that are looked at for a newcomer
 DRAINED_S = 1.0  # of silence that ends a session while the process is about to end
-
-_buffer = memoryview(bytearray(MAX_DATAGRAM))  # nobody switches while it is in use
 
 REFUSED_S = 1.0  # what a user sends is dropped for that long after its peer has said that its launch failed
 
@@ -222,7 +217,7 @@ class DatagramIngress:
             data.send_last(datagram)
             self._counters.datagrams_up += 1
             self._counters.bytes_up += len(datagram)
-            answer = _read_to_end(data, self._config.udp_data_buf_size)
+            answer = unframed.read_to_end(data, self._config.udp_data_buf_size)
             if len(answer) > self._config.udp_data_buf_size:
                 self._counters.datagrams_dropped_size += 1
                 raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
@@ -299,7 +294,7 @@ class DatagramEgress:
         """Carry one datagram and one answer over ``data``, unframed."""
         self._counters.udp_exchanges += 1
         limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
-        datagram, ended = _read_datagram(data, limit, timeout_s)
+        datagram, ended = unframed.read_datagram(data, limit, timeout_s)
         if not 0 < len(datagram) <= limit:
             self._counters.datagrams_dropped_size += 1
             return
@@ -377,45 +372,3 @@ def _log_session(id: bytes, way: str, session: UDPRelay, started: float) -> None
             session.delivered,
             session.dropped_queue + session.dropped_size + session.dropped_network,
         )
-
-
-def _read_to_end(data: Transport, limit: int) -> bytes:
-    """Read until the peer's end of stream, or more than ``limit`` bytes."""
-    read = b""
-    if not data.buffered:
-        data.wait_for_arrival()
-    while len(read) <= limit and (count := data.recv_into(_buffer)):
-        read += _buffer[:count]
-    return read
-
-
-def _read_datagram(data: Transport, limit: int, timeout_s: float) -> tuple[bytes, bool]:
-    """Read a datagram that nothing frames: up to the end of stream, or to a short silence. Give whether it has ended.
-
-    Our server half-closes behind it, the original's does not (protocol v1).
-    """
-    end = time.monotonic() + timeout_s
-    read = b""
-    while len(read) <= limit:
-        try:
-            count = data.pull(_buffer)
-        except BlockingIOError:
-            left_s = end - time.monotonic()
-            silence_s = END_OF_DATAGRAM_S if len(read) >= ONE_SEGMENT else 0 if read else left_s
-            if _comes(data, min(silence_s, left_s)):
-                continue
-            if not read or silence_s > left_s:
-                raise TimeoutError(f"datagram: timed out after {timeout_s:g} s") from None
-            break
-        if not count:
-            return read, True
-        read += _buffer[:count]
-    return read, False
-
-
-def _comes(data: Transport, timeout_s: float) -> bool:
-    """Wait for something to arrive; False when nothing does."""
-    with gevent.Timeout(max(timeout_s, 0), False):
-        data.wait_for_arrival()
-        return True
-    return False

@@ -60,7 +60,7 @@ class Joining:
 
     def has_room(self, client: Client) -> bool:
         """Whether one more may join a client's pool: what is ready counts, and what is on its way."""
-        return client.pool.room > self._running
+        return client.pool.room > self._running + len(self._ripening)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -135,7 +135,7 @@ class Joining:
 
         There is no wait in here.
         """
-        if self._certificate or self.full or not client.pool.room > len(self._ripening):
+        if self._certificate or self.full or not self.has_room(client):
             return False
         try:
             self._ripen(stream, stream, client)
@@ -159,7 +159,7 @@ class Joining:
                         with self.counted():
                             data = self.secure(stream)
                             client = whose(key)
-                        if client and client.pool.room > len(self._ripening):
+                        if client and self.has_room(client):
                             self._ripen(stream, data, client)
                             owned.pop_all()  # it is not ours any more
                             return

@@ -28,7 +28,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     },
     {"config"},
     {"configfile", "descriptors", "keyring", "opening", "penalties", "settings", "transport", "url"},
-    {"command_line", "net", "relay", "udp_relay"},
+    {"command_line", "net", "relay", "udp_relay", "unframed"},
     {"options", "udp", "verification"},
     {"datagrams", "tls_context"},
     {"tls"},
