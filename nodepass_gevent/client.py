@@ -27,6 +27,7 @@ from .wire import Bye, Fail, Launch, Need, Ping
 log = logging.getLogger(__name__)
 
 CHUNK = 1024  # bytes per read while the welcome is awaited
+V1_LEAD_S = 0.03  # a server of ours launches no v1 data connection in the first 5 ms, or more when it is busy
 CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, wire.UDP))
 
 
@@ -188,7 +189,7 @@ class Client:
         host, _, *scope = control.peer
         endpoint = Endpoint(control.socket.family, (host, first.port, *scope))
         dial = partial(self._dial_v1, endpoint, first.tls)
-        pool = DialingPool(dial, self.config.min_pool_capacity, self.config.max_pool_capacity)
+        pool = DialingPool(dial, self.config.min_pool_capacity, self.config.max_pool_capacity, lead_s=V1_LEAD_S)
         silence = _Silence(self.config.limits)
         signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters)
         signals.on_ping = silence.note_ping
@@ -215,6 +216,8 @@ class Client:
         try:
             data = self._secure(stream, mode)
             with deadline(limits.id_timeout_s, "id of a data connection"):
+                if not data.buffered:
+                    data.wait_for_arrival()  # no id is here so soon
                 return wire.parse_id(data.recv_exactly(wire.ID_LENGTH)), data
         except BaseException:
             stream.reset()

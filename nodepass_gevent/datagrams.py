@@ -7,17 +7,17 @@ both ways, framed. With any other peer each datagram is an exchange of its own, 
 import logging
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
 import gevent
 
-from . import proxy_protocol
+from . import proxy_protocol, unframed
 from .config import Config
 from .crew import Crew
 from .errors import ConnectError, NotCarried, TunnelError
-from .frames import MAX_DATAGRAM
 from .metrics import Counters
 from .net import Endpoint
 from .transport import Transport, deadline, reason
@@ -27,8 +27,6 @@ from .wire import Kind, Launch
 
 log = logging.getLogger(__name__)
 
-ONE_SEGMENT = 512  # bytes; what is shorter fits IPv4's least TCP segment and was not cut in pieces
-END_OF_DATAGRAM_S = 0.02  # silence that ends a longer one, where the sender does not half-close
 EVICTABLE_S = 1.0  # of silence: a session gives its place to a newcomer when all places are taken
 EVICTION_TRIES = 8  # sessions that are looked at for a newcomer
 DRAINED_S = 1.0  # of silence that ends a session while the process is about to end
@@ -193,17 +191,19 @@ class DatagramIngress:
         elif self._enter(reply):
             self._counters.udp_exchanges += 1
             self._asking += 1
-            self._exchanges.spawn(self._run_exchange, datagram, reply)
+            data = None
+            with suppress(TunnelError):  # the launch, where it need not wait, goes before the datagram: its client is
+                data = self._launch_one(reply, 0)  # woken by what it waits for
+            self._exchanges.spawn(self._run_exchange, datagram, reply, data)
 
-    def _run_exchange(self, datagram: bytes, reply: Reply) -> None:
+    def _launch_one(self, reply: Reply, timeout_s: float) -> Transport:
+        return self._launch(Kind.UDP, timeout_s, reply.sender)[1]
+
+    def _run_exchange(self, datagram: bytes, reply: Reply, data: Transport | None) -> None:
+        timeout_s = self._config.udp_read_timeout_s
         try:
-            with deadline(self._config.udp_read_timeout_s, "datagram"):
-                answer = self._ask(datagram, reply.sender)
-            if not answer:
-                raise TimeoutError("no answer")
-            self._counters.datagrams_down += 1
-            self._counters.bytes_down += len(answer)
-            reply(answer)
+            with deadline(timeout_s, "datagram"):
+                self._ask(datagram, reply, data or self._launch_one(reply, timeout_s))
         except (OSError, TunnelError) as exc:
             self._counters.datagrams_unanswered += 1
             log.debug("datagram of %s: %s", reply, reason(exc))
@@ -212,18 +212,20 @@ class DatagramIngress:
             self._leave(reply)
             self._ended()
 
-    def _ask(self, datagram: bytes, user: tuple) -> bytes:
-        _, data, _ = self._launch(Kind.UDP, self._config.udp_read_timeout_s, user)
+    def _ask(self, datagram: bytes, reply: Reply, data: Transport) -> None:
         with data:
-            data.sendall(datagram)
-            data.shutdown_write()
+            data.send_last(datagram)
             self._counters.datagrams_up += 1
             self._counters.bytes_up += len(datagram)
-            answer = _read_to_end(data, self._config.udp_data_buf_size)
-        if len(answer) > self._config.udp_data_buf_size:
-            self._counters.datagrams_dropped_size += 1
-            raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
-        return answer
+            answer = unframed.read_to_end(data, self._config.udp_data_buf_size)
+            if len(answer) > self._config.udp_data_buf_size:
+                self._counters.datagrams_dropped_size += 1
+                raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
+            if not answer:
+                raise TimeoutError("no answer")
+            self._counters.datagrams_down += 1
+            self._counters.bytes_down += len(answer)
+            reply(answer)
 
 
 class DatagramEgress:
@@ -290,35 +292,37 @@ class DatagramEgress:
 
     def exchange(self, launch: Launch, data: Transport) -> None:
         """Carry one datagram and one answer over ``data``, unframed."""
-        id = launch.id
         self._counters.udp_exchanges += 1
         limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
-        with deadline(timeout_s, "datagram"):
-            datagram = _read_datagram(data, limit)
+        datagram, ended = unframed.read_datagram(data, limit, timeout_s)
         if not 0 < len(datagram) <= limit:
             self._counters.datagrams_dropped_size += 1
             return
-        answer = b""
         with self._open_target(launch, data) as target:
-            try:
-                target.send(self._header(launch, target) + datagram)
-                self._counters.datagrams_up += 1
-                self._counters.bytes_up += len(datagram)
-                with deadline(timeout_s, "answer"):
-                    answer = target.recv()
-            except OSError as exc:  # silent, or refused by ICMP: an end of stream without an answer says so
-                self._counters.datagrams_unanswered += 1
-                log.debug("exchange %s: target %s: %s", id.decode(), self._config.target, reason(exc))
-                self._forget()
-        if len(answer) > limit:
-            self._counters.datagrams_dropped_size += 1
-            answer = b""
-        if answer:
-            self._counters.datagrams_down += 1
-            self._counters.bytes_down += len(answer)
-            with deadline(timeout_s, "answer to the tunnel"):
-                data.sendall(answer)
-        data.linger(self._config.limits.drain_linger_s)
+            answer = self._ask(launch, target, datagram)
+            if len(answer) > limit:
+                self._counters.datagrams_dropped_size += 1
+            elif answer:
+                self._counters.datagrams_down += 1
+                self._counters.bytes_down += len(answer)
+                with deadline(timeout_s, "answer to the tunnel"):
+                    data.send_last(answer)
+        if not ended:  # to close before the peer has ended could take the answer away from it
+            data.linger(self._config.limits.drain_linger_s)
+
+    def _ask(self, launch: Launch, target: TargetSocket, datagram: bytes) -> bytes:
+        """Give the target's answer; an empty one when it is silent, or refuses by ICMP."""
+        try:
+            target.send(self._header(launch, target) + datagram)
+            self._counters.datagrams_up += 1
+            self._counters.bytes_up += len(datagram)
+            with deadline(self._config.udp_read_timeout_s, "answer"):
+                return target.recv()
+        except OSError as exc:
+            self._counters.datagrams_unanswered += 1
+            log.debug("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
+            self._forget()
+            return b""
 
 
 class _Introduced:
@@ -368,28 +372,3 @@ def _log_session(id: bytes, way: str, session: UDPRelay, started: float) -> None
             session.delivered,
             session.dropped_queue + session.dropped_size + session.dropped_network,
         )
-
-
-def _read_to_end(data: Transport, limit: int) -> bytes:
-    """Read until the peer's end of stream, or one byte more than ``limit``."""
-    read = b""
-    while len(read) <= limit and (piece := data.recv_next(limit + 1 - len(read))):
-        read += piece
-    return read
-
-
-def _read_datagram(data: Transport, limit: int) -> bytes:
-    """Read a datagram that nothing frames: up to the end of stream, or to a short silence.
-
-    Our server half-closes behind it, the original's does not (protocol v1).
-    """
-    read = b""
-    while len(read) <= limit:
-        silence_s = END_OF_DATAGRAM_S if len(read) >= ONE_SEGMENT else 0 if read else None
-        piece = None
-        with gevent.Timeout(silence_s, False):
-            piece = data.recv(MAX_DATAGRAM)
-        if not piece:
-            break
-        read += piece
-    return read

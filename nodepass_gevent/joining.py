@@ -19,14 +19,13 @@ from .errors import CertificateRefused, KeyMismatch, PoolClosed, ProtocolError
 from .metrics import Counters
 from .opening import Data
 from .pool import AcceptingPool
+from .ripening import Ripening
 from .tls_context import ServerCertificate
 from .transport import Stream, Transport, deadline, reason
 
 log = logging.getLogger(__name__)
 
-RIPEN_S = 0.005  # the original's client drops a launch that comes right behind its id (protocol v1)
 REFUSALS_PER_WARNING = 60  # an original without a certificate calls again and again
-ACK_POLL_S, ACK_POLL_MAX_S = 0.001, 0.05  # the kernel does not tell when an acknowledgement is in
 
 
 class Joining:
@@ -49,14 +48,19 @@ class Joining:
         self._counters = counters
         self._on_wrong_tag = on_wrong_tag
         self._running = 0
+        self._ripening = Ripening(config.limits.id_timeout_s, self._refused)
 
     @property
     def full(self) -> bool:
-        return self._running >= self._most
+        return self._running + len(self._ripening) >= self._most
+
+    def close(self) -> None:
+        """Reset what waits here without a greenlet."""
+        self._ripening.close()
 
     def has_room(self, client: Client) -> bool:
         """Whether one more may join a client's pool: what is ready counts, and what is on its way."""
-        return client.pool.room > self._running
+        return client.pool.room > self._running + len(self._ripening)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -126,8 +130,22 @@ class Joining:
         with deadline(self._limits.authentication_timeout_s, "authentication"):
             return authentication.verify_data(transport, client.keys)
 
+    def join_v1_at_once(self, stream: Stream, client: Client) -> bool:
+        """Bring a v1 data connection without TLS towards the pool of its client; False when ``join_v1`` must.
+
+        There is no wait in here.
+        """
+        if self._certificate or self.full or not self.has_room(client):
+            return False
+        try:
+            self._ripen(stream, stream, client)
+        except (OSError, PoolClosed) as exc:
+            stream.reset()
+            self._refused(stream, reason(exc))
+        return True
+
     def join_v1(self, stream: Stream, expected: bool, whose: Callable[[str], Client | None]) -> None:
-        """Bring a v1 data connection into the pool of its client; hold and then close everybody else's.
+        """Bring a v1 data connection towards the pool of its client; hold and then close everybody else's.
 
         ``expected``: a v1 client with room, or a candidate, is at its address; ``whose`` says, when it is complete.
         """
@@ -141,12 +159,10 @@ class Joining:
                         with self.counted():
                             data = self.secure(stream)
                             client = whose(key)
-                            if client and client.pool.room > 0:
-                                id = _send_id(data, client.pool)
-                                self._ripen(stream)
-                                client.pool.add(id, data)
-                                owned.pop_all()  # it is the pool's now
-                                return
+                        if client and self.has_room(client):
+                            self._ripen(stream, data, client)
+                            owned.pop_all()  # it is not ours any more
+                            return
                 except CertificateRefused as exc:
                     why, alert = str(exc), exc.alert
                     warn = self._counters.certificates_refused % REFUSALS_PER_WARNING == 1
@@ -156,25 +172,23 @@ class Joining:
                 if alert:
                     stream.push(alert)
         except (OSError, PoolClosed) as exc:
-            self._counters.data_connections_refused += 1
-            log.debug("data connection from %s: %s", key, reason(exc))
+            self._refused(stream, reason(exc))
+
+    def _ripen(self, stream: Stream, data: Transport, client: Client) -> None:
+        if client.pool.closed:
+            raise PoolClosed("the session has ended")
+        id = _send_id(data, client.pool)
+        self._ripening.add(id, stream, data, client.pool)
+
+    def _refused(self, stream: Stream, why: str) -> None:
+        self._counters.data_connections_refused += 1
+        log.debug("data connection from %s: %s", net.peer_key(stream.peer[0]), why)
 
     def _hold(self, stream: Stream, key: str, why: str) -> None:
         self._counters.data_connections_refused += 1
         with suppress(ConnectionAbortedError), self._held.noted(Caller(key, stream, gevent.getcurrent())):
             gevent.sleep(self._limits.tls_handshake_timeout_s)
         log.debug("data connection from %s refused: %s", key, why)
-
-    def _ripen(self, stream: Stream) -> None:
-        """Wait until the id is acknowledged, and a moment more."""
-        poll_s = ACK_POLL_S
-        with deadline(self._limits.id_timeout_s, "acknowledgement of the id"):
-            while stream.unacknowledged():
-                if stream.peek() is False:  # a reset connection never acknowledges
-                    raise ConnectionAbortedError("it closed before its id was acknowledged")
-                gevent.sleep(poll_s)
-                poll_s = min(poll_s * 2, ACK_POLL_MAX_S)
-        gevent.sleep(RIPEN_S)
 
 
 def _nothing(_id: bytes) -> bytes:

@@ -5,6 +5,7 @@ arrives while it is idle is dropped and never given to anybody. State changes fi
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -101,7 +102,10 @@ class AcceptingPool:
         self._idle.add(id, transport)
 
     def take(self, timeout_s: float) -> tuple[bytes, Transport]:
-        """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed."""
+        """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed.
+
+        Does not switch when there is one, or no time to wait.
+        """
         while self._idle:
             id, transport = self._idle.pop_oldest()
             if transport.peek() is None:
@@ -109,6 +113,8 @@ class AcceptingPool:
             transport.reset()
         if self._closed.is_set():
             raise PoolClosed("the session has ended")
+        if timeout_s <= 0:
+            raise NoDataConnection("no data connection is ready")
         taker = AsyncResult()
         self._takers.append(taker)
         self._short += 1
@@ -162,7 +168,9 @@ class DialingPool:
 
     ``dial()`` blocks and gives (id, transport), or raises OSError or NodePassError. ``capacity`` starts at
     ``minimum``; after each ROUND_S it goes down by one when less than a fifth of it was dialled in that round,
-    up by one when more than four fifths were, to ``maximum`` at most (protocol v1).
+    up by one when more than four fifths were, to ``maximum`` at most (protocol v1). Where the peer does not launch a
+    connection before it has been ready for some time, ``lead_s`` says how long to be ahead of it: as many more are kept
+    as were launched within that time.
     """
 
     def __init__(
@@ -171,17 +179,20 @@ class DialingPool:
         minimum: int,
         maximum: int,
         sleep: Callable[[float], object] = gevent.sleep,
+        lead_s: float = 0.0,
     ) -> None:
         self.capacity = self._minimum = minimum
         self._maximum = maximum
         self._dial = dial
         self._sleep = sleep
+        self._lead_s = lead_s
+        self._used_at: deque[float] = deque(maxlen=DIALS_AT_ONCE)  # when connections were launched, in the last lead_s
         self._dials = Crew()  # sized by _fill
         self._dialling = 0
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
-        self._gathering = gevent.get_hub().loop.timer(GATHER_S, ref=False)
+        self._gathering = gevent.get_hub().loop.timer(lead_s / 6 or GATHER_S, ref=False)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
         self._idle = _Idle(self._look)
@@ -208,6 +219,8 @@ class DialingPool:
         if self._closed:
             raise PoolClosed("the session has ended")
         self._taken += 1
+        if self._lead_s:
+            self._used_at.append(time.monotonic())
         if id in self._idle:
             transport = self._idle.pop(id)
             self._fill_soon()
@@ -257,7 +270,11 @@ class DialingPool:
             taker.set_exception(PoolClosed("the session has ended"))
 
     def _missing(self) -> int:
-        return self.capacity + len(self._takers) - len(self._idle) - self._dialling
+        if self._used_at:
+            past = time.monotonic() - self._lead_s
+            while self._used_at and self._used_at[0] < past:
+                self._used_at.popleft()
+        return self.capacity + len(self._used_at) + len(self._takers) - len(self._idle) - self._dialling
 
     def _fill_soon(self) -> None:
         """Dial for what is used, together with what else is used in this moment while there is enough left."""

@@ -61,6 +61,10 @@ class Reception:
         self._awaited = 0  # callers from the address of the client that have said nothing yet
         self._joining = Joining(config, certificate, clients, self._held, counters, self._on_wrong_tag)
 
+    def close(self) -> None:
+        """Let go what has no greenlet of its own."""
+        self._joining.close()
+
     # The tunnel port
 
     def take_data(self, stream: Stream) -> Data | None:
@@ -280,6 +284,11 @@ class Reception:
         return None
 
     # Profile v1: the data port
+
+    def join_at_once(self, stream: Stream) -> bool:
+        """Take a data connection of a v1 client where nothing makes it wait; False when ``join`` must."""
+        client = self._v1_client_at(net.peer_key(stream.peer[0]))
+        return client is not None and self._joining.join_v1_at_once(stream, client)
 
     def join(self, stream: Stream) -> None:
         """Take a data connection of a v1 client, or of a silent caller that this proves to be one."""

@@ -80,6 +80,7 @@ class Server:
         with ExitStack() as stack:
             parts = self._open(stack)
             self._clients.open()
+            stack.callback(self._reception.close)
             stack.callback(self._callers.kill)
             self._joiners = Crew()
             stack.callback(self._joiners.kill)
@@ -114,8 +115,7 @@ class Server:
             data = self._listen_data(listen)
             self._reception.data_port = data.getsockname()[1]
             ports.append(f"data port {self._reception.data_port}")
-            join = partial(self._callers.spawn, self._reception.join)
-            parts.append(serve(data, self._admission.guard_callers(join)))
+            parts.append(serve(data, self._admission.guard_callers(self._called_for_data)))
         target = config.target
         if config.network != "udp":
             public = listen(target)
@@ -145,6 +145,11 @@ class Server:
             self._joiners.spawn(self._reception.join_session, stream, data)
         else:
             self._reception.join_session(stream, data)
+
+    def _called_for_data(self, stream: Stream) -> None:
+        """Serve a caller of the v1 data port."""
+        if not self._reception.join_at_once(stream):
+            self._callers.spawn(self._reception.join, stream)
 
     def _listen_data(self, listen: Callable[[Address], RawSocket]) -> RawSocket:
         """Take the data port that is set, or draw until one is free."""

@@ -13,6 +13,7 @@ import sys
 import termios
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,11 @@ class Transport(ABC):
         while not self.flush():
             wait_write(self.fileno())
 
+    def send_last(self, data: bytes) -> None:
+        """Send everything and then end of stream; the other direction goes on."""
+        self.sendall(data)
+        self.shutdown_write()
+
     def linger(self, timeout_s: float) -> None:
         """End without losing what was sent: end of stream, read to the peer's own, within ``timeout_s``.
 
@@ -222,6 +228,14 @@ class Stream(Transport):
         if not self._finished:
             self._finished = True
             self.socket.shutdown(socket.SHUT_WR)
+
+    def send_last(self, data: bytes) -> None:
+        taken = 0
+        with suppress(BlockingIOError):  # kept back until the end of stream follows, which then needs no segment
+            taken = self.socket.send(data, socket.MSG_MORE)
+        if taken < len(data):
+            self.sendall(data[taken:])
+        self.shutdown_write()
 
     def peek(self) -> bool | None:
         try:

@@ -4,6 +4,7 @@ import errno
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple, Protocol
 
 import gevent
@@ -12,7 +13,7 @@ from gevent.socket import wait_read, wait_write
 from . import net
 from .config import Address
 from .net import Endpoint
-from .transport import RawSocket
+from .transport import READ, RawSocket
 
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
@@ -61,21 +62,23 @@ class PublicSocket:
     def serve(self, handle: Callable[[bytes, Any], None]) -> None:
         """Receive for ever: ``handle(datagram, reply)`` must not block; ``reply(bytes)`` answers the sender."""
         sock = self._socket
-        while True:
-            wait_read(sock.fileno())
-            try:
-                for _ in range(BATCH):
-                    if self._ancillary:
-                        size, ancillary, _, sender = sock.recvmsg_into([_buffer], self._ancillary)
-                    else:
-                        (size, sender), ancillary = sock.recvfrom_into(_buffer), []
-                    if self._admits(sender[0]):
-                        source = tuple(_as_source(*entry) for entry in ancillary)
-                        handle(bytes(_buffer[:size]), Reply(sock, sender, source))
-            except BlockingIOError:
-                pass
-            except OSError as exc:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
-                gevent.sleep(MEMORY_PAUSE_S if exc.errno in (errno.ENOMEM, errno.ENOBUFS) else 0)
+        hub = gevent.get_hub()
+        with closing(hub.loop.io(sock.fileno(), READ)) as arrival:  # for all waits: a new one costs a system call
+            while True:
+                hub.wait(arrival)
+                try:
+                    for _ in range(BATCH):
+                        if self._ancillary:
+                            size, ancillary, _, sender = sock.recvmsg_into([_buffer], self._ancillary)
+                        else:
+                            (size, sender), ancillary = sock.recvfrom_into(_buffer), []
+                        if self._admits(sender[0]):
+                            source = tuple(_as_source(*entry) for entry in ancillary)
+                            handle(bytes(_buffer[:size]), Reply(sock, sender, source))
+                except BlockingIOError:
+                    pass
+                except OSError as exc:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
+                    gevent.sleep(MEMORY_PAUSE_S if exc.errno in (errno.ENOMEM, errno.ENOBUFS) else 0)
 
     def close(self) -> None:
         self._socket.close()

@@ -28,12 +28,12 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     },
     {"config"},
     {"configfile", "descriptors", "keyring", "opening", "penalties", "settings", "transport", "url"},
-    {"command_line", "net", "relay", "udp_relay"},
+    {"command_line", "net", "relay", "udp_relay", "unframed"},
     {"options", "udp", "verification"},
     {"datagrams", "tls_context"},
     {"tls"},
     {"admission", "authentication", "forward", "pool"},
-    {"session"},
+    {"ripening", "session"},
     {"clients"},
     {"joining"},
     {"reception"},
@@ -47,7 +47,7 @@ LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module i
 SANS_IO = {
     "config", "errors", "frames", "metrics", "opening", "proxy_protocol", "tunnel_key", "url", "values", "wire",
 }  # fmt: skip
-KNOW_WATCHERS = {"crew", "net", "pool", "relay", "tls", "transport", "udp", "udp_relay"}  # may use the loop
+KNOW_WATCHERS = {"crew", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay"}  # may use the loop
 CATCH_ALL = {"relay": 1, "service": 1, "udp_relay": 1}  # `except Exception`: ends of exchanges, service loop
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines
 

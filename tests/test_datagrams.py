@@ -1,6 +1,7 @@
 """Datagrams at the ingress: exchanges of one, and the table of sessions."""
 
 import os
+import select
 
 import gevent
 import pytest
@@ -24,6 +25,32 @@ def test_a_datagram_is_launched_and_answered(ingress):
     client.close()
     assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "datagrams_down": 1, "bytes_down": 9}
     assert side.answers == [b"an answer"]
+
+
+def test_a_launch_goes_before_its_datagram_so_that_its_client_need_not_look_twice(ingress):
+    side = ingress()
+    client = side.add_data()
+    side.datagram(b"question")
+    assert side.link.sent == [b"//0a1b2c3d#2\n"] and is_quiet(client)
+    assert read_all(client) == b"question"
+
+
+def is_quiet(sock):
+    """Whether nothing has come; does not switch."""
+    return not select.select([sock.fileno()], [], [], 0)[0]
+
+
+def test_datagrams_wait_in_their_turn_while_no_data_connection_is_ready(ingress):
+    side = ingress()
+    side.datagram(b"first")
+    side.datagram(b"second")
+    gevent.idle()
+    assert not side.link.sent
+    for id, datagram in ((b"0000000a", b"first"), (b"0000000b", b"second")):
+        client = side.add_data(id)
+        assert read_all(client) == datagram
+        client.close()
+    assert side.link.sent == [b"//0000000a#2\n", b"//0000000b#2\n"]
 
 
 @pytest.mark.parametrize("size", [0, LIMIT + 1, 65507])

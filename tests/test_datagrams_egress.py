@@ -2,7 +2,7 @@
 
 import os
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 
 import gevent
 import pytest
@@ -12,10 +12,10 @@ from proxyprotocol.v2 import ProxyProtocolV2
 from support import bounded, is_reset, read_all, read_exactly
 
 from nodepass_gevent.config import Address
-from nodepass_gevent.datagrams import ONE_SEGMENT
 from nodepass_gevent.forward import Egress
 from nodepass_gevent.frames import format_frame
-from nodepass_gevent.transport import Stream
+from nodepass_gevent.transport import Stream, Transport
+from nodepass_gevent.unframed import ONE_SEGMENT
 from nodepass_gevent.wire import Kind, Launch
 
 PIECES = {
@@ -70,6 +70,8 @@ def test_an_answer_of_the_greatest_size_arrives_whole(egress, udp_target):
 
 class Full(Stream):
     """A connection whose peer reads nothing: the kernel takes no more."""
+
+    send_last = Transport.send_last  # by push
 
     def push(self, data):
         return 0
@@ -130,6 +132,21 @@ def test_a_launched_datagram_that_is_empty_or_too_long_is_dropped_and_counted(si
 def test_a_launched_datagram_that_never_comes_is_a_failure(egress, udp_target):
     side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
     assert is_reset(side.launch(Kind.UDP))
+    assert side.counted == {"udp_exchanges": 1, "exchanges_failed": 1}
+
+
+def test_a_launched_datagram_that_drips_without_end_is_a_failure(egress, udp_target, spawn):
+    side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
+    server = side.launch(Kind.UDP)
+    server.sendall(bytes(ONE_SEGMENT))
+
+    def drip():
+        with suppress(OSError):
+            while True:
+                server.sendall(b".")
+                gevent.sleep(SHORT_S / 10)
+
+    spawn(drip)
     assert side.counted == {"udp_exchanges": 1, "exchanges_failed": 1}
 
 

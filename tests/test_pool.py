@@ -75,6 +75,18 @@ def test_who_has_waited_longest_gets_the_first_connection(accepting, added, spaw
     assert len(accepting) == 0
 
 
+def test_who_has_no_time_to_wait_is_told_at_once_and_nobody_is_asked_for_more(spawn):
+    asked = []
+    pool = AcceptingPool(capacity=4, on_shortage=asked.append)
+    switched = spawn(lambda: None)
+    with pytest.raises(NoDataConnection):
+        pool.take(0)
+    assert not switched.started or not switched.ready()
+    gevent.idle()
+    assert not asked
+    pool.close()
+
+
 def test_who_waits_too_long_is_told_and_costs_nobody_a_connection(accepting, added):
     with pytest.raises(NoDataConnection, match=r"no data connection within 0.01 s"):
         accepting.take(0.01)

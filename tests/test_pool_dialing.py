@@ -82,8 +82,8 @@ def dialing(dialler, clock, spawn):
     """Make a pool and run it; it is closed at the end, as its session would."""
     pools = []
 
-    def start(minimum, maximum=1024):
-        pool = DialingPool(dialler, minimum, maximum, clock.sleep)
+    def start(minimum, maximum=1024, lead_s=0.0):
+        pool = DialingPool(dialler, minimum, maximum, clock.sleep, lead_s)
         pools.append(pool)
         spawn(pool.run)
         return pool
@@ -117,6 +117,33 @@ def test_the_pool_is_filled_and_refilled_the_moment_connections_are_used(minimum
     dialler.open.set()
     wait_until(lambda: len(pool) == minimum)
     assert len(dialler.ids) == 2 * minimum
+
+
+def test_where_launches_come_late_as_many_more_are_kept_ready_as_came_lately(dialler, dialing):
+    pool = dialing(4, lead_s=60)
+    wait_until(lambda: len(pool) == 4)
+    for id in dialler.ids[:3]:
+        take(pool, id).close()
+    wait_until(lambda: len(pool) == 7)
+    assert pool.capacity == 4
+
+
+def test_what_was_launched_long_ago_keeps_no_more_ready(dialler, dialing):
+    pool = dialing(4, lead_s=0.002)
+    wait_until(lambda: len(pool) == 4)
+    for number in range(8):
+        take(pool, dialler.ids[number]).close()
+        gevent.sleep(0.003)
+    wait_until(lambda: len(pool) >= 4)
+    assert len(pool) <= 5
+
+
+def test_a_crowd_keeps_no_more_ready_than_may_be_dialled_at_once(dialler, dialing):
+    pool = dialing(4, lead_s=60)
+    for number in range(2 * DIALS_AT_ONCE):
+        wait_until(lambda number=number: len(dialler.ids) > number)
+        take(pool, dialler.ids[number], 1).close()
+    wait_until(lambda: len(pool) == 4 + DIALS_AT_ONCE)
 
 
 def test_a_full_pool_dials_no_more(dialler, dialing, clock):

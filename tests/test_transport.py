@@ -1,5 +1,6 @@
 import os
 import socket
+import struct
 
 import gevent
 import pytest
@@ -70,6 +71,30 @@ def test_sendall_goes_as_fast_as_the_peer_reads(pair, spawn):
     assert read_exactly(peer, 1 << 20) == data[: 1 << 20]
     assert not sending.ready()
     assert read_exactly(peer, len(data) - (1 << 20)) == data[1 << 20 :]
+    sending.get(timeout=5)
+
+
+def test_the_last_bytes_and_the_end_of_stream_share_a_segment(pair):
+    stream, peer = pair()
+    before = segments_out(stream)
+    stream.send_last(b"answer")
+    assert read_all(peer) == b"answer"
+    assert segments_out(stream) == before + 1
+    peer.sendall(b"more")
+    with bounded():
+        assert stream.recv_exactly(4) == b"more"
+
+
+def segments_out(stream):
+    """Read tcpi_segs_out of <linux/tcp.h>."""
+    return struct.unpack_from("=I", stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 140), 136)[0]
+
+
+def test_last_bytes_that_are_more_than_the_kernel_keeps_arrive_whole(pair, spawn):
+    stream, peer = pair()
+    data = os.urandom(1 << 20) * 16
+    sending = spawn(stream.send_last, data)
+    assert read_all(peer) == data
     sending.get(timeout=5)
 
 
