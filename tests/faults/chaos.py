@@ -1,7 +1,6 @@
 """A relay between client and server that spoils what passes: holds, cuts, slices, delays and flips, or opens TLS."""
 
 import contextlib
-import re
 import select
 import socket
 import ssl
@@ -156,14 +155,16 @@ class ManInTheMiddle(Relay):
         if not self.kinds:
             super()._pass(near, far)
             return
-        with near, far, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.enter_context(near)
+            stack.enter_context(far)
             near.sendall(read_line(far))
             line = read_line(near)
             far.sendall(line)
-            kind = re.search(rb"#(\w+)\n", line)[1].decode()
+            kind = line.rpartition(b"#")[2].strip().decode()
             if kind in self.kinds:
-                far = secured(far, ALPN[kind])
-                near = self._accepted(near, ALPN[kind])
+                far = stack.enter_context(secured(far, ALPN[kind]))
+                near = stack.enter_context(self._accepted(near, ALPN[kind]))
             link = Link(near, far)
             link.opening = line
             self.links.append(link)
