@@ -281,8 +281,8 @@ class Idlers:
     """Exchanges that say a word at the start and one at the end, through a tunnel that no fault is aimed at."""
 
     def __init__(self, stack):
-        few = {"MIN_POOL_CAPACITY": "64", "MAX_POOL_CAPACITY": "8192", "SEMAPHORE_LIMIT": "8192"}
-        self._tunnel = stack.enter_context(Tunnel(Echo().address, 1, env=few))
+        many = {"MIN_POOL_CAPACITY": "64", "MAX_POOL_CAPACITY": "8192", "SEMAPHORE_LIMIT": "8192"}
+        self._tunnel = stack.enter_context(Tunnel(Echo().address, 1, "log=debug", many))
         self.count = min(IDLE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 1000)
         kib = [process.rss_kib() for process in self._tunnel.processes]
         # Batch by batch: who has come waits for a data connection no longer than others would.
@@ -293,13 +293,14 @@ class Idlers:
 
     def end(self):
         """Say how many are alive; give the problems."""
+        ends = [line for process in self._tunnel.processes for line in process.lines if " exchange " in line]
         alive = sum(users.alive() for users in self._users)
         minutes = (time.monotonic() - self._began) / 60
         print(f"idle exchanges alive: {alive} of {self.count} after {minutes:.1f} minutes, {self.kib:.0f} KiB each")
         problems = [
             f"idle: {process.name} says {line}" for process in self._tunnel.processes for line in complaints(process)
         ]
-        return problems + [f"idle exchanges: {self.count - alive} ended"] * (alive < self.count)
+        return problems + [f"idle exchanges: {self.count - alive} ended: {ends[-6:]}"] * (alive < self.count)
 
 
 def settled(tunnel, at_rest):
