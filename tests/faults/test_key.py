@@ -251,7 +251,7 @@ def test_of_a_thousand_strangers_with_tls_and_the_right_session_none_is_pooled(k
         ends = list(strangers.map(join, range(1000)))
         assert list(answers) == words
     assert set(ends) == {b""}, "all got through TLS, and none further"
-    assert sum("its tag is wrong" in line for line in tunnel.server.lines[start:]) == 800
+    assert sum("its tag is wrong" in line for line in tunnel.server.lines[start:]) > 700
 
 
 BAD_FILES = {
