@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from nodepass_gevent import client, configfile, metrics, opening, options, url, wire
+from nodepass_gevent import authentication, client, configfile, frames, keyring, metrics, opening, options, url, wire
 from nodepass_gevent.callers import Caller, Callers
 from nodepass_gevent.config import Config
-from nodepass_gevent.errors import ConfigError, NodePassError, ProtocolError
+from nodepass_gevent.errors import ConfigError, KeyMismatch, NodePassError, ProtocolError
+from nodepass_gevent.opening import ClientProof, Hello, ServerProof, Welcome
+from nodepass_gevent.transport import Transport
+from nodepass_gevent.tunnel_key import Handshake, derive, parse_key
 from nodepass_gevent.values import Address, parse_duration
 
 LONGEST = 4096  # bytes of an input
@@ -26,11 +29,11 @@ KIB, KIB_PER_BYTE = 512, 1  # that an input may cost at its peak
 
 @dataclass(frozen=True)
 class Fuzzed:
-    """Something that reads foreign bytes: examples of what it takes, and the one error it may raise."""
+    """Something that reads foreign bytes: examples of what it takes, and the errors it may raise."""
 
     read: Callable[[bytes], object]
     seeds: tuple[bytes, ...]
-    error: type[NodePassError]
+    error: type[NodePassError] | tuple[type[Exception], ...]
     share: int = 10  # of the inputs
 
 
@@ -64,6 +67,123 @@ FILES = (
     b'url = "client://a:1/b:2"\nkey = "a ""quoted"" one" # comment\n; comment\n',
     b"\xef\xbb\xbf[tunnel a]\n[tunnel b]\r\nurl=\n",
 )
+KEYS = (
+    b"np1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8",
+    b"  correct horse battery staple\r\n",
+    "gr\u00fc\u00dfe an alle, die zuh\u00f6ren".encode(),
+    b"# the new one, the old one\n\nnp1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8\ncorrect horse battery staple\n",
+)
+
+FRAMES = (
+    b"".join(map(frames.format_frame, (b"", b"a", b"datagram" * 20, b"", b"cut")))[:-1],
+    frames.format_frame(bytes(300)) * 10,
+    (frames.MAX_DATAGRAM).to_bytes(2, "big") + bytes(1000),
+    frames.format_frame(b"good") + (frames.MAX_DATAGRAM + 1).to_bytes(2, "big") + bytes(10),
+)
+
+# One connection with a tunnel key, as both sides see it: of all bytes there are, only these prove anything.
+ROOTS = tuple(derive(parse_key(f"np1:{letter * 42}A")) for letter in "AB")
+FIRST, HELLO = b"//off?v=2&n=AAAAAAAAAAAAAAAAAAAAAA&a=psk1#1", b"//?v=2#hello"
+EXPORTER, NONCE, SESSION, ID = bytes(range(32)), b"n" * 16, b"sessions", b"0a1b2c3d"
+HANDSHAKES = tuple(Handshake(root, FIRST, HELLO, EXPORTER, NONCE) for root in ROOTS)
+HANDSHAKE = HANDSHAKES[0]
+SESSION_KEYS = HANDSHAKE.session_keys(SESSION)
+CAPABILITIES = frozenset((b"need", b"udp"))
+PROOFS = tuple(opening.format_client_proof(ClientProof(NONCE, each.client_tag, CAPABILITIES)) for each in HANDSHAKES)
+ANSWER, OTHER_ANSWER = (
+    opening.format_server_proof(ServerProof(each.server_tag(SESSION), Welcome(SESSION, CAPABILITIES, 5, 1024)))[:-1]
+    for each in HANDSHAKES
+)
+DATA_TAG = SESSION + SESSION_KEYS.client_tag(EXPORTER)
+DATA_ANSWER = ID + SESSION_KEYS.server_tag(ID, EXPORTER, DATA_TAG[len(SESSION) :])
+UNPROVEN = (ProtocolError, KeyMismatch, ConnectionAbortedError)
+
+
+class Said:
+    """A TLS connection of which the peer says what is given, in pieces, and then ends it."""
+
+    recv_exactly = Transport.recv_exactly
+
+    def __init__(self, data: bytes) -> None:
+        self._rest, self._piece = data, 1 + len(data) % 7 * 50
+
+    def recv(self, size: int) -> bytes:
+        piece, self._rest = self._rest[: min(size, self._piece)], self._rest[min(size, self._piece) :]
+        return piece
+
+    def sendall(self, data: bytes) -> None:
+        pass
+
+    def exporter(self, _label: bytes, _size: int) -> bytes:
+        return EXPORTER
+
+
+def keyed_server(data: bytes) -> object:
+    """Be a server with a key to one caller: its hello in clear, its proof inside TLS; only the right two are taken."""
+    line, _, inside = data.partition(b"\n")
+    hello = opening.parse_opening(line)
+    if not isinstance(hello, Hello) or hello.capabilities:
+        raise ProtocolError("no hello of a client with a key")
+    handshake, proof = authentication.verify(Said(inside), ROOTS, FIRST, line)
+    assert line == HELLO and proof.nonce == NONCE
+    assert proof.tag in [each.client_tag for each in HANDSHAKES]
+    return handshake.session_keys(SESSION)
+
+
+def keyed_client(line: bytes) -> object:
+    """Be a client with a key that has proven it, and read the answer: a welcome has the right tag, or there is none."""
+    welcome, keys = authentication.check_answer(HANDSHAKE, line)
+    assert (keys is None) == isinstance(welcome, wire.Bye)
+    if keys:
+        assert keys.session == SESSION and keys.client_key == SESSION_KEYS.client_key
+        assert opening.parse_server_proof(line).tag == HANDSHAKE.server_tag(SESSION)
+    return welcome
+
+
+def data_at_server(data: bytes) -> object:
+    """Verify a data connection's tag: one of all is right."""
+    tag_of = authentication.verify_data(Said(data), SESSION_KEYS)
+    assert data.startswith(DATA_TAG)
+    return tag_of(ID)
+
+
+def data_at_client(data: bytes) -> object:
+    """Verify the server's answer to it: the tag is of that id."""
+    id = authentication.prove_data(Said(data), SESSION_KEYS)
+    assert id == ID and data.startswith(DATA_ANSWER)
+    return id
+
+
+def unframed(data: bytes) -> object:
+    """Cut a stream into datagrams, whole and in pieces: the same ones, or the same error, and all is accounted for."""
+    whole, pieces = (outcome_of_frames(data, size) for size in (len(data) + 1, 1 + len(data) % 7))
+    assert whole == pieces == walked(data)
+    if whole is ProtocolError:
+        raise ProtocolError("a frame too long")
+    return whole
+
+
+def walked(data: bytes) -> object:
+    """Cut frames by the words of the protocol."""
+    at, found = 0, []
+    while len(size := data[at : at + 2]) == 2:
+        end = at + 2 + int.from_bytes(size, "big")
+        if end - at - 2 > 65507:
+            return ProtocolError
+        found += [data[at + 2 : end]] * (end <= len(data))
+        at = end
+    return found
+
+
+def outcome_of_frames(data: bytes, size: int) -> object:
+    cutter, found = frames.Frames(), []
+    try:
+        for at in range(0, len(data), size):
+            found += map(bytes, cutter.feed(memoryview(data)[at : at + size]))
+            assert len(cutter._rest) < frames.LENGTH + frames.MAX_DATAGRAM
+    except ProtocolError:
+        return ProtocolError
+    return found
 
 
 def text(read: Callable[[str], object]) -> Callable[[bytes], object]:
@@ -153,6 +273,15 @@ TARGETS = {
     "address": Fuzzed(text(Address.parse), (b"host:1", b"[::1%eth0]:80", b":0", b"1.2.3.4:65535"), ConfigError),
     "duration": Fuzzed(text(parse_duration), DURATIONS, ConfigError),
     "config file": Fuzzed(text(lambda words: configfile.parse(words, "file")), FILES, ConfigError),
+    "tunnel key": Fuzzed(text(parse_key), KEYS[:3], ConfigError, 4),
+    "key file": Fuzzed(text(keyring._parse), KEYS, ConfigError, 4),
+    "client's proof": Fuzzed(opening.parse_client_proof, (*(each[:-1] for each in PROOFS), *LINES), ProtocolError),
+    "server's proof": Fuzzed(opening.parse_server_proof, (ANSWER, *LINES), ProtocolError),
+    "keyed server": Fuzzed(keyed_server, tuple(HELLO + b"\n" + each for each in PROOFS), UNPROVEN),
+    "keyed client": Fuzzed(keyed_client, (ANSWER, OTHER_ANSWER, b"//?why=busy#bye"), UNPROVEN),
+    "data at server": Fuzzed(data_at_server, (DATA_TAG,), UNPROVEN, 4),
+    "data at client": Fuzzed(data_at_client, (DATA_ANSWER, DATA_ANSWER + b"user"), UNPROVEN, 4),
+    "frames": Fuzzed(unframed, FRAMES, ProtocolError),
     "config": Fuzzed(config, tuple(b"\0\x06" + each for each in URLS), ConfigError, 4),
     "command line": Fuzzed(command_line, tuple(each + b"\0--log=warn\x008\x005s" for each in URLS), ConfigError, 1),
 }

@@ -1,12 +1,19 @@
-"""A relay between client and server that spoils what passes: holds, cuts, slices, delays and flips."""
+"""A relay between client and server that spoils what passes: holds, cuts, slices, delays and flips, or opens TLS."""
 
 import contextlib
+import select
 import socket
+import ssl
 import struct
 import threading
 import time
 
+from integration.harness import certificates
+
+from .peers import read_line, secured
+
 TO_SERVER, TO_CLIENT = "to server", "to client"
+ALPN = {"hello": "nodepass-ctl/2", "data": "nodepass-data/2"}
 
 
 class Link:
@@ -37,12 +44,16 @@ class Link:
 
 
 class Relay:
-    """Listens on ``port`` and passes on to ``to_port``; ``rule(link, direction, data)`` gives the pieces to pass on."""
+    """Listens on ``port`` and passes on to ``to_port``; ``rule(link, direction, data)`` gives the pieces to pass on.
 
-    def __init__(self, to_port):
+    The server sees all come from ``source``.
+    """
+
+    def __init__(self, to_port, source="127.0.0.1"):
         self.links = []
         self.rule = lambda _link, _direction, data: [data]
         self.passes_ends = True
+        self.source = source
         self._to_port = to_port
         self._flowing = threading.Event()
         self._flowing.set()
@@ -82,11 +93,14 @@ class Relay:
 
     def _serve(self, near):
         try:
-            far = socket.create_connection(("127.0.0.1", self._to_port), timeout=5)
+            far = socket.create_connection(("127.0.0.1", self._to_port), 5, (self.source, 0))
         except OSError:
             near.close()
             return
         far.settimeout(None)
+        self._pass(near, far)
+
+    def _pass(self, near, far):
         for sock in (near, far):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link = Link(near, far)
@@ -127,6 +141,58 @@ class Relay:
         self._flowing.set()
         self._listener.close()
         self.cut()
+
+
+class ManInTheMiddle(Relay):
+    """A relay that ends TLS on both legs of connections of the ``kinds`` (hello, data), and keeps what it reads."""
+
+    def __init__(self, to_port, source="127.0.0.1"):
+        super().__init__(to_port, source)
+        self.kinds = ()
+        self.read = {"hello": b"", "data": b""}  # inside TLS, of both directions
+
+    def _pass(self, near, far):
+        if not self.kinds:
+            super()._pass(near, far)
+            return
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.enter_context(near)
+            stack.enter_context(far)
+            near.sendall(read_line(far))
+            line = read_line(near)
+            far.sendall(line)
+            kind = line.rpartition(b"#")[2].strip().decode()
+            if kind in self.kinds:
+                far = stack.enter_context(secured(far, ALPN[kind]))
+                near = stack.enter_context(self._accepted(near, ALPN[kind]))
+            link = Link(near, far)
+            link.opening = line
+            self.links.append(link)
+            self._copy(kind, link)
+            link.cut()
+            self.links.remove(link)
+
+    def _accepted(self, near, alpn):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificates().crt, certificates().key)
+        context.set_alpn_protocols([alpn])
+        return context.wrap_socket(near, server_side=True)
+
+    def _copy(self, kind, link):
+        """Copy both ways until either ends; in one thread, which TLS needs."""
+        ways = {link.near: link.far, link.far: link.near}
+        with contextlib.suppress(OSError, ValueError):  # of sockets that were cut
+            while True:
+                for source in select.select(list(ways), [], [], 0.1)[0]:
+                    source.settimeout(0)
+                    with contextlib.suppress(ssl.SSLWantReadError):  # a session ticket
+                        data = source.recv(65536)
+                        if not data:
+                            return
+                        if isinstance(source, ssl.SSLSocket):
+                            self.read[kind] += data
+                        ways[source].settimeout(5)
+                        ways[source].sendall(data)
 
 
 def sliced(size=1):

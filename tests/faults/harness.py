@@ -105,6 +105,7 @@ class Tunnel:
     dialled: int | None = None
     prefix: tuple = ()  # of both commands
     server_prefix: tuple = ()
+    server_env: dict = field(default_factory=dict)
     forbidden: re.Pattern = FORBIDDEN
     connect: object = socket.create_connection  # how users come
     tunnel_port: int = field(default_factory=free_port)
@@ -133,7 +134,7 @@ class Tunnel:
         files = certificates()
         query = f"tls={self.tls}" + (f"&crt={files.crt}&key={files.key}" if self.tls == 2 else "")
         url = f"server://127.0.0.1:{self.tunnel_port}/127.0.0.1:{self.public_port}"
-        self.server = self._start("server", url, query, {}, (*self.prefix, *self.server_prefix))
+        self.server = self._start("server", url, query, self.server_env, (*self.prefix, *self.server_prefix))
 
     def start_client(self):
         host = "localhost" if self.tls == 2 else "127.0.0.1"

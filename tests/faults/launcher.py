@@ -2,13 +2,14 @@
 
 SIGUSR1 prints how many greenlets are at work. SIGUSR2 steps what ``time.time`` says by FAULT_CLOCK_STEP_S, blocks the
 event loop for FAULT_BLOCK_S seconds, and kills FAULT_KILLS exchanges, one each millisecond, wherever they are.
-FAULT_RAISE="module:function@n,..." lets the n-th call of a function fail as a fault of our own would.
+FAULT_RAISE="module:function@n,..." lets the n-th call of a function fail as a fault of our own would, with FAULT_ERROR.
 """
 
 from gevent import monkey
 
 monkey.patch_all()
 
+import builtins  # noqa: E402
 import gc  # noqa: E402
 import importlib  # noqa: E402
 import itertools  # noqa: E402
@@ -26,6 +27,7 @@ from nodepass_gevent import cli  # noqa: E402
 
 BLOCK_S = float(os.environ.get("FAULT_BLOCK_S", "0"))
 STEP_S = float(os.environ.get("FAULT_CLOCK_STEP_S", "0"))
+ERROR = getattr(builtins, os.environ.get("FAULT_ERROR", "RuntimeError"))
 KILLS = int(os.environ.get("FAULT_KILLS", "0"))
 roles = []
 
@@ -90,7 +92,7 @@ def raise_once(where: str) -> None:
 
     def fail(*args, **kwargs):
         if next(calls) == int(number):
-            raise RuntimeError("injected")
+            raise ERROR("injected")
         return function(*args, **kwargs)
 
     setattr(owner, name, fail)

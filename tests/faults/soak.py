@@ -3,7 +3,7 @@
 Users come all the time, TCP and UDP, and compare what they get. One fault follows the other; each must be recovered
 from in time. Between faults no user may fail; in one a user may be cut (the kernel of a killed process ends its
 connections as if they were done), but never be given wrong bytes. After each round of faults the processes must be back
-to what they used at its start.
+to what they used at its start. Beside all that, 5,000 exchanges are held idle from the first minute to the last.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import resource
+import selectors
 import signal
 import socket
 import sys
@@ -22,15 +23,30 @@ from integration.targets import reset
 from integration.users import ask, payload, talk
 
 from .chaos import Relay, delayed, flipped, sliced
-from .harness import Figures, Target, Tunnel, complaints, descriptors, greenlets, injected, wait_until
+from .harness import (
+    Figures,
+    Namespace,
+    Target,
+    Tunnel,
+    Users,
+    complaints,
+    descriptors,
+    greenlets,
+    injected,
+    standing,
+    wait_until,
+)
 from .peers import dial
 from .test_callers import HELLO_CUT
+from .test_exchanges import mixed_up
 from .test_strangers import STATES, Strangers
 
 RECOVERED_S = 20.0  # longest that a fault may be felt after its end
 REST_S = 1.5  # between two faults: nobody may fail
 ROUND = 12  # faults, and then a look at what is left
 GROWN_KIB = 64 * 1024  # for the first crowds; an hour may not add to it
+OUTAGES_S = (5, 30, 120)
+IDLE, BATCH = 5000, 200  # exchanges
 MODES = ((0, ""), (1, ""), (2, ""), (0, "protocol=1"), (1, "protocol=1"))
 
 
@@ -107,6 +123,7 @@ class Soak:
             self.kill_server, self.kill_client, self.freeze_server, self.freeze_client, self.cut_control, self.cut_all,
             self.hold_all, self.slices, self.delay, self.flip, self.strangers, self.slow_readers, self.few_descriptors,
             self.hang_up, self.empty_datagrams, self.user_resets, self.accept_errors, self.stalled_handshakes,
+            self.outage, self.crowd_of_resets,
         ]  # fmt: skip
 
     def kill_server(self):
@@ -217,6 +234,74 @@ class Soak:
         with injected(self.tunnel.server, "accept4", f"error={error}:when=1..20"):
             time.sleep(2)
 
+    def crowd_of_resets(self):
+        wrong = mixed_up(self.tunnel, 10_000)
+        assert not wrong, f"users with bytes of others: {wrong[:3]}"
+
+    def outage(self):
+        """Let the network of another tunnel be down: that of this machine cannot be."""
+        if os.geteuid():
+            return
+        with Namespace() as network, network.target() as target:
+            options = {"prefix": network.prefix, "connect": network.connect}
+            with Tunnel(target.address, self.tunnel.tls, self.tunnel.query, **options) as tunnel, standing(tunnel):
+                network.run("ip", "link", "set", "lo", "down")
+                time.sleep(self.rng.choice(OUTAGES_S))
+                network.run("ip", "link", "set", "lo", "up")
+                tunnel.recovers(10)
+
+
+class Echo:
+    """A target that can hold thousands of connections: one thread for all."""
+
+    def __init__(self):
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._listener:
+                    self._selector.register(self._listener.accept()[0], selectors.EVENT_READ)
+                elif not self._answers(key.fileobj):
+                    self._selector.unregister(key.fileobj)
+                    key.fileobj.close()
+
+    def _answers(self, conn):
+        with contextlib.suppress(OSError):
+            data = conn.recv(100)
+            conn.sendall(data)
+            return data
+
+
+class Idlers:
+    """Exchanges that say a word at the start and one at the end, through a tunnel that no fault is aimed at."""
+
+    def __init__(self, stack):
+        many = {"MIN_POOL_CAPACITY": "64", "MAX_POOL_CAPACITY": "8192", "SEMAPHORE_LIMIT": "8192"}
+        self._tunnel = stack.enter_context(Tunnel(Echo().address, 1, "log=debug", many))
+        self.count = min(IDLE, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 1000)
+        kib = [process.rss_kib() for process in self._tunnel.processes]
+        # Batch by batch: who has come waits for a data connection no longer than others would.
+        self._users = [stack.enter_context(Users(self._tunnel, BATCH)) for _ in range(self.count // BATCH)]
+        self.count, self._began = len(self._users) * BATCH, time.monotonic()
+        grown = [process.rss_kib() - before for process, before in zip(self._tunnel.processes, kib, strict=True)]
+        self.kib = max(grown) / self.count
+
+    def end(self):
+        """Say how many are alive; give the problems."""
+        ends = [line for process in self._tunnel.processes for line in process.lines if " exchange " in line]
+        alive = sum(users.alive() for users in self._users)
+        minutes = (time.monotonic() - self._began) / 60
+        print(f"idle exchanges alive: {alive} of {self.count} after {minutes:.1f} minutes, {self.kib:.0f} KiB each")
+        problems = [
+            f"idle: {process.name} says {line}" for process in self._tunnel.processes for line in complaints(process)
+        ]
+        return problems + [f"idle exchanges: {self.count - alive} ended: {ends[-6:]}"] * (alive < self.count)
+
 
 def settled(tunnel, at_rest):
     """Wait until both processes are as they were; give what is not."""
@@ -300,9 +385,14 @@ def main() -> int:
     print(f"soak: {given.minutes:g} minutes, seed {given.seed}", flush=True)
     rng, until, total, problems = random.Random(given.seed), time.monotonic() + 60 * given.minutes, Total(), []
     modes = rng.sample(MODES, len(MODES))
-    while time.monotonic() < until:
-        problems += one_tunnel(modes[0], rng, until, total)
-        modes.append(modes.pop(0))
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.ExitStack() as stack:
+        idlers = Idlers(stack)
+        while time.monotonic() < until:
+            problems += one_tunnel(modes[0], rng, until, total)
+            modes.append(modes.pop(0))
+        problems += idlers.end()
     total.show(problems)
     return 1 if problems else 0
 

@@ -205,6 +205,28 @@ def test_every_connection_killed_by_the_kernel_is_replaced():
             tunnel.recovers(SLACK * 2)
 
 
+@pytest.mark.fault(39)
+def test_data_connections_that_the_network_forgets_in_silence_are_replaced_before_users_come():
+    """No FIN and no RST: packets of theirs vanish, both ways; those of the control channel pass."""
+    often = {"keepalive_idle_s": 1, "keepalive_interval_s": 1}
+    with apart(limits=often, env={"NODEPASS_KEEPALIVE_COUNT": "1"}) as (network, tunnel), standing(tunnel):
+        control = tunnel.server.wait_for_line(r"client 127.0.0.1:(\d+) connected")[1]
+
+        def pooled():
+            lines = network.sockets("dport", "=", f":{tunnel.tunnel_port}")
+            return {line.split()[2].rpartition(":")[2] for line in lines} - {control}
+
+        network.run("ip", "rule", "add", "pref", "10", "lookup", "local")
+        network.run("ip", "rule", "del", "pref", "0")
+        forgotten = pooled()
+        for port in forgotten:
+            for end in ("sport", "dport"):
+                network.run("ip", "rule", "add", "pref", "1", "ipproto", "tcp", end, port, "blackhole")
+        wait_until(lambda: not pooled() & forgotten and len(pooled()) >= 8, SLACK * 3, "all are others")
+        assert len(forgotten) >= 8
+        assert not [line for line in tunnel.client.lines + tunnel.server.lines if "control channel lost" in line]
+
+
 @pytest.mark.fault(33)
 def test_an_id_may_come_in_pieces_but_not_in_part():
     def in_part(conn):

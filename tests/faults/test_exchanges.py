@@ -291,23 +291,27 @@ def test_five_hundred_users_at_once_are_all_served_from_a_small_pool(target, tls
 def test_descriptors_that_are_used_again_never_mix_users_up(target, tls):
     grown_kib = 48 * 1024  # a new process grows with its first crowd, once
     with Tunnel(target.address, tls) as tunnel, standing(tunnel, grown_kib=grown_kib):
-        wrong = []
+        assert not mixed_up(tunnel, 2000)
 
-        def visit(number):
-            """Send a pattern of one's own; a third of the users leave in the middle, by reset."""
-            word = b"%08d" % number * random.Random(number).choice((2, 200, 5000))
-            with contextlib.suppress(OSError), dial(tunnel.public_port, timeout=20) as user:
-                user.sendall(word)
-                if number % 3 == 0:
-                    user.recv(8)
-                    reset(user)
-                    return
-                got = b""
-                while len(got) < len(word) and (piece := user.recv(65536)):
-                    got += piece
-                if got != word:
-                    wrong.append((number, got[:40]))
 
-        with ThreadPoolExecutor(16) as users:
-            list(users.map(visit, range(2000)))
-        assert not wrong
+def mixed_up(tunnel, count):
+    """Send users who leave in the middle, by reset, a third of them; give those who got bytes of somebody else's."""
+    wrong = []
+
+    def visit(number):
+        word = b"%08d" % number * random.Random(number).choice((2, 200, 5000))
+        with contextlib.suppress(OSError), dial(tunnel.public_port, timeout=20) as user:
+            user.sendall(word)
+            if number % 3 == 0:
+                user.recv(8)
+                reset(user)
+                return
+            got = b""
+            while len(got) < len(word) and (piece := user.recv(65536)):
+                got += piece
+            if got != word:
+                wrong.append((number, got[:40]))
+
+    with ThreadPoolExecutor(16) as users:
+        list(users.map(visit, range(count)))
+    return wrong

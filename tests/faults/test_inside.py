@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from .harness import SLACK, Tunnel, standing
+from .harness import SLACK, Tunnel, Users, standing
 
 INJECTED = re.compile(r"ConcurrentObjectUseError|ResourceWarning|Exception ignored")  # a fault of ours may say ERROR
 
@@ -46,3 +46,26 @@ def test_exchanges_that_are_killed_wherever_they_are_leave_nothing_behind(target
             while not any(line == "killed" for line in process.lines):
                 served += tunnel.served(40, at_once=20)
             assert tunnel.served(10) == 10
+
+
+IN_EXCHANGES = (
+    "relay:_Flow._copy@150", "relay:_Flow._end@30", "relay:Exchange.run@50", "transport:Stream.pull@400",
+    "forward:Ingress._carry@60", "forward:Egress._tcp@70",
+)  # fmt: skip
+
+
+@pytest.mark.fault(66)
+@pytest.mark.parametrize("tls", [0, 1], ids="tls={}".format)
+def test_memory_that_runs_out_in_an_exchange_ends_that_one_alone(target, tls):
+    raising = {
+        "FAULT_ERROR": "MemoryError",
+        "FAULT_RAISE": ",".join(f"nodepass_gevent.{each}" for each in IN_EXCHANGES),
+    }
+    with Tunnel(target.address, tls, env=raising) as tunnel, standing(tunnel):
+        with Users(tunnel, 20) as users:
+            lost = 100 - tunnel.served(100) + 20 - users.alive()
+        said = [line for process in tunnel.processes for line in process.lines]
+        assert "MemoryError: injected" in said and not list(filter(INJECTED.search, said))
+        assert 0 < lost <= 2 * len(IN_EXCHANGES), "one for each place and process"
+        for process in tunnel.processes:
+            process.lines.clear()  # of tracebacks
