@@ -17,4 +17,6 @@ nodepass [options] 'server://<tunnel_addr>/<target_addr>[?key=value&...]'
        nodepass [options] 'client://<tunnel_addr>/<target_addr>[?key=value&...]'
        nodepass [options] --config FILE|DIRECTORY [--only NAME]
        nodepass check [options] [URL] [--json]
-       nodepass genkey"""
+       nodepass genkey
+       nodepass generate supervisor|systemd NAME [options] URL|--config FILE
+       nodepass generate config|systemd-template"""
