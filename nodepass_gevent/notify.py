@@ -64,6 +64,12 @@ class Notifier:
             said = text
             gevent.sleep(min(self._watched_s / 2 or STATUS_S, STATUS_S))
 
+    def close(self) -> None:
+        """Say nothing any more."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
     def _send(self, text: str) -> None:
         if self._socket is None:
             return

@@ -63,6 +63,7 @@ def run(plan: Plan, load: Callable[[], Plan], make: MakeRole) -> int:
         log.info("stopping: exchanges %d", tunnels.exchanges())
         cut = tunnels.stop()
     reports.kill()
+    notifier.close()
     log.info("stopped, exchanges cut: %d", cut)
     return 0
 

@@ -22,6 +22,8 @@ class Role:
         self.before = before
         self.counters = Counters()
         self.exchanges = Crew()
+        self.begun = Event()
+        self.peers = 0
         self.done = []
 
     def __str__(self):
