@@ -21,6 +21,7 @@ from .options import Parsed
 from .settings import BY_NAME
 from .values import Address, shown
 
+START_S = 5  # wrong settings are told within that, also on a busy machine; supervisord then gives up after some tries
 STOP_SLACK_S = 3  # the log is flushed, and a busy machine
 LEAST_BYE_S = 2.0  # the default of drain-linger
 MAX_PROCESSES = 100
@@ -70,7 +71,7 @@ def supervisor(parsed: Parsed, argv: Sequence[str], command: Command) -> str:
         "autostart": "true",
         "autorestart": "unexpected",
         "exitcodes": 2,
-        "startsecs": 3,
+        "startsecs": START_S,
         "stopsignal": "TERM",
         "stopwaitsecs": _stop_s(parsed.configs),
         "redirect_stderr": "true",
