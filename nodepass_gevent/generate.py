@@ -26,6 +26,7 @@ STOP_SLACK_S = 3  # the log is flushed, and a busy machine
 LEAST_BYE_S = 2.0  # the default of drain-linger
 MAX_PROCESSES = 100
 FIRST_FREE_PORT = 1024  # below, a listener needs a capability
+HOMES = ("/home/", "/root/", "/run/user/")
 CREDENTIALS = "/run/credentials/"
 _FILES = ("crt", "key", "ca", "tunnel_key_file")
 _LOG_DIR = "/var/log"
@@ -173,6 +174,9 @@ def systemd_word(word: str) -> str:
 
 
 def _unit(name: str, start: str, stop_s: int, directory: str | None, extra: Iterable[str], low_ports: bool) -> str:
+    if start.lstrip('"').startswith(HOMES):
+        why = "homes are hidden from the unit; install it elsewhere, such as in /opt/nodepass"
+        raise ConfigError(f"the command is {shown(start.split()[0])}, and {why}")
     ports = _LOW_PORTS if low_ports else _NO_LOW_PORTS
     first = "\n".join([*([f"WorkingDirectory={_doubled(directory)}"] if directory else []), *extra, ""])
     return _UNIT.format(name=name, start=start, stop_s=stop_s, first=first, ports=ports)

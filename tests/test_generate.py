@@ -238,6 +238,16 @@ def test_a_log_file_is_refused_as_the_unit_cannot_write_it():
     assert "its log goes to the journal" in refusal(systemd, "web", SERVER, "--log-to=/var/log/x")
 
 
+@pytest.mark.parametrize("home", ["/root", "/home/me"])
+def test_a_command_in_a_home_is_refused_as_the_unit_cannot_see_it(home):
+    command = Command((f"{home}/nodepass/bin/nodepass",))
+    assert f"the command is '{home}/nodepass/bin/nodepass', and homes are" in refusal(
+        systemd, "web", SERVER, command=command
+    )
+    with pytest.raises(ConfigError, match="homes are hidden from the unit"):
+        generate.systemd_template(command)
+
+
 @pytest.mark.parametrize(
     ("word", "text"),
     [
@@ -255,7 +265,7 @@ def test_words_are_quoted_for_systemd(word, text):
 
 def units():
     """Units of every kind, by file name, with a command that exists."""
-    command = Command((sys.executable, "-m", "nodepass_gevent"), "/tmp")
+    command = Command(("/bin/sh", "-m", "nodepass_gevent"), "/tmp")
     url = f"{SERVER}?tls=1&crt=/a%20b;c&key=/k&ca=/a%27%22b%24"
     return {
         "nodepass-web.service": systemd("web", url, command=command),
