@@ -25,6 +25,7 @@ START_S = 5  # wrong settings are told within that, also on a busy machine; supe
 STOP_SLACK_S = 3  # the log is flushed, and a busy machine
 LEAST_BYE_S = 2.0  # the default of drain-linger
 MAX_PROCESSES = 100
+_OWN_PORTS = "such as 101%(process_num)02d"
 FIRST_FREE_PORT = 1024  # below, a listener needs a capability
 HOMES = ("/home/", "/root/", "/run/user/")
 CREDENTIALS = "/run/credentials/"
@@ -110,24 +111,27 @@ def _number_of_processes(line: Line) -> int:
 
 def _reuse_port(each: Sequence[Parsed]) -> list[str]:
     """Give the option by which several processes share their ports, where they do and do not say so."""
-    if not _share_ports(each):
+    servers = [[config for config in one.configs if config.role == "server"] for one in each]
+    if _are_shared([{Address("", config.data_port or 0) for config in one} for one in servers]):
+        raise ConfigError(f"numprocs: {len(each)} processes need data ports of their own, {_OWN_PORTS} [from {SOURCE}]")
+    if not _are_shared([{address for config in one for address in (config.tunnel, config.target)} for one in servers]):
         return []
     setting = BY_NAME.get("reuse-port")
     if setting is None:
-        why = "processes need ports of their own, such as 101%(process_num)02d in the URL"
-        raise ConfigError(f"numprocs: {len(each)} {why} [from {SOURCE}]")
-    servers = [config for one in each for config in one.configs if config.role == "server"]
-    return [] if all(config.value(setting.field) for config in servers) else [f"--{setting.name}=1"]
+        raise ConfigError(f"numprocs: {len(each)} processes need ports of their own, {_OWN_PORTS} [from {SOURCE}]")
+    if all(config.value(setting.field) for config in servers[0]):
+        return []
+    if len(servers[0]) < len(each[0].configs):  # an option would be refused for the clients
+        raise ConfigError(
+            f"numprocs: {len(each)} processes need {setting.name} = 1 in each server's section [from {SOURCE}]"
+        )
+    return [f"--{setting.name}=1"]
 
 
-def _share_ports(each: Sequence[Parsed]) -> bool:
-    seen: set[Address] = set()
-    for one in each:
-        addresses = {address for config in one.configs for address in _listening(config)}
-        if addresses & seen:
-            return True
-        seen |= addresses
-    return False
+def _are_shared(of_each: Sequence[set[Address]]) -> bool:
+    """Say whether processes have addresses in common, but for ports that the system chooses."""
+    named = [address for addresses in of_each for address in addresses if address.port]
+    return len(set(named)) < len(named)
 
 
 # systemd

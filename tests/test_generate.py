@@ -112,8 +112,22 @@ def test_processes_on_the_same_ports_need_to_share_them():
         assert "--reuse-port=1" in command_of(section(*words))
     else:
         assert refusal(supervisor, *words) == (
-            "numprocs: 2 processes need ports of their own, such as 101%(process_num)02d in the URL [from command line]"
+            "numprocs: 2 processes need ports of their own, such as 101%(process_num)02d [from command line]"
         )
+
+
+def test_processes_need_data_ports_of_their_own():
+    words = ("web", EACH_ITS_PORTS, "--numprocs", "2")
+    assert refusal(supervisor, *words, "--data-port=10500").startswith("numprocs: 2 processes need data ports of")
+    assert "--data-port=105%(process_num)02d" in section(*words, "--data-port=105%(process_num)02d")["command"]
+
+
+def test_one_process_may_have_tunnels_on_one_port(tmp_path):
+    path = tmp_path / "n.conf"
+    path.write_text(
+        "[tunnel a]\nurl = server://:1001/:53?network=udp\n[tunnel b]\nurl = server://:1002/:53?network=tcp\n"
+    )
+    assert "reuse" not in section("dns", "--config", str(path))["command"]
 
 
 def test_clients_need_no_ports_of_their_own():
