@@ -8,7 +8,7 @@ import time
 import gevent
 import pytest
 from gevent import monkey
-from support import bounded
+from support import bounded, wait_until
 
 from nodepass_gevent.notify import Notifier
 
@@ -101,6 +101,20 @@ def test_a_manager_that_does_not_read_is_not_waited_for(notify, told):
         for _ in range(10_000):
             notifier.ready()
         assert time.monotonic() - began < 5
+
+
+def test_what_the_manager_does_not_take_comes_later(notify, told, spawn):
+    manager, environ = told
+    notifier = notify(environ | {"WATCHDOG_USEC": "40000"})
+    wait_until(lambda: notifier.ready() or not notifier._send("full"))
+    notifier.reloading()
+    spawn(notifier.report_for_ever, lambda: "x")
+    gevent.sleep(0.05)
+    said = manager.waiting()
+    assert set(said) <= {"READY=1", "full"}
+    wait_until(lambda: said.extend(manager.waiting()) or said[-1] == "WATCHDOG=1")
+    kept = [text for text in said if text not in ("READY=1", "full", "WATCHDOG=1")]
+    assert kept[0].startswith("RELOADING=1\n") and kept[1:] == ["WATCHDOG=1\nSTATUS=x"]
 
 
 def test_the_watchdog_is_fed_and_a_changed_status_is_told(notify, told, spawn):
