@@ -49,7 +49,7 @@ def test_a_server_is_ready_reloads_counts_and_stops_as_its_manager_is_told(manag
     port, public = free_port(), free_port("both")
     with Target() as target, nodepass_server(f"127.0.0.1:{port}", f"127.0.0.1:{public}", env=manager.env) as server:
         manager.wait("READY=1")
-        assert any("listening: " in line for line in server.lines), server.tail()
+        server.wait_for_line("listening: ", 5.0)  # it has been said before
         manager.wait("STATUS=1 tunnel, 0 peers connected, 0 exchanges")
         with nodepass_client(f"127.0.0.1:{port}", target.address):
             wait_until(lambda: comes_back(("127.0.0.1", public)), START_S, "traffic")

@@ -70,7 +70,7 @@ class Site:
         self.add("pair", f"server://{addresses}", "--numprocs", "2")
         wrong = directory / "wrong.conf"
         wrong.write_text(f"url = server://127.0.0.1:{free_port()}/127.0.0.1:{free_port()}\n")
-        self.add("wrong", "--config", str(wrong), start_s=5)
+        self.add("wrong", "--config", str(wrong), start_s=60)  # however busy the machine is
         wrong.write_text(wrong.read_text() + "semaphore-limt = 5\n")
         self.configuration = directory / "supervisord.conf"
         self.configuration.write_text(CONFIGURATION.format(directory).replace("user=root\n" * (os.getuid() != 0), ""))
@@ -95,7 +95,7 @@ class Site:
         return about["statename"], about["pid"]
 
     def wait_for(self, name, state):
-        wait_until(lambda: self.status(name)[0] == state, START_S, f"{name} {state}")
+        wait_until(lambda: self.status(name)[0] == state, 2 * START_S, f"{name} {state}")
 
     def wait_for_line(self, name, text, start=0):
         wait_until(lambda: text in self.log(name)[start:], START_S, f"{text!r} in the log of {name}")
