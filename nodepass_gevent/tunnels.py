@@ -10,6 +10,8 @@ from gevent.pool import Group
 from .config import Config, setting_name
 from .service import Role, Service
 
+BEGUN_POLL_S = 0.5  # another role may come in the place of one that has not begun
+
 log = logging.getLogger(__name__)
 
 MakeRole = Callable[[Config, Role | None], Role]  # the second is the one in whose place it comes
@@ -49,8 +51,8 @@ class Tunnels:
 
     def wait_begun(self) -> None:
         """Wait until each tunnel listens, is connected, or has tried to once."""
-        for service in list(self):
-            service.role.begun.wait()
+        while waiting := [service.role for service in self if not service.role.begun.is_set()]:
+            waiting[0].begun.wait(BEGUN_POLL_S)
 
     def apply(self, configs: Iterable[Config]) -> None:
         """Make the tunnels those of ``configs``: what is not named there is drained, what has not changed goes on."""

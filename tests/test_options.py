@@ -3,6 +3,7 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -227,8 +228,10 @@ def test_every_example_of_the_documentation_parses():
 
 def test_every_example_of_the_help_parses():
     quoted = re.findall(r"nodepass '(\S+)'", EXAMPLES)
-    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 6
+    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 7
     assert [parse_one(url).role for url in quoted] == ["server", "client", "server"]
+    (generated,) = re.findall(r"nodepass (generate .*) > ", EXAMPLES)
+    assert options.parse(shlex.split(generated), {}).line.words == ("web",)
 
 
 # The URL's own sources
