@@ -25,11 +25,11 @@ START_S = 5  # wrong settings are told within that, also on a busy machine; supe
 STOP_SLACK_S = 3  # the log is flushed, and a busy machine
 LEAST_BYE_S = 2.0  # the default of drain-linger
 MAX_PROCESSES = 100
-_OWN_PORTS = "such as 101%(process_num)02d"
 FIRST_FREE_PORT = 1024  # below, a listener needs a capability
 HOMES = ("/home/", "/root/", "/run/user/")
 CREDENTIALS = "/run/credentials/"
 _FILES = ("crt", "key", "ca", "tunnel_key_file")
+_OWN_PORTS = "such as 101%(process_num)02d"
 _LOG_DIR = "/var/log"
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./?&~\[\]()-]+")
 
@@ -143,6 +143,9 @@ def systemd(parsed: Parsed, command: Command) -> str:
     _check(parsed)
     if parsed.process.log_to not in ("stdout", "stderr"):
         raise parsed.process.fault("log_to", "cannot be written by the unit; its log goes to the journal")
+    for path in map(os.path.abspath, parsed.line.files):
+        if path.startswith(HOMES):
+            raise ConfigError(f"config: {shown(path)}: homes are hidden from the unit [from {SOURCE}]")
     words, extra = [*command.words, *_arguments(parsed.line)], []
     if parsed.line.files:
         for config in parsed.configs:

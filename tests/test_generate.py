@@ -1,4 +1,5 @@
 import configparser
+import dataclasses
 import math
 import re
 import shlex
@@ -246,6 +247,13 @@ def test_files_that_a_file_names_are_said_to_be_read_by_the_units_user(tmp_path)
     unit = systemd("web", "--config", str(path))
     assert "\n# to be read by the unit's user: /etc/t\n" in unit and "service/ca" not in unit
     assert unit_of(unit)["ExecStart"] == f"{COMMAND.words[0]} --config={path}"
+
+
+def test_a_config_file_in_a_home_is_refused_as_the_unit_cannot_see_it():
+    parsed = options.parse(["generate", "systemd", "web", SERVER], {})
+    line = dataclasses.replace(parsed.line, files=("/root/n.conf",))
+    with pytest.raises(ConfigError, match="homes are hidden from the unit"):
+        generate.systemd(dataclasses.replace(parsed, line=line), COMMAND)
 
 
 def test_a_log_file_is_refused_as_the_unit_cannot_write_it():
