@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 
-from . import __version__, check, descriptors, options, process
+from . import __version__, check, descriptors, example, generate, options, process
 from .client import Client
 from .command_line import Line, build_parser
 from .config import Config
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _check(line)
         parsed = options.parse(argv, os.environ)
         if parsed.action != "run":
-            return _print(parsed)
+            return _print(parsed, argv)
         taken = descriptors.taken()
         plan = _plan(parsed, taken)
     except ConfigError as exc:
@@ -62,7 +62,7 @@ def _make_role(config: Config, before: Role | None) -> Role:
     return ROLES[config.role](config, before)
 
 
-def _print(parsed: options.Parsed) -> int:
+def _print(parsed: options.Parsed, argv: Sequence[str]) -> int:
     if parsed.action == "usage":
         print(f"usage: {USAGE}\nnodepass --help shows all options", file=sys.stderr)
         return USAGE_ERROR
@@ -70,8 +70,21 @@ def _print(parsed: options.Parsed) -> int:
         print(build_parser().format_help(), end="")
     elif parsed.action == "genkey":
         print(format_key(secrets.token_bytes(SIZE)))
+    elif parsed.action.startswith("generate "):
+        print(_generate(parsed, argv), end="")
     elif parsed.action == "version":
         print(f"nodepass-gevent {__version__}")
     else:
         print(options.show(parsed.process, parsed.configs), end="")
     return 0
+
+
+def _generate(parsed: options.Parsed, argv: Sequence[str]) -> str:
+    command = generate.own_command(sys.argv[0], sys.executable)
+    if parsed.action == "generate supervisor":
+        return generate.supervisor(parsed, argv, command)
+    if parsed.action == "generate systemd":
+        return generate.systemd(parsed, command)
+    if parsed.action == "generate systemd-template":
+        return generate.systemd_template(command)
+    return example.example_file()

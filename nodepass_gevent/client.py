@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import gevent
+from gevent.event import Event
 
 from . import authentication, net, opening, tls, tunnel_key, wire
 from .config import Config, Limits
@@ -38,6 +39,8 @@ class Client:
         self.config = config
         self.counters: Counters = before.counters if before else Counters()
         self.exchanges = Crew(config.semaphore_limit)
+        self.begun = Event()
+        self.peers = 0  # the server, while there is a session
         self._keys = KeyRing(config)
         self._policy = ClientPolicy(
             config.tunnel.host, sni=config.sni, ca=config.ca, pin=config.pin, crt=config.crt, key=config.key
@@ -90,6 +93,15 @@ class Client:
         if keyed and (first.tls == OFF or not opening.offers_v2(first)):
             raise PolicyError("the server offers no TLS, or no profile v2, and a tunnel key needs both")
 
+    def _serve(self, session: Session) -> None:
+        """Run a session to its end."""
+        self.begun.set()
+        self.peers = 1
+        try:
+            session.run()
+        finally:
+            self.peers = 0
+
     # Profile v2
 
     def _run_v2(self, control: Stream, first: FirstLine, line: bytes) -> None:
@@ -136,7 +148,7 @@ class Client:
         if opening.FROM not in can:
             self._miss_source()
         log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
-        session.run()
+        self._serve(session)
 
     def _authenticate(
         self, transport: Transport, lines: wire.Lines, first: bytes, hello: bytes, can: frozenset[bytes]
@@ -198,7 +210,7 @@ class Client:
             "connected to %s, profile v1, data port %d, tls %d, for %s",
             control, first.port, first.tls, self.config.target,
         )  # fmt: skip
-        Session(control, pool, signals.receive, silence_s=silence.limit_s).run()
+        self._serve(Session(control, pool, signals.receive, silence_s=silence.limit_s))
 
     def _warn_of_plain_text(self, mode: int) -> None:
         """Say once what a policy does not cover in profile v1."""

@@ -100,6 +100,9 @@ class Clients:
         self._came = Event()
         self._closed = False
 
+    def __len__(self) -> int:
+        return len(self._by_session)
+
     def wait(self, timeout_s: float) -> Client:
         """Wait for a client whose session lives; NoDataConnection. Does not switch when there is no time to wait."""
         end = time.monotonic() + timeout_s

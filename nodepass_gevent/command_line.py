@@ -26,13 +26,28 @@ class Command:
 
     words: tuple[str, ...] = ()  # what follows it, in this order
     flags: Mapping[str, str] = field(default_factory=dict)  # own options without a value, and their help
+    options: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # own ones with a value: its name, and help
     alone: bool = False  # it takes no setting
+    numbered: bool = False  # %(process_num)d stands for a number, as supervisord has it
 
 
 COMMANDS: Mapping[str, Command] = {
     "genkey": Command(alone=True),
     "check": Command(flags={"json": "check: print what was found as JSON"}),
+    "generate config": Command(alone=True),
+    "generate supervisor": Command(
+        words=("NAME",),
+        options={
+            "numprocs": ("N", "generate supervisor: so many processes; %%(process_num)d is the number of each"),
+            "log-dir": ("DIR", "generate supervisor: where supervisord keeps the log (default: /var/log)"),
+        },
+        numbered=True,
+    ),
+    "generate systemd": Command(words=("NAME",)),
+    "generate systemd-template": Command(alone=True),
 }
+_FIRST_WORDS = tuple(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
+PROCESS_NUM = re.compile(r"(%\(process_num\)0?[0-9]{0,2}[ds])")
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,14 @@ class Line:
     given: Mapping[str, Entry] = field(default_factory=dict)
     words: tuple[str, ...] = ()  # of the command
     flags: frozenset[str] = frozenset()
+    options: Mapping[str, str] = field(default_factory=dict)
     rest: tuple[str, ...] = ()  # what is behind the command, its words and flags
+
+    def numbered(self, number: int) -> dict[str, Entry]:
+        """Give the settings as they are for one of several processes, where the command has such."""
+        if not COMMANDS.get(self.action, Command()).numbered:
+            return dict(self.given)
+        return {name: entry._replace(text=numbered(entry.text, number)) for name, entry in self.given.items()}
 
 
 class _Parser(configargparse.ArgumentParser):
@@ -87,14 +109,32 @@ def build_parser() -> configargparse.ArgumentParser:
     for command in COMMANDS.values():
         for name, text in command.flags.items():
             add(f"--{name}", action="store_true", help=text)
+        for name, (metavar, text) in command.options.items():
+            add(f"--{name}", dest=name, metavar=metavar, help=text)
     return parser
+
+
+def numbered(text: str, number: int) -> str:
+    """Put a number where ``%(process_num)d`` stands."""
+    return PROCESS_NUM.sub(lambda match: match[0] % {"process_num": number}, text)
+
+
+def _split_command(argv: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Give the command, or "run", and the arguments behind it."""
+    for count in (2, 1):
+        if " ".join(argv[:count]) in COMMANDS:
+            return " ".join(argv[:count]), tuple(argv[count:])
+    if argv and argv[0] in _FIRST_WORDS and not {"-h", "--help"} & set(argv):
+        kinds = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+        hint = did_you_mean(argv[1], kinds) if len(argv) > 1 else ""
+        raise ConfigError(f"{argv[0]} is followed by {', '.join(kinds[:-1])} or {kinds[-1]}{hint} [from {SOURCE}]")
+    return "run", tuple(argv)
 
 
 def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
     """Split a command line; raise ConfigError for words and options that nobody knows."""
-    action = argv[0] if argv and argv[0] in COMMANDS else "run"
+    action, behind = _split_command(argv)
     command = COMMANDS.get(action, Command())
-    behind = tuple(argv if action == "run" else argv[1:])
     words, rest = behind[: len(command.words)], behind[len(command.words) :]
     namespace, unknown = parser.parse_known_args(list(rest), env_vars={}, config_file_contents="")
     values = vars(namespace)
@@ -113,23 +153,25 @@ def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
             raise ConfigError(f"url: given twice, as an argument and as --url [from {SOURCE}]")
         values["url"] = values["positional"]
     flags = frozenset(name for each in COMMANDS.values() for name in each.flags if values[name])
-    unknown = unknown or [f"--{name}" for name in sorted(flags - set(command.flags))]
+    own = {name: values[name] for each in COMMANDS.values() for name in each.options if values[name] is not None}
+    alien = (flags - set(command.flags)) | (own.keys() - set(command.options))
+    unknown = unknown or [f"--{name}" for name in sorted(alien)]
     if unknown:
         word = unknown[0].partition("=")[0]
-        hint = did_you_mean(word, [f"--{name}" for name in (*BY_NAME, *LINE_ONLY, *command.flags)])
+        hint = did_you_mean(word, [f"--{name}" for name in (*BY_NAME, *LINE_ONLY, *command.flags, *command.options)])
         raise ConfigError(f"unknown option or argument {shown(word)}{hint} [from {SOURCE}]")
     texts = {name: values[name] for name in BY_NAME if values[name] is not None}
     given = {name: Entry(name, text, SOURCE) for name, text in texts.items()}
     rest = tuple(word for word in rest if word.removeprefix("--") not in flags)
-    return Line(action, tuple(namespace.config or ()), namespace.only, given, words, flags, rest)
+    return Line(action, tuple(namespace.config or ()), namespace.only, given, words, flags, own, rest)
 
 
 def _refuse_command(word: str) -> None:
     """Keep words that are no URL free for commands to come."""
-    if word in COMMANDS:
+    if word in _FIRST_WORDS:
         raise ConfigError(f"{word}: a command stands first [from {SOURCE}]")
     if "://" not in word:
         address = ":" in word and not word.startswith(("server:", "client:"))
         hint = "an address stands behind server:// or client://" if address else f"a tunnel is {FORMS}"
-        hint = did_you_mean(word, COMMANDS) or f"; {hint}"
+        hint = did_you_mean(word, _FIRST_WORDS) or f"; {hint}"
         raise ConfigError(f"unknown command {shown(word)}{hint} [from {SOURCE}]")

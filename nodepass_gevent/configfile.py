@@ -21,7 +21,7 @@ SHORTEST_SECRET = 16  # characters
 _NO_NAME = re.compile(r"[\s:]")
 _BLANK = " \t\r"
 _SECTION = re.compile(r"\[[ \t]*(?:nodepass|tunnel[ \t]+([^\]]*?))[ \t]*\][ \t]*(?:[#;].*)?")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"[ \t]*(?:#.*)?')
 _COMMENT = re.compile(r"(?:^|[ \t]+)#.*")
 
@@ -130,7 +130,7 @@ def _section_name(line: str, source: str) -> str:
         hint = did_you_mean(line, ("[nodepass]", "[tunnel name]"))
         raise ConfigError(f"unknown section {shown(line)}{hint}; allowed: [nodepass], [tunnel NAME] [from {source}]")
     name = match[1]
-    if name is not None and not _NAME.fullmatch(name):
+    if name is not None and not NAME.fullmatch(name):
         allowed = "1 to 64 ASCII letters, digits, '_', '.' or '-'"
         raise ConfigError(f"section: {shown(name)} is not a tunnel's name; allowed: {allowed} [from {source}]")
     return name or ""

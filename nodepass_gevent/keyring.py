@@ -68,7 +68,7 @@ def _read(path: str) -> str:
                 raise ConfigError("is not a regular file")
             if status.st_uid not in (os.geteuid(), 0):
                 raise ConfigError(f"belongs to user {status.st_uid}; it must be ours, or root's")
-            if status.st_mode & OTHERS:
+            if status.st_mode & OTHERS and not _is_credential(status):
                 mode = stat.S_IMODE(status.st_mode)
                 raise ConfigError(f"has mode {mode:04o}: others may use it; chmod 600 keeps them out")
             data = file.read(MAX_FILE + 1)
@@ -79,6 +79,14 @@ def _read(path: str) -> str:
         raise ConfigError(f"cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
     except UnicodeDecodeError:
         raise ConfigError("is not UTF-8 text") from None  # whose message would quote a byte of it
+
+
+def _is_credential(status: os.stat_result) -> bool:
+    """Whether a file is root's alone but for an access list, whose mask shows as rights of group root.
+
+    So systemd passes credentials on, where their file system has access lists.
+    """
+    return (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, 0, 0o440)
 
 
 def _open(path: str, flags: int) -> int:

@@ -47,8 +47,11 @@ def read_line(argv: Sequence[str]) -> Line:
     return command_line.read(build_parser(), argv)
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
-    """Merge all sources into one Config per tunnel; raise ConfigError. A blank environment value is none."""
+def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> Parsed:
+    """Merge all sources into one Config per tunnel; raise ConfigError. A blank environment value is none.
+
+    ``number`` is that of a process, for commands that make several of one line.
+    """
     parser = build_parser()
     line = command_line.read(parser, argv)
     if line.action in ("help", "version") or COMMANDS.get(line.action, _ANY).alone:
@@ -56,16 +59,17 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Parsed:
     environ = {name: value for name, value in environ.items() if value.strip()}
     warnings: list[str] = []
     defaults, tunnels = _read_sections(line, environ, warnings)
-    configs, said = [], line.given
+    configs, line_given = [], line.numbered(number)
+    said = line_given
     for name, section in tunnels.items():
-        given = _merge(parser, line.given, environ, section)
+        given = _merge(parser, line_given, environ, section)
         if "url" not in given:
             if not line.files:
                 return Parsed("usage")
             raise ConfigError(f"url: no tunnel is named; allowed: url = {FORMS} [from {_names(line.files)}]")
         url = _read_url(given["url"])
         query = _read_query(url, given["url"], warnings, of_process=not name)
-        given = _merge(parser, {**query, **line.given}, environ, section)
+        given = _merge(parser, {**query, **line_given}, environ, section)
         configs.append(_make_config(name, url, given, warnings))
         if not name:
             said = {**query, **said}

@@ -11,15 +11,18 @@ import gevent
 from gevent import monkey
 from gevent.event import Event
 from gevent.lock import Semaphore
+from gevent.pool import Group
 
 from . import log as logs
 from . import relay
 from .config import LOG_LEVELS, Config, Process
 from .errors import ConfigError
+from .notify import Notifier
 from .tunnels import MakeRole, Tunnels
 
 log = logging.getLogger(__name__)
 
+STOP_SLACK_S = 5.0  # of a machine that is busy, beyond what the settings allow
 GC_THRESHOLD = 20_000  # objects more than there were: a tunnel that grows, or a leak
 
 
@@ -49,21 +52,41 @@ def run(plan: Plan, load: Callable[[], Plan], make: MakeRole) -> int:
     gevent.get_hub().print_exception = _log_exception
     tunnels = Tunnels(make)
     stop = Event()
-    signals = _Signals(tunnels, stop, load)
+    notifier = Notifier(os.environ)
+    signals = _Signals(tunnels, stop, load, notifier)
     signals.listen()
     signals.follow(plan)
+    reports = _report(notifier, tunnels)
     stop.wait()
     with signals.changing:
+        notifier.stopping(tunnels.stop_s + STOP_SLACK_S)
         log.info("stopping: exchanges %d", tunnels.exchanges())
         cut = tunnels.stop()
+    reports.kill()
+    notifier.close()
     log.info("stopped, exchanges cut: %d", cut)
     return 0
+
+
+def _report(notifier: Notifier, tunnels: Tunnels) -> Group:
+    """Tell the service manager when all tunnels have begun, and from then on how they are."""
+    reports = Group()
+
+    def tell() -> None:
+        tunnels.wait_begun()
+        notifier.ready()
+
+    if notifier:
+        reports.spawn(tell)
+        reports.spawn(notifier.report_for_ever, tunnels.describe)
+    return reports
 
 
 class _Signals:
     """What the signals of a running process do."""
 
-    def __init__(self, tunnels: Tunnels, stop: Event, load: Callable[[], Plan]) -> None:
+    def __init__(self, tunnels: Tunnels, stop: Event, load: Callable[[], Plan], notifier: Notifier) -> None:
+        self._notifier = notifier
         self._tunnels = tunnels
         self._stop = stop
         self._load = load
@@ -94,6 +117,7 @@ class _Signals:
     def _hang_up(self) -> None:
         """Read the configuration again: a good one is followed, a bad one changes nothing."""
         with self.changing:
+            self._notifier.reloading()
             log.info("SIGHUP: reading configuration, certificates and keys again")
             try:
                 plan = self._load()
@@ -102,6 +126,7 @@ class _Signals:
             else:
                 self.follow(plan)
             self._tunnels.reload()
+            self._notifier.reloaded()
 
     def _dump(self) -> None:
         """Log what there is."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 
 import gevent
+from gevent.event import Event
 from gevent.pool import Group
 
 from . import net
@@ -47,6 +48,7 @@ class Server:
         self._sockets: dict[Bound, RawSocket] = {}  # that are open, by what they are bound to
         self._inherited = before.duplicate_sockets() if before else {}  # of the one in whose place this one comes
         self.exchanges = Crew(config.semaphore_limit)
+        self.begun = Event()
         self._certificate = ServerCertificate(config.crt, config.key, config.ca) if config.tls else None
         self._clients = Clients(config.limits)
         self._keys = KeyRing(config)
@@ -60,6 +62,11 @@ class Server:
 
     def __str__(self) -> str:
         return f"server {self.config.tunnel}"
+
+    @property
+    def peers(self) -> int:
+        """How many clients are connected."""
+        return len(self._clients)
 
     def reload(self) -> None:
         """Read certificate and key files again if they changed."""
@@ -132,6 +139,7 @@ class Server:
             self._inherited.popitem()[1].close()
         key = ", with a tunnel key" if config.keyed else ""
         log.info("listening: %s, tls %d%s", ", ".join(ports), config.tls, key)
+        self.begun.set()
         return parts
 
     def _called(self, stream: Stream) -> None:

@@ -31,6 +31,11 @@ class Role(Protocol):
     config: Config
     counters: Counters
     exchanges: Crew
+    begun: Event  # set by the first success, or the end of the first try
+
+    @property
+    def peers(self) -> int:
+        """How many are connected."""
 
     def run(self) -> None:
         """Work until something fails, and raise it."""
@@ -96,6 +101,7 @@ class Service:
         """Run the role for ever; whatever ends it is logged and followed by the next try."""
         while True:
             pause_s = self._try()
+            self.role.begun.set()
             self._retry_now.clear()
             self._retry_now.wait(pause_s)
 

@@ -56,6 +56,15 @@ class Setting:
         return "|".join(str(choice) for choice in choices) or self.value
 
     @property
+    def allowed(self) -> str:
+        """The values it takes, in words."""
+        rules = _FIELDS[self.field].metadata if self.field in _FIELDS else {}
+        if "range" not in rules:
+            return self.metavar.replace("|", ", ")
+        low, high = (setting_text(self.field, bound) for bound in rules["range"])
+        return f"{low} to {high}{', whole seconds' if 'whole' in rules else ''}"
+
+    @property
     def default(self) -> str:
         default = _FIELDS[self.field].default if self.field in _FIELDS else None
         return self.unset if default is None else setting_text(self.field, default)

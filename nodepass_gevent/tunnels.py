@@ -10,6 +10,8 @@ from gevent.pool import Group
 from .config import Config, setting_name
 from .service import Role, Service
 
+BEGUN_POLL_S = 0.5  # another role may come in the place of one that has not begun
+
 log = logging.getLogger(__name__)
 
 MakeRole = Callable[[Config, Role | None], Role]  # the second is the one in whose place it comes
@@ -34,6 +36,23 @@ class Tunnels:
     def exchanges(self) -> int:
         """Count the exchanges, also of tunnels that have been replaced or removed."""
         return sum(len(service.role.exchanges) for service in (*self._services.values(), *self._leaving))
+
+    @property
+    def stop_s(self) -> float:
+        """How long ``stop`` may take by the settings."""
+        configs = [service.role.config for service in (*self._services.values(), *self._leaving)]
+        return max((config.leave_s + config.shutdown_timeout_s for config in configs), default=0.0)
+
+    def describe(self) -> str:
+        """Say in words what there is."""
+        peers, exchanges = sum(service.role.peers for service in self), self.exchanges()
+        counts = ((len(self), "tunnel", ""), (peers, "peer", " connected"), (exchanges, "exchange", ""))
+        return ", ".join(f"{count} {word}{'' if count == 1 else 's'}{more}" for count, word, more in counts)
+
+    def wait_begun(self) -> None:
+        """Wait until each tunnel listens, is connected, or has tried to once."""
+        while waiting := [service.role for service in self if not service.role.begun.is_set()]:
+            waiting[0].begun.wait(BEGUN_POLL_S)
 
     def apply(self, configs: Iterable[Config]) -> None:
         """Make the tunnels those of ``configs``: what is not named there is drained, what has not changed goes on."""

@@ -155,7 +155,7 @@ def test_without_arguments_a_short_usage_goes_to_stderr(world, capsys):
     assert out == ""
     assert err.startswith("usage: nodepass [options] 'server://")
     assert err.endswith("nodepass --help shows all options\n")
-    assert err.count("\n") == 6
+    assert err.count("\n") == 8
     assert world.ran is None
 
 
@@ -163,6 +163,32 @@ def test_without_arguments_a_short_usage_goes_to_stderr(world, capsys):
 def test_the_version_goes_to_stdout(world, capsys, option):
     assert cli.main([option]) == 0
     assert capsys.readouterr() == (f"nodepass-gevent {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["config"], "\n#semaphore-limit = 1024\n"),
+        (["supervisor", "web", URL], "[program:web]\ncommand="),
+        (["supervisor", "web", "server://:101%(process_num)d/:80%(process_num)d", "--numprocs=2"], "numprocs=2\n"),
+        (["systemd", "web", URL], "Description=NodePass tunnel web\n"),
+        (["systemd-template"], " --config=/etc/nodepass/%i.conf\n"),
+    ],
+)
+def test_what_is_generated_goes_to_stdout(world, capsys, monkeypatch, argv, text):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/env"])
+    assert cli.main(["generate", *argv]) == 0
+    out, err = capsys.readouterr()
+    assert text in out and err == ""
+    assert ("\ncommand=/usr/bin/env" in out) == (argv[0] == "supervisor")
+
+
+def test_a_setting_that_cannot_be_generated_is_exit_code_2(world, capsys):
+    os.environ["NODEPASS_TLS"] = "1"
+    assert cli.main(["generate", "supervisor", "web", URL]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("nodepass: error: tls: the service has another environment; give --tls [from environment")
 
 
 def test_genkey_prints_another_key_each_time(world, capsys):

@@ -23,7 +23,8 @@ def commands_of(page):
     for block in literal_blocks(page.read_text(), "(?:.*::|.. code-block:: sh)"):
         for line in block.replace("\\\n", " ").splitlines():
             if match := re.search(r"(?:^|\()(?:[A-Z_]+=\S+ )*nodepass .*", line):
-                yield match[0].lstrip("(").partition(" > ")[0].partition(")")[0].partition("  #")[0]
+                command = match[0].partition(" > ")[0].partition("  #")[0]
+                yield command[1:].partition(")")[0] if command.startswith("(") else command
 
 
 COMMANDS = [(page.name, command) for page in PAGES for command in commands_of(page)]

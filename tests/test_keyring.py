@@ -86,6 +86,18 @@ def test_a_file_may_be_for_reading_only(file):
     assert read_keys(config(tunnel_key_file=file(NEW, 0o400)))
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files of others")
+@pytest.mark.parametrize(("owner", "group", "allowed"), [(0, 0, True), (0, 12345, False), (12345, 0, False)])
+def test_a_credential_of_systemd_shows_as_readable_by_group_root(file, owner, group, allowed):
+    path = file(NEW, 0o440)
+    os.chown(path, owner, group)
+    if allowed:
+        assert read_keys(config(tunnel_key_file=path))
+    else:
+        with pytest.raises(ConfigError, match=r"has mode 0440|belongs to user 12345"):
+            read_keys(config(tunnel_key_file=path))
+
+
 @pytest.mark.parametrize(("owner", "allowed"), [(0, True), (1000, False)])
 def test_the_file_belongs_to_us_or_to_root(file, monkeypatch, owner, allowed):
     path = file(NEW)

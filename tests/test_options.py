@@ -3,6 +3,7 @@ import dataclasses
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -227,8 +228,10 @@ def test_every_example_of_the_documentation_parses():
 
 def test_every_example_of_the_help_parses():
     quoted = re.findall(r"nodepass '(\S+)'", EXAMPLES)
-    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 6
+    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 7
     assert [parse_one(url).role for url in quoted] == ["server", "client", "server"]
+    (generated,) = re.findall(r"nodepass (generate .*) > ", EXAMPLES)
+    assert options.parse(shlex.split(generated), {}).line.words == ("web",)
 
 
 # The URL's own sources
@@ -354,7 +357,18 @@ def test_a_key_of_a_later_release_is_named_as_such(key):
     ("argv", "text"),
     [
         (["status"], "unknown command 'status'; a tunnel is server://<tunnel_addr>/<target_addr> or client://"),
-        (["generate", "supervisor", "--json"], "unknown command 'generate'; "),
+        (["generate", "supervisor", "--json"], "generate supervisor is followed by NAME [from command line]"),
+        (["generate"], "generate is followed by config, supervisor, systemd or systemd-template [from command line]"),
+        (
+            ["generate", "sytemd", "x"],
+            "generate is followed by config, supervisor, systemd or systemd-template (did you ",
+        ),
+        (
+            ["generate", "systemd", "x", URL, "--numprocs", "2"],
+            "unknown option or argument '--numprocs'",
+        ),
+        ([URL, "--log-dir=/x"], "unknown option or argument '--log-dir'"),
+        ([URL, "generate"], "unknown option or argument 'generate'"),
         (["localhost:10101/127.0.0.1:80"], "an address stands behind server:// or client://"),
         ([":10101/:80", "--log", "debug"], "an address stands behind server:// or client://"),
         (["server:/:1/:2"], "unknown command 'server:/:1/:2'; a tunnel is server://"),

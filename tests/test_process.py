@@ -12,6 +12,7 @@ SCRIPT = """
 import logging, resource, sys
 {patch}
 import gevent
+from gevent.event import Event
 from gevent.socket import wait_read
 from nodepass_gevent import process
 from nodepass_gevent.crew import Crew
@@ -24,11 +25,13 @@ log = logging.getLogger("nodepass_gevent.script")
 class Role:
     exchanges = Crew()
     counters = Counters()
+    peers = 0
     runs = 0
 
     def __init__(self, name="", cooldown_s=5.0, shutdown_timeout_s=30.0):
         self.config = Config(role="client", tunnel=Address("h", 1), target=Address("h", 2), name=name,
                              service_cooldown_s=cooldown_s, shutdown_timeout_s=shutdown_timeout_s)
+        self.begun = Event()
 
     def __str__(self):
         return "role"

@@ -23,6 +23,8 @@ class Failing:
         self.config = Config(**CONFIG, service_cooldown_s=cooldown_s)
         self.counters = Counters()
         self.exchanges = Crew()
+        self.begun = Event()
+        self.peers = 0
         self.ends = list(ends)
         self.works = Event()
         self.reloads = 0

@@ -22,6 +22,8 @@ class Role:
         self.before = before
         self.counters = Counters()
         self.exchanges = Crew()
+        self.begun = Event()
+        self.peers = 0
         self.done = []
 
     def __str__(self):
@@ -191,3 +193,28 @@ def test_a_reload_reaches_those_that_run(world):
     world.tunnels.reload()
     assert world.roles[0].done == ["run", "reload"]
     assert "reload" not in world.roles[1].done
+
+
+def test_all_have_begun_when_each_that_is_there_has_even_if_one_was_replaced(world):
+    world.apply(CONFIG, replace(CONFIG, name="b"))
+    waiting = gevent.spawn(world.tunnels.wait_begun)
+    first, other = world.roles
+    other.begun.set()
+    world.apply(replace(CONFIG, semaphore_limit=7), other.config)
+    gevent.idle()
+    assert not waiting.ready()
+    world.roles[-1].begun.set()
+    waiting.get(timeout=5)
+    assert not first.begun.is_set()
+
+
+def test_what_there_is_is_told_in_words(world):
+    assert world.tunnels.describe() == "0 tunnels, 0 peers connected, 0 exchanges"
+    world.apply(CONFIG)
+    world.roles[0].peers = 1
+    assert world.tunnels.describe() == "1 tunnel, 1 peer connected, 0 exchanges"
+
+
+def test_a_stop_may_take_as_long_as_the_slowest_tunnel(world):
+    world.apply(replace(CONFIG, shutdown_timeout_s=1.0), replace(CONFIG, name="b", shutdown_timeout_s=9.0))
+    assert world.tunnels.stop_s == 11.0

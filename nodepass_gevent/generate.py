@@ -1,0 +1,311 @@
+"""What others are given to run this program: a program section of supervisord, a unit of systemd.
+
+The command is the one that makes the text, the settings are those of its line, checked like any. What would not be
+there, or not be secret, when supervisord or systemd runs it is refused: the environment of this shell, paths without
+a beginning, a tunnel key on the line.
+"""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from . import options
+from .command_line import PROCESS_NUM, SOURCE, Line
+from .config import Config, setting_name
+from .configfile import NAME
+from .errors import ConfigError
+from .options import Parsed
+from .settings import BY_NAME
+from .values import Address, shown
+
+START_S = 5  # wrong settings are told within that, also on a busy machine; supervisord then gives up after some tries
+STOP_SLACK_S = 3  # the log is flushed, and a busy machine
+LEAST_BYE_S = 2.0  # the default of drain-linger
+MAX_PROCESSES = 100
+FIRST_FREE_PORT = 1024  # below, a listener needs a capability
+HOMES = ("/home/", "/root/", "/run/user/")
+CREDENTIALS = "/run/credentials/"
+_FILES = ("crt", "key", "ca", "tunnel_key_file")
+_OWN_PORTS = "such as 101%(process_num)02d"
+_LOG_DIR = "/var/log"
+_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./?&~\[\]()-]+")
+
+
+@dataclass(frozen=True)
+class Command:
+    """How this program is run again: absolute, and where from."""
+
+    words: tuple[str, ...]
+    directory: str | None = None
+
+
+def own_command(script: str, python: str) -> Command:
+    """Tell how to run this program again, by its script or else as a module, from the place that has it."""
+    script = os.path.abspath(script)
+    if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):
+        return Command((script,))
+    package = os.path.dirname(os.path.abspath(__file__))
+    return Command((os.path.abspath(python), "-m", os.path.basename(package)), os.path.dirname(package))
+
+
+# supervisord
+
+
+def supervisor(parsed: Parsed, argv: Sequence[str], command: Command) -> str:
+    """Give the program section for the tunnels of a command line; ConfigError."""
+    line = parsed.line
+    name, count = _name(line), _number_of_processes(line)
+    each = [parsed, *(options.parse(argv, {}, number) for number in range(1, count))]
+    for one in each:
+        _check(one)
+    words = [*command.words, *_arguments(line), *_reuse_port(each)]
+    suffix = "_%(process_num)02d" if count > 1 else ""
+    directory = line.options.get("log-dir", _LOG_DIR)
+    _check_absolute("log-dir", directory, SOURCE)
+    lines = {
+        "command": " ".join(map(supervisor_word, words)),
+        "directory": command.directory and _doubled(command.directory),
+        "numprocs": count if suffix else None,
+        "process_name": f"%(program_name)s{suffix}" if suffix else None,
+        "autostart": "true",
+        "autorestart": "unexpected",
+        "exitcodes": 2,
+        "startsecs": START_S,
+        "stopsignal": "TERM",
+        "stopwaitsecs": _stop_s(parsed.configs),
+        "redirect_stderr": "true",
+        "stdout_logfile": _doubled(os.path.join(directory, f"nodepass-{name}")) + f"{suffix}.log",
+        "stdout_logfile_maxbytes": "20MB",
+        "stdout_logfile_backups": 5,
+    }
+    body = "".join(f"{key}={value}\n" for key, value in lines.items() if value is not None)
+    return _SECTION.format(name=name, body=body)
+
+
+_SECTION = """\
+; For supervisord's [include], as /etc/supervisor/conf.d/{name}.conf; supervisorctl update takes it up.
+[program:{name}]
+{body}; somebody else than supervisord's own user, who can read the keys:
+;user=nodepass
+"""
+
+
+def supervisor_word(word: str) -> str:
+    """Quote a word so that supervisord's parser leaves it alone and its shlex reads it; ``%(process_num)d`` is kept."""
+    quoted = shlex.quote(word) if not _PLAIN.fullmatch(word) else word
+    quoted = re.sub(" (?=[;#])", " ''", quoted)  # within single quotes: there a blank would begin a comment
+    pieces = PROCESS_NUM.split(quoted)
+    pieces[::2] = map(_doubled, pieces[::2])
+    return "".join(pieces)
+
+
+def _number_of_processes(line: Line) -> int:
+    text = line.options.get("numprocs", "1")
+    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= MAX_PROCESSES:
+        raise ConfigError(f"numprocs: {shown(text)} is not within 1 to {MAX_PROCESSES} [from {SOURCE}]")
+    return int(text)
+
+
+def _reuse_port(each: Sequence[Parsed]) -> list[str]:
+    """Give the option by which several processes share their ports, where they do and do not say so."""
+    servers = [[config for config in one.configs if config.role == "server"] for one in each]
+    if _are_shared([{Address("", config.data_port or 0) for config in one} for one in servers]):
+        raise ConfigError(f"numprocs: {len(each)} processes need data ports of their own, {_OWN_PORTS} [from {SOURCE}]")
+    if not _are_shared([{address for config in one for address in (config.tunnel, config.target)} for one in servers]):
+        return []
+    setting = BY_NAME.get("reuse-port")
+    if setting is None:
+        raise ConfigError(f"numprocs: {len(each)} processes need ports of their own, {_OWN_PORTS} [from {SOURCE}]")
+    if all(config.value(setting.field) for config in servers[0]):
+        return []
+    if len(servers[0]) < len(each[0].configs):  # an option would be refused for the clients
+        raise ConfigError(
+            f"numprocs: {len(each)} processes need {setting.name} = 1 in each server's section [from {SOURCE}]"
+        )
+    return [f"--{setting.name}=1"]
+
+
+def _are_shared(of_each: Sequence[set[Address]]) -> bool:
+    """Say whether processes have addresses in common, but for ports that the system chooses."""
+    named = [address for addresses in of_each for address in addresses if address.port]
+    return len(set(named)) < len(named)
+
+
+# systemd
+
+
+def systemd(parsed: Parsed, command: Command) -> str:
+    """Give the unit for the tunnels of a command line; ConfigError."""
+    name = _name(parsed.line)
+    _check(parsed)
+    if parsed.process.log_to not in ("stdout", "stderr"):
+        raise parsed.process.fault("log_to", "cannot be written by the unit; its log goes to the journal")
+    for path in map(os.path.abspath, parsed.line.files):
+        if path.startswith(HOMES):
+            raise ConfigError(f"config: {shown(path)}: homes are hidden from the unit [from {SOURCE}]")
+    words, extra = [*command.words, *_arguments(parsed.line)], []
+    if parsed.line.files:
+        for config in parsed.configs:
+            paths = [path for path in _paths(config) if not path.startswith(CREDENTIALS)]
+            extra += [f"# to be read by the unit's user: {_doubled(path)}" for path in paths]
+    else:
+        for field in filter(parsed.configs[0].value, _FILES):
+            path, setting = parsed.configs[0].value(field), setting_name(field)
+            if not path.startswith(CREDENTIALS):
+                words.append(f"--{setting}=%d/{setting}")
+                extra.append(f"LoadCredential={setting}:{_doubled(path)}")
+    low = any(address.port < FIRST_FREE_PORT for config in parsed.configs for address in _listening(config))
+    start = " ".join(systemd_word(word) for word in words)
+    return _unit(name, start, _stop_s(parsed.configs), command.directory, extra, low)
+
+
+def systemd_template(command: Command) -> str:
+    """Give the template unit nodepass@.service, whose instance NAME has the file /etc/nodepass/NAME.conf."""
+    start = " ".join([*map(systemd_word, command.words), "--config=/etc/nodepass/%i.conf"])
+    extra = ["EnvironmentFile=-/etc/nodepass/%i.env"]
+    return _unit("%i", start, _stop_s(()), command.directory, extra, low_ports=True)
+
+
+def systemd_word(word: str) -> str:
+    """Quote a word for ExecStart; ``%d/``, where credentials are, is kept."""
+    option, credential, rest = word.partition("=%d/")
+    if credential:
+        return f"{option}{credential}{rest}"
+    text = _doubled(word).replace("$", "$$")
+    if _PLAIN.fullmatch(text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _unit(name: str, start: str, stop_s: int, directory: str | None, extra: Iterable[str], low_ports: bool) -> str:
+    if start.lstrip('"').startswith(HOMES):
+        why = "homes are hidden from the unit; install it elsewhere, such as in /opt/nodepass"
+        raise ConfigError(f"the command is {shown(start.split()[0])}, and {why}")
+    ports = _LOW_PORTS if low_ports else _NO_LOW_PORTS
+    first = "\n".join([*([f"WorkingDirectory={_doubled(directory)}"] if directory else []), *extra, ""])
+    return _UNIT.format(name=name, start=start, stop_s=stop_s, first=first, ports=ports)
+
+
+_LOW_PORTS = "AmbientCapabilities=CAP_NET_BIND_SERVICE\nCapabilityBoundingSet=CAP_NET_BIND_SERVICE"
+_NO_LOW_PORTS = "CapabilityBoundingSet=\nPrivateUsers=yes"
+_UNIT = """\
+[Unit]
+Description=NodePass tunnel {name}
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+WatchdogSec=30s
+ExecStart={start}
+ExecReload=/bin/kill -HUP $MAINPID
+{first}Restart=on-failure
+RestartSec=1s
+RestartPreventExitStatus=2
+# the process itself asks for more when its tunnels have a longer SHUTDOWN_TIMEOUT
+TimeoutStopSec={stop_s}s
+LimitNOFILE=65536
+
+DynamicUser=yes
+{ports}
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+ProtectProc=invisible
+ProcSubset=pid
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateIPC=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+RemoveIPC=yes
+KeyringMode=private
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+# Both
+
+
+def _name(line: Line) -> str:
+    (name,) = line.words
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{shown(name)} is no name; allowed: 1 to 64 ASCII letters, digits, '_', '.' or '-' [from {SOURCE}]"
+        )
+    return name
+
+
+def _check(parsed: Parsed) -> None:
+    """Refuse what would not be as it is now, or not be secret, where another program starts this one."""
+    for config in (parsed.process, *parsed.configs):
+        for setting, source in config.sources.items():
+            if source.startswith("environment variable"):
+                raise ConfigError(f"{setting}: the service has another environment; give --{setting} [from {source}]")
+    for config in parsed.configs:
+        source = config.source("tunnel-key")
+        if source in (SOURCE, "URL", "URL query"):
+            raise ConfigError(f"tunnel-key: ps and this text would show it; use tunnel-key-file [from {source}]")
+        for field in filter(config.value, _FILES):
+            _check_absolute(setting_name(field), config.value(field), config.source(setting_name(field)))
+    if parsed.process.log_to not in ("stdout", "stderr"):
+        _check_absolute("log-to", parsed.process.log_to, parsed.process.source("log-to"))
+
+
+def _check_absolute(setting: str, path: str, source: str) -> None:
+    if not path.startswith("/") or not path.isprintable():
+        raise ConfigError(f"{setting}: {shown(path)} must begin with /: the service starts elsewhere [from {source}]")
+
+
+def _arguments(line: Line) -> list[str]:
+    """Write a line's settings again, its files with their whole path."""
+    for path in line.files:
+        if not path.isprintable():
+            raise ConfigError(f"config: {shown(path)} holds control characters [from {SOURCE}]")
+    given = [entry for name, entry in line.given.items() if name != "url"]
+    words = [f"--config={os.path.abspath(path)}" for path in line.files]
+    words += [f"--only={line.only}"] if line.only else []
+    words += [f"--{entry.key}={entry.text}" for entry in given]
+    return [*words, line.given["url"].text] if "url" in line.given else words
+
+
+def _paths(config: Config) -> list[str]:
+    return [config.value(field) for field in _FILES if config.value(field)]
+
+
+def _listening(config: Config) -> list[Address]:
+    """Give the addresses on which a tunnel listens, but those that the system chooses."""
+    if config.role == "client":
+        return []
+    data = Address(config.tunnel.host, config.data_port or 0)
+    return [address for address in (config.tunnel, config.target, data) if address.port]
+
+
+def _stop_s(configs: Iterable[Config]) -> int:
+    """Give the seconds that a stop can take: bye, the exchanges, and some more."""
+    stops = [config.shutdown_timeout_s + max(config.leave_s, LEAST_BYE_S) for config in configs]
+    return math.ceil(max(stops, default=10.0)) + STOP_SLACK_S
+
+
+def _doubled(text: str) -> str:
+    return text.replace("%", "%%")
