@@ -257,6 +257,11 @@ def test_whoever_speaks_first_is_accepted_with_what_it_says(listener):
     assert any(unseen_until_it_speaks() for _ in range(5))  # the kernel waits for it 40 ms at least, once in five times
 
 
+def test_whoever_may_stay_silent_is_accepted_at_once(listener):
+    with net.connect([endpoint_of(listener)], 5, LIMITS):
+        assert select.select([listener], [], [], 0)[0]  # perhaps it waits for a word of the other side
+
+
 def test_a_refused_connect_names_the_address_and_the_reason(no_leaks):
     endpoint = free_endpoint()
     with pytest.raises(ConnectError, match=rf"^connect {endpoint}: connection refused$"):
