@@ -172,7 +172,7 @@ class Client:
         """Make one data connection of the session that ``data`` names; it is ready when its id is here."""
         limits = self.config.limits
         line = opening.format_data(data)
-        stream = net.connect([endpoint], limits.connect_timeout_s, limits)
+        stream = net.connect([endpoint], limits.connect_timeout_s, limits, speaks_first=True)
         try:
             with deadline(limits.id_timeout_s, "data connection"):
                 if mode == OFF:

@@ -230,7 +230,8 @@ class Egress:
         self._counters.tcp_exchanges += 1
         limits = self._config.limits
         try:
-            target = connect(self._target(), limits.target_timeout_s, limits)
+            speaks_first = bool(self._config.proxy_protocol)  # the header; else perhaps the target does
+            target = connect(self._target(), limits.target_timeout_s, limits, speaks_first=speaks_first)
         except ConnectError as exc:
             self._forget_target()
             self._refuse(launch.id, data, exc.why)

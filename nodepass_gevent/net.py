@@ -158,10 +158,12 @@ def _accept(listener: RawSocket) -> Stream:
     return Stream(sock, peer)
 
 
-def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits) -> Stream:
+def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, speaks_first: bool = False) -> Stream:
     """Connect to the first of ``endpoints`` that answers, within ``timeout_s`` in all.
 
-    Raises ConnectError with the last address and reason.
+    A caller that ``speaks_first`` sends at once, and its bytes travel with the last acknowledgement of the TCP
+    handshake: the peer is woken once, and has them when it accepts. Raises ConnectError with the last address and
+    reason.
     """
     share_s = timeout_s / max(len(endpoints), 1)  # of one of several
     failure, why = ("no address", "resolve")
@@ -169,6 +171,8 @@ def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits) -> 
         sock = RawSocket(endpoint.family, _NONBLOCKING)
         try:
             set_options(sock, limits)  # before: what is to be sent follows the handshake at once
+            if speaks_first:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             _connect(sock, endpoint, share_s)
             return Stream(sock, endpoint.sockaddr)
         except OSError as exc:

@@ -60,6 +60,7 @@ class Reception:
         self._penalties = penalties
         self._awaited = 0  # callers from the address of the client that have said nothing yet
         self._joining = Joining(config, certificate, clients, self._held, counters, self._on_wrong_tag)
+        self._spent_lines: dict[int | None, bytes] = {}  # by data port, for whom no nonce matters any more
 
     def close(self) -> None:
         """Let go what has no greenlet of its own."""
@@ -85,7 +86,7 @@ class Reception:
         try:
             with suppress(OSError):
                 key = net.peer_key(stream.peer[0])
-                joined = self._joining.join_session(stream, key, data, self._first_line(self.data_port))
+                joined = self._joining.join_session(stream, key, data, self._spent_line())
         finally:
             if not joined:
                 stream.close()
@@ -154,6 +155,13 @@ class Reception:
     def _first_line(self, port: int | None) -> bytes:
         nonce = b"" if self._config.protocol == "1" else os.urandom(opening.NONCE_LENGTH)
         return opening.format_first_line(FirstLine(port, self._config.tls), nonce, self._config.keyed)
+
+    def _spent_line(self) -> bytes:
+        """Give the first line for who has said already that it is a data connection: its nonce opens nothing."""
+        line = self._spent_lines.get(self.data_port)
+        if line is None:
+            line = self._spent_lines[self.data_port] = self._first_line(self.data_port)
+        return line
 
     def _refuse(self, who_and_why: str) -> None:
         self._counters.callers_refused += 1

@@ -87,7 +87,7 @@ def test_the_reason_of_a_failed_dial_is_told(v2, monkeypatch, failure, why):
     data = v2.join(ID)
     wait_until(lambda: len(v2.server.client.exchanges) == 0)
 
-    def connect(*_arguments):
+    def connect(*_arguments, **_options):
         raise failure
 
     monkeypatch.setattr("nodepass_gevent.forward.connect", connect)

@@ -1,4 +1,5 @@
 import errno
+import select
 import socket
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -241,6 +242,24 @@ def test_keepalives_follow_the_settings(no_leaks):
         with net.connect([endpoint_of(listener)], 5, limits) as stream:
             for sock in (listener, stream.socket):
                 assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [7, 6, 5]
+
+
+def test_whoever_speaks_first_is_accepted_with_what_it_says(listener):
+    def unseen_until_it_speaks():
+        with net.connect([endpoint_of(listener)], 5, LIMITS, speaks_first=True) as stream:
+            seen = bool(select.select([listener], [], [], 0)[0])
+            stream.sendall(b"first")
+            wait_until(lambda: select.select([listener], [], [], 0)[0])
+            with net._accept(listener) as accepted:
+                assert accepted.recv(16) == b"first"
+            return not seen
+
+    assert any(unseen_until_it_speaks() for _ in range(5))  # the kernel waits for it 40 ms at least, once in five times
+
+
+def test_whoever_may_stay_silent_is_accepted_at_once(listener):
+    with net.connect([endpoint_of(listener)], 5, LIMITS):
+        assert select.select([listener], [], [], 0)[0]  # perhaps it waits for a word of the other side
 
 
 def test_a_refused_connect_names_the_address_and_the_reason(no_leaks):
