@@ -45,6 +45,7 @@ def test_the_defaults_are_those_of_the_original():
         "allow-clients": None,
         "deny-clients": None,
         "data-port": None,
+        "reuse-port": 0,
         "network": "both",
         "protocol": "auto",
         "proxy-protocol": 0,

@@ -61,6 +61,7 @@ TEXTS = {  # a value other than the default, as written and in Config
     "protocol": ("2", "2"),
     "proxy-protocol": ("1", 1),
     "data-port": ("10102", 10102),
+    "reuse-port": ("1", 1),
     "tls": ("1", 1),
     "crt": ("/etc/a%b.pem", "/etc/a%b.pem"),
     "key": ("/etc/a b.pem", "/etc/a b.pem"),
