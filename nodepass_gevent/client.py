@@ -65,7 +65,7 @@ class Client:
         self.reload()
         for left in reversed(range(CALLS)):
             try:
-                self._run_session()
+                return self._run_session()
             except NoPlace:
                 if not left:
                     raise

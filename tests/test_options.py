@@ -618,6 +618,7 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "protocol = auto                          # default",
         "proxy-protocol = 0                       # default",
         "# data-port =                            # default: any free one",
+        "reuse-port = 0                           # default",
         "tls = 1                                  # URL query",
         "# crt =                                  # default: none",
         "# key =                                  # default: none",
