@@ -1,5 +1,6 @@
 """When users may come: the public port, shared or not, and what becomes of those who wait when it is closed."""
 
+import re
 import socket
 from contextlib import closing
 from pathlib import Path
@@ -150,7 +151,7 @@ def test_two_servers_share_their_ports_and_each_has_its_client(serve, connect, s
     clients = {}
     while len(clients) < 2:
         client = connect(servers[0])
-        port = int(client.first_line[2:].partition(b"?")[0])
+        port = int(re.search(rb"&d=(\d+)#", client.first_line)[1])
         if port in clients:
             client.close()
             continue
@@ -177,6 +178,33 @@ def test_new_settings_hand_the_open_port_over_to_whom_the_client_comes_back(serv
         assert is_served(user, connect(running).join())
     greenlet.kill()
     successor.exchanges.kill()
+
+
+def test_an_open_port_that_is_handed_over_is_closed_when_no_client_comes_back(serve, connect, spawn):
+    running = serve(**shared())
+    connect(running).join().known()
+    wait_until(lambda: is_open(running))
+    successor = Server(running.server.config, running.server)
+    running.greenlet.kill()
+    spawn(successor.run)
+    assert is_open(running)
+    wait_until(lambda: not is_open(running))
+
+
+def test_udp_sessions_do_not_keep_the_shared_port_of_a_process_without_a_client(serve, said):
+    running = serve(**shared(network="udp", target=free_address(socket.SOCK_DGRAM)))
+    bound = f"0100007F:{running.public:04X} 00000000:0000"
+    with closing(SharedV2Client(running, b"//?v=2&c=udp#hello\n")) as client:
+        client.join()
+        wait_until(lambda: said.find(": open"))
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as user:
+            user.connect(("127.0.0.1", running.public))
+            user.send(b"question")
+            data, _ = client.launched()
+            with data:
+                assert bound in Path("/proc/net/udp").read_text()
+                client.control.close()
+                wait_until(lambda: bound not in Path("/proc/net/udp").read_text())
 
 
 # At the end
