@@ -116,6 +116,7 @@ class Client:
     def _run_v2(self, control: Stream, first: FirstLine, line: bytes) -> None:
         if control.peek() is not None:
             raise ProtocolError("the server sent bytes behind its first line")
+        own_port = opening.data_port(first)
         name, keyed = self.config.tunnel_name or "", self.config.keyed
         can = CAPABILITIES | ({opening.FROM} if self.config.proxy_protocol else set())
         hello = opening.format_hello(Hello(name, frozenset() if keyed else can))
@@ -128,7 +129,6 @@ class Client:
             else:
                 answer, *early = _read_lines(transport, lines)
                 welcome, keys = opening.parse_welcome(answer), None
-        own_port = opening.data_port(first)
         if isinstance(welcome, Bye):
             if own_port and welcome.why == b"busy":  # another process may take the next call
                 raise NoPlace("the server process that took the call has a client: the next call may reach another one")

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 from .harness import Process, free_port, nodepass_client, nodepass_server, wait_until
 from .targets import EchoTCP
@@ -25,17 +26,17 @@ SETTLED_S = 60.0  # until each process has its client
 class Shared:
     """Server processes on the same two ports, and as many clients; use it in ``with``."""
 
-    def __init__(self, target: str, count: int = 2, query: str = "") -> None:
+    def __init__(self, target: str, count: int = 2, env: Mapping[str, str] | None = None) -> None:
         self.tunnel, self.public = (f"127.0.0.1:{free_port('both')}" for _ in range(2))
         self.address = ("127.0.0.1", int(self.public.rpartition(":")[2]))
-        self.query = "&".join(filter(None, ("reuse-port=1", query)))
+        self.env = env
         self.servers = [self.serve() for _ in range(count)]
-        self.clients = [nodepass_client(self.tunnel, target) for _ in range(count)]
+        self.clients = [nodepass_client(self.tunnel, target, env=env) for _ in range(count)]
         for server in self.servers:
             self.wait_until_open(server)
 
     def serve(self) -> Process:
-        return nodepass_server(self.tunnel, self.public, query=self.query)
+        return nodepass_server(self.tunnel, self.public, query="reuse-port=1", env=self.env)
 
     def wait_until_open(self, server: Process) -> None:
         server.wait_for_line("public .*: open", SETTLED_S)
@@ -46,12 +47,12 @@ class Shared:
         self.servers[number] = self.serve()
         self.wait_until_open(self.servers[number])
 
-    def served(self, server: Process) -> int:
-        """Ask a server how many TCP users it has had."""
+    def count(self, server: Process, counter: str = "tcp_exchanges") -> int:
+        """Ask a server how many users it has had."""
         start = len(server.lines)
         os.kill(server.pid, signal.SIGUSR2)
         line = server.wait_for_line("since the start: ", start=start).string
-        return int(line.partition("tcp_exchanges ")[2].partition(",")[0] or 0)
+        return int(line.partition(f"{counter} ")[2].partition(",")[0] or 0)
 
     def __enter__(self) -> "Shared":
         return self
@@ -114,7 +115,7 @@ def main() -> int:
     with EchoTCP() as target, Shared(target.address, options.processes) as shared:
         with Users(shared.address, pause_s=options.pause) as users:
             users.wait_for(2000)
-            shares = [shared.served(server) for server in shared.servers]
+            shares = [shared.count(server) for server in shared.servers]
             for number in range(options.restarts):
                 shared.restart(number % options.processes)
                 users.wait_for(50)
