@@ -243,9 +243,13 @@ class Reception:
         current = self._who_stays()
         hurry.close()
         if current:
-            with suppress(OSError):
+            try:
                 control.sendall(wire.format_bye(Bye(b"busy")))
                 control.linger(self._limits.drain_linger_s)
+            except ConnectionAbortedError:  # it has to make room
+                raise
+            except OSError:  # it hangs up
+                pass
             level = logging.DEBUG if self._own_port else logging.WARNING  # where it calls again, for another process
             self._refuse(f"second client {stream}, while {current.stream} is connected", level)
             return

@@ -12,7 +12,7 @@ from test_v2_server import HELLO, V2Client
 from tunnel import ELSEWHERE, closed, dial, is_served, read_line
 
 from nodepass_gevent import net
-from nodepass_gevent.config import Address
+from nodepass_gevent.config import Address, Config
 from nodepass_gevent.server import Server
 
 
@@ -138,11 +138,12 @@ def test_a_second_client_is_told_busy_and_it_is_no_warning(serve, said):
 
 
 @pytest.mark.parametrize("port", ["tunnel", "target"])
-def test_a_port_that_is_taken_by_a_process_without_reuse_port_is_an_error_that_says_so(serve, port):
+def test_a_port_that_is_taken_by_a_process_without_reuse_port_is_an_error_that_says_so(no_leaks, port):
     with closing(net.listen(Address("127.0.0.1", 0), LIMITS)) as taken:
         address = Address("127.0.0.1", taken.getsockname()[1])
+        server = Server(Config(role="server", **shared(**{port: address})))
         with pytest.raises(OSError, match=f"already in use: {address}, taken by a process without reuse-port"):
-            serve(**shared(**{port: address}))
+            server.run()
 
 
 def test_two_servers_share_their_ports_and_each_has_its_client(serve, connect, said):
