@@ -32,8 +32,6 @@ class Shared:
         self.env = env
         self.servers = [self.serve() for _ in range(count)]
         self.clients = [nodepass_client(self.tunnel, target, env=env) for _ in range(count)]
-        for server in self.servers:
-            self.wait_until_open(server)
 
     def serve(self) -> Process:
         return nodepass_server(self.tunnel, self.public, query="reuse-port=1", env=self.env)
@@ -55,6 +53,12 @@ class Shared:
         return int(line.partition(f"{counter} ")[2].partition(",")[0] or 0)
 
     def __enter__(self) -> "Shared":
+        try:
+            for server in self.servers:
+                self.wait_until_open(server)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
