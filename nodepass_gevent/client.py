@@ -12,7 +12,7 @@ from gevent.event import Event
 from . import authentication, net, opening, tls, tunnel_key, wire
 from .config import Config, Limits
 from .crew import Crew
-from .errors import KeyMismatch, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
+from .errors import KeyMismatch, NoPlace, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
 from .forward import Egress
 from .keyring import KeyRing
 from .metrics import Counters
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 1024  # bytes per read while the welcome is awaited
 V1_LEAD_S = 0.03  # a server of ours launches no v1 data connection in the first 5 ms, or more when it is busy
+CALLS = 8  # in a row, while server processes on one port have their clients: the system draws who takes a call
 CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, wire.UDP))
 
 
@@ -61,8 +62,16 @@ class Client:
 
     def run(self) -> None:
         """Call the server and serve its launches; raises OSError or NodePassError when that ends."""
-        config, limits = self.config, self.config.limits
         self.reload()
+        for left in reversed(range(CALLS)):
+            try:
+                return self._run_session()
+            except NoPlace:
+                if not left:
+                    raise
+
+    def _run_session(self) -> None:
+        config, limits = self.config, self.config.limits
         with net.connect(net.resolve(config.tunnel), limits.connect_timeout_s, limits) as control:
             with gevent.Timeout(min(limits.connect_timeout_s, limits.first_line_timeout_s), False):
                 control.wait_for_arrival()
@@ -107,6 +116,7 @@ class Client:
     def _run_v2(self, control: Stream, first: FirstLine, line: bytes) -> None:
         if control.peek() is not None:
             raise ProtocolError("the server sent bytes behind its first line")
+        own_port = opening.data_port(first)
         name, keyed = self.config.tunnel_name or "", self.config.keyed
         can = CAPABILITIES | ({opening.FROM} if self.config.proxy_protocol else set())
         hello = opening.format_hello(Hello(name, frozenset() if keyed else can))
@@ -120,8 +130,11 @@ class Client:
                 answer, *early = _read_lines(transport, lines)
                 welcome, keys = opening.parse_welcome(answer), None
         if isinstance(welcome, Bye):
+            if own_port and welcome.why == b"busy":  # another process may take the next call
+                raise NoPlace("the server process that took the call has a client: the next call may reach another one")
             raise _refusal(welcome)
-        endpoint = Endpoint(control.socket.family, control.peer)
+        host, port, *scope = control.peer
+        endpoint = Endpoint(control.socket.family, (host, own_port or port, *scope))
         dial = partial(self._dial_v2, endpoint, first.tls, Data(welcome.session), keys)
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
         pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most)

@@ -1,6 +1,7 @@
 """The clients of a server: who is known, each with its session, by session id; users wait here for one."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -103,16 +104,19 @@ class Clients:
     def __len__(self) -> int:
         return len(self._by_session)
 
-    def wait(self, timeout_s: float) -> Client:
-        """Wait for a client whose session lives; NoDataConnection. Does not switch when there is no time to wait."""
-        end = time.monotonic() + timeout_s
+    def wait(self, timeout_s: float | None) -> Client:
+        """Wait for a client whose session lives, None: for ever; NoDataConnection.
+
+        Does not switch when there is no time to wait.
+        """
+        end = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while not self._closed:
             for client in self._by_session.values():
                 if not client.pool.closed:
                     return client
             left_s = end - time.monotonic()
             self._came.clear()
-            if left_s <= 0 or not self._came.wait(left_s):
+            if left_s <= 0 or not self._came.wait(None if timeout_s is None else left_s):
                 raise NoDataConnection("no client is connected")
         raise NoDataConnection("the server is stopping")
 

@@ -162,6 +162,7 @@ class Config(Checked):
     allow_clients: Networks | None = None
     deny_clients: Networks | None = None
     data_port: int | None = _within(1, 65535, None)  # None: any free one
+    reuse_port: int = _one_of(0, 1, default=0)  # several processes on the tunnel port and the public port
     network: str = _one_of("tcp", "udp", "both", default="both")
     protocol: str = _one_of("auto", "1", "2", default="auto")
     proxy_protocol: int = _one_of(0, 1, 2, default=0)  # of the header for the target; 0: none
@@ -255,13 +256,15 @@ class Config(Checked):
             raise self.fault("tls", "encrypts nothing, and a tunnel key needs that; with one allowed: 1, 2")
         if self.protocol == "1":
             raise self.fault("protocol", "knows no tunnel key; with one allowed: auto, 2")
-        if self.data_port is not None:
+        if self.data_port is not None and not self.reuse_port:
             raise self.fault("data_port", "is for clients of profile v1, and with a tunnel key none is served")
 
     def _check_client(self) -> None:
         for name in ("data_port", "allow_users", "deny_users", "allow_clients", "deny_clients"):
             if getattr(self, name) is not None:
                 raise self.fault(name, "belongs to the server; a client has none")
+        if self.reuse_port:
+            raise self.fault("reuse_port", "belongs to the server, whose ports processes can share")
         if self.sni is not None and not is_host(self.sni):
             raise self.fault("sni", "is neither a name (ASCII letters, digits, hyphens, dots) nor an address")
         for address in (self.tunnel, self.target):
@@ -280,6 +283,8 @@ class Config(Checked):
             raise self.fault("tls", "needs crt and key; without them allowed: 0, 1")
         if self.data_port is not None and self.data_port == self.tunnel.port:
             raise self.fault("data_port", "is the tunnel port already; give another one, or none")
+        if self.reuse_port and not (self.tunnel.port and self.target.port):
+            raise self.fault("reuse_port", "shares ports that are named, and the URL leaves one to the system by 0")
         if self.tunnel.port and self.tunnel == self.target and self.network != "udp":
             raise self.fault("url", "names one address twice; the tunnel port and the public port must differ")
 

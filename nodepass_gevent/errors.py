@@ -16,6 +16,7 @@
         │   └── SessionEnded        in good order
         ├── PoolClosed          the session of this pool ended
         ├── NoDataConnection    none became ready in time
+        ├── NoPlace             one of several processes has its client already
         └── NotCarried          the peer that has come lacks a capability
 
 Errors of a socket stay ``OSError``; a peer that closed early is a ``ConnectionError``.
@@ -100,6 +101,10 @@ class PoolClosed(TunnelError):
 
 class NoDataConnection(TunnelError):
     """No data connection became ready in time."""
+
+
+class NoPlace(TunnelError):
+    """The process that took the call has its client; others on the same port may have none."""
 
 
 class NotCarried(TunnelError):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 import gevent
+from gevent.event import Event
 from gevent.pool import Pool
 
 from . import opening, proxy_protocol, relay, wire
@@ -86,12 +87,22 @@ class Ingress:
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
+        self._launching = 0  # that wait for a peer or a data connection
+        self._settled = Event()  # set when none of them is left
         self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters, entrance)
 
     def room(self) -> int:
         """Wait until there is room for a user, and say for how many."""
         self._exchanges.wait_available()
         return self._exchanges.free_count()
+
+    def settle(self, timeout_s: float) -> None:
+        """Wait until nobody who has come waits for a launch, for ``timeout_s`` at most."""
+        if timeout_s > 0:
+            gevent.sleep(0)  # who has come this moment begins
+            self._settled.clear()
+            if self._launching:
+                self._settled.wait(timeout_s)
 
     def user(self, user: Stream, ended: Callable[[], object] | None = None) -> None:
         """Start the exchange of a TCP user; ``ended()`` is called behind it."""
@@ -155,6 +166,15 @@ class Ingress:
 
     def _launch(self, kind: Kind, timeout_s: float, user: tuple | None = None) -> tuple[bytes, Transport, Link]:
         """Take a data connection from whichever peer has one first, and say what it is for, and for whom."""
+        self._launching += 1
+        try:
+            return self._launch_in_time(kind, timeout_s, user)
+        finally:
+            self._launching -= 1
+            if not self._launching:
+                self._settled.set()
+
+    def _launch_in_time(self, kind: Kind, timeout_s: float, user: tuple | None) -> tuple[bytes, Transport, Link]:
         end = time.monotonic() + timeout_s
         while True:
             link = self._link(end - time.monotonic())

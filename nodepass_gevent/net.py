@@ -1,16 +1,19 @@
 """TCP addresses and ports: resolve, listen, serve, connect, and the options of every socket."""
 
+import array
 import errno
 import ipaddress
 import os
 import socket
+import struct
+import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import lru_cache
 from typing import NamedTuple
 
 import gevent
-from gevent.socket import wait_write
+from gevent.socket import wait_read, wait_write
 
 from .config import Address, Limits
 from .errors import ConnectError
@@ -22,6 +25,18 @@ RESOLVE_TIMEOUT_S = 5.0
 DEFAULT_LIMITS = Limits()
 
 _NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>; not in Python's socket module
+_NO_SYN = array.array(  # struct sock_filter: passes every segment but a SYN, the first one of a connection
+    "Q",
+    struct.pack(
+        "=" + 5 * "HBBI",
+        *(0x30, 0, 0, 13),  # load the byte of the TCP header that has the flags
+        *(0x54, 0, 0, 0x12),  # SYN and ACK of them
+        *(0x15, 0, 1, 0x02),  # SYN alone:
+        *(0x06, 0, 0, 0),  # drop it
+        *(0x06, 0, 0, 0xFFFFFFFF),
+    ),
+)
 
 
 class Endpoint(NamedTuple):
@@ -83,10 +98,11 @@ def set_options(sock: RawSocket, limits: Limits) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, limits.keepalive_count)
 
 
-def bind(address: Address, kind: int) -> RawSocket:
+def bind(address: Address, kind: int, *, shared: bool = False) -> RawSocket:
     """Bind a non-blocking socket of ``kind``; an empty host or ``::`` takes both families.
 
-    A name is bound at its first address, IPv4 before IPv6, as the original does. Raises OSError with
+    A name is bound at its first address, IPv4 before IPv6, as the original does. What is ``shared`` may be bound by
+    several processes of one user, and the kernel spreads over them who comes. Raises OSError with
     the address in its text, or ConnectError for a name without an address.
     """
     if address.host in ("", "::") and socket.has_dualstack_ipv6():
@@ -97,18 +113,22 @@ def bind(address: Address, kind: int) -> RawSocket:
     try:
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if endpoint.family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, address.host not in ("", "::"))
         sock.bind(endpoint.sockaddr)
     except OSError as exc:
         sock.close()
-        raise OSError(exc.errno, f"{reason(exc)}: {address}") from exc
+        taken = shared and exc.errno == errno.EADDRINUSE
+        hint = ", taken by a process without reuse-port, or of another user" if taken else ""
+        raise OSError(exc.errno, f"{reason(exc)}: {address}{hint}") from exc
     return sock
 
 
-def listen(address: Address, limits: Limits) -> RawSocket:
+def listen(address: Address, limits: Limits, *, shared: bool = False) -> RawSocket:
     """Listen on ``address``; see ``bind`` for the errors."""
-    sock = bind(address, socket.SOCK_STREAM)
+    sock = bind(address, socket.SOCK_STREAM, shared=shared)
     set_options(sock, limits)
     sock.listen(BACKLOG)
     return sock
@@ -149,6 +169,48 @@ def serve(
                 pause_s = min(pause_s * 2, limits.accept_pause_longest_s)
                 continue
             pause_s = limits.accept_pause_s
+
+
+def migrates() -> bool:
+    """Whether the kernel gives who waits for a shared listener that is closed to another one (``tcp_migrate_req``)."""
+    try:
+        with open("/proc/sys/net/ipv4/tcp_migrate_req") as setting:
+            return setting.read().strip() == "1"
+    except OSError:  # before Linux 5.14
+        return False
+
+
+def serve_last(
+    listener: RawSocket, handle: Callable[[Stream], object], room: Callable[[], int], diverted_s: float = 0
+) -> None:
+    """Accept who has called, before the listener is closed: who is in its queue then is reset.
+
+    With ``diverted_s`` also those who are in the middle of calling and are through within that time. Who begins to call
+    meanwhile gets no answer, and a second later, when the SYN comes again, another process that shares the port. Ends
+    early when accepting fails.
+    """
+    if diverted_s:
+        program = struct.pack("HP", len(_NO_SYN), _NO_SYN.buffer_info()[0])
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
+    end = time.monotonic() + diverted_s
+    while room():
+        try:
+            caller = _accept(listener)
+        except BlockingIOError:
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                return
+            with gevent.Timeout(left_s, False):
+                wait_read(listener.fileno())
+        except ConnectionAbortedError:
+            pass
+        except OSError:
+            return
+        else:
+            if diverted_s:
+                with suppress(OSError):  # inherited, unless it was through before
+                    caller.socket.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+            handle(caller)
 
 
 def _accept(listener: RawSocket) -> Stream:

@@ -11,6 +11,7 @@ Profile v2 is offered in the query of that line, which a v1 client ignores, and 
     //<session>?v=2#data                            client -> server: this is a data connection of <session>
     //<session>?c=<capabilities>&i=<s>&p=<n>#welcome   server -> client: session, ping interval, most data connections
 
+Where several processes share the tunnel port the first line has ``d=<port>`` too: there this one's data connections go.
 With a tunnel key the first line has ``a=psk1`` too, the hello has no capabilities, and for the welcome come, in TLS:
 
     //auth?n=<nonce>&m=<tag>&c=<capabilities>#c     client -> server: its proof of the key
@@ -101,9 +102,7 @@ def parse_first_line(line: bytes) -> FirstLine:
         raise ProtocolError(f"unknown TLS mode, known are 0, 1 and 2: {printable(line)}")
     port = None
     if parts.host != b"off":
-        if not _PORT.fullmatch(parts.host) or int(parts.host) > 65535:
-            raise ProtocolError(f"not a port of 1 to 65535: {printable(line)}")
-        port = int(parts.host)
+        port = _parse_port(parts.host)
     return FirstLine(port, int(parts.fragment), parts.query)
 
 
@@ -117,12 +116,19 @@ def offers_v2(first: FirstLine) -> bool:
     return True
 
 
-def format_first_line(first: FirstLine, nonce: bytes = b"", keyed: bool = False) -> bytes:
+def data_port(first: FirstLine) -> int | None:
+    """Give the port to which v2 data connections go instead of the tunnel port, if there is one; ProtocolError."""
+    text = first.query.get("d")
+    return None if text is None else _parse_port(text)
+
+
+def format_first_line(first: FirstLine, nonce: bytes = b"", keyed: bool = False, data_port: int | None = None) -> bytes:
     """Write the handshake, with an offer of v2 when there is a nonce for it; ``keyed``: to who has the tunnel key."""
     port = b"off" if first.port is None else b"%d" % first.port
     offer = b"?v=%b&n=%b" % (VERSION, _base64(nonce)) if nonce else b""
     method = b"&a=" + tunnel_key.METHOD if keyed else b""
-    return b"//%b%b%b#%d\n" % (port, offer, method, first.tls)
+    elsewhere = b"&d=%d" % data_port if offer and data_port else b""
+    return b"//%b%b%b%b#%d\n" % (port, offer, method, elsewhere, first.tls)
 
 
 def parse_data(start: bytes) -> Data | None:
@@ -247,6 +253,12 @@ def _capabilities(parts: Line) -> frozenset[bytes]:
 
 def _format_capabilities(capabilities: frozenset[bytes]) -> bytes:
     return b"&c=" + b",".join(sorted(capabilities)) if capabilities else b""
+
+
+def _parse_port(text: bytes) -> int:
+    if not _PORT.fullmatch(text) or int(text) > 65535:
+        raise ProtocolError(f"not a port of 1 to 65535: {printable(text)}")
+    return int(text)
 
 
 def _parse_session(text: bytes) -> bytes:

@@ -86,6 +86,11 @@ class AcceptingPool:
         return self._closed.is_set()
 
     @property
+    def ended(self) -> Event:
+        """Set when it is closed: for who waits for more than that."""
+        return self._closed
+
+    @property
     def room(self) -> int:
         """How many more connections are welcome."""
         return self.capacity + len(self._takers) - len(self._idle)

@@ -49,7 +49,11 @@ class Reception:
         penalties: Penalties,
         counters: Counters,
     ) -> None:
-        self.data_port: int | None = config.data_port  # where v1 data connections are taken; None: nowhere
+        self.serves_v1 = config.protocol != "2" and not config.keyed
+        self._data_port: int | None = None  # where v1 data connections are taken; None: nowhere
+        self._own_port: int | None = (
+            None  # where v2 ones are, when another process may have the tunnel port's next call
+        )
         self._config = config
         self._limits = config.limits
         self._counters = counters
@@ -65,6 +69,16 @@ class Reception:
     def close(self) -> None:
         """Let go what has no greenlet of its own."""
         self._joining.close()
+
+    def open_data_port(self, port: int) -> None:
+        """Name the data port to callers: to those that it is for."""
+        self._data_port = port if self.serves_v1 else None
+        self._own_port = port if self._config.reuse_port else None
+
+    def expects_v1(self) -> bool:
+        """Whether who calls a data port for both profiles is to be served as v1."""
+        current = self._clients.current()
+        return self.serves_v1 and (current is None or current.profile == 1)
 
     # The tunnel port
 
@@ -106,7 +120,7 @@ class Reception:
         key = net.peer_key(stream.peer[0])
         neighbour = self._clients.at(key)
         # Where a v1 client is, a second one cannot be told from it by its data connections: serve no v1 there.
-        port = None if neighbour and neighbour.profile == 1 else self.data_port
+        port = None if neighbour and neighbour.profile == 1 else self._data_port
         try:
             with ExitStack() as owned, self._hurry() as hurry, ExitStack() as unknown:
                 owned.enter_context(stream)
@@ -154,18 +168,18 @@ class Reception:
 
     def _first_line(self, port: int | None) -> bytes:
         nonce = b"" if self._config.protocol == "1" else os.urandom(opening.NONCE_LENGTH)
-        return opening.format_first_line(FirstLine(port, self._config.tls), nonce, self._config.keyed)
+        return opening.format_first_line(FirstLine(port, self._config.tls), nonce, self._config.keyed, self._own_port)
 
     def _spent_line(self) -> bytes:
         """Give the first line for who has said already that it is a data connection: its nonce opens nothing."""
-        line = self._spent_lines.get(self.data_port)
+        line = self._spent_lines.get(self._data_port)
         if line is None:
-            line = self._spent_lines[self.data_port] = self._first_line(self.data_port)
+            line = self._spent_lines[self._data_port] = self._first_line(self._data_port)
         return line
 
-    def _refuse(self, who_and_why: str) -> None:
+    def _refuse(self, who_and_why: str, level: int = logging.WARNING) -> None:
         self._counters.callers_refused += 1
-        log.warning("refused %s", who_and_why)
+        log.log(level, "refused %s", who_and_why)
 
     def _listen_to(
         self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack
@@ -237,9 +251,15 @@ class Reception:
         current = self._who_stays()
         hurry.close()
         if current:
-            control.sendall(wire.format_bye(Bye(b"busy")))
-            control.linger(self._limits.drain_linger_s)
-            self._refuse(f"second client {stream}, while {current.stream} is connected")
+            try:
+                control.sendall(wire.format_bye(Bye(b"busy")))
+                control.linger(self._limits.drain_linger_s)
+            except ConnectionAbortedError:  # it has to make room
+                raise
+            except OSError:  # it hangs up
+                pass
+            level = logging.DEBUG if self._own_port else logging.WARNING  # where it calls again, for another process
+            self._refuse(f"second client {stream}, while {current.stream} is connected", level)
             return
         unknown.close()
         agreed = capabilities & CAPABILITIES

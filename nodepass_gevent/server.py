@@ -1,12 +1,15 @@
 """The listening side: the tunnel port, the data port for v1 clients, the public port, and the certificate.
 
-What becomes of a caller is decided in ``reception``, what becomes of a user in ``forward``.
+Where several processes share the tunnel port and the public port, each has its own data port, for both profiles. What
+becomes of a caller is decided in ``reception``, when users may come in ``public_port``, what becomes of them in
+``forward``.
 """
 
 import errno
 import logging
 import random
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -25,18 +28,17 @@ from .forward import Ingress
 from .keyring import KeyRing
 from .metrics import Counters
 from .penalties import Penalties
+from .public_port import Bound, PublicPort, Sockets, bound
 from .reception import Reception
 from .tls_context import ServerCertificate
 from .transport import RawSocket, Stream, reason
-from .udp import PublicSocket
 
 log = logging.getLogger(__name__)
 
 DATA_PORTS = range(1024, 8192)  # where the original draws its data port
 PORT_DRAWS = 100  # tries to find a free one
 PAUSES_PER_WARNING = 60  # at most one a second: a warning a minute
-
-Bound = tuple[Address, int]  # an address as it is configured, and the type of socket
+LAST_LAUNCHES_S = 1.0  # at the end, for users who have come: a data connection that they wait for takes round trips
 
 
 class Server:
@@ -45,8 +47,8 @@ class Server:
     def __init__(self, config: Config, before: "Server | None" = None) -> None:
         self.config = config
         self.counters: Counters = before.counters if before else Counters()
-        self._sockets: dict[Bound, RawSocket] = {}  # that are open, by what they are bound to
-        self._inherited = before.duplicate_sockets() if before else {}  # of the one in whose place this one comes
+        fits = before is not None and before.config.reuse_port == config.reuse_port
+        self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})
         self.exchanges = Crew(config.semaphore_limit)
         self.begun = Event()
         self._certificate = ServerCertificate(config.crt, config.key, config.ca) if config.tls else None
@@ -57,6 +59,7 @@ class Server:
         self._reception = Reception(config, self._certificate, self._keys, self._clients, self.penalties, self.counters)
         entrance = self._admission if config.limits.users_per_address else None
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters, entrance)
+        self._public = PublicPort(config, self._sockets, self._clients, self._ingress, self._admission, self._paused)
         self._callers = Group()  # a greenlet for each caller, until it is a data connection in its pool
         self._joiners = Crew()  # for data connections, where joining takes a handshake
 
@@ -76,7 +79,7 @@ class Server:
 
     def duplicate_sockets(self) -> dict[Bound, RawSocket]:
         """Give duplicates of the open sockets: who calls meanwhile waits for the one that gets them."""
-        return {bound: net.duplicate(sock) for bound, sock in self._sockets.items()}
+        return self._sockets.duplicate()
 
     def retire(self) -> None:
         """End the UDP sessions: the public socket is another one's now, and the next datagram opens a session there."""
@@ -85,8 +88,8 @@ class Server:
     def run(self) -> None:
         """Listen and serve; raises OSError or ConnectError when an address cannot be had."""
         with ExitStack() as stack:
-            parts = self._open(stack)
             self._clients.open()
+            parts = self._open(stack)
             stack.callback(self._reception.close)
             stack.callback(self._callers.kill)
             self._joiners = Crew()
@@ -94,53 +97,59 @@ class Server:
             stack.callback(self._clients.close)
             running = Group()
             stack.callback(running.kill)
-            first = gevent.wait([running.spawn(part) for part in parts], count=1)[0]
+            public = gevent.spawn(self._public.run)
+            stack.callback(self._take_leave, public)
+            first = gevent.wait([public, *(running.spawn(part) for part in parts)], count=1)[0]
+            if isinstance(first.value, OSError):
+                raise first.value
             raise RuntimeError(f"an accept loop ended: {first.exception!r}")
 
+    def _take_leave(self, public: gevent.Greenlet) -> None:
+        """Take no users any more, and see those off that have come while their client is still here."""
+        public.kill()
+        within_s = min(LAST_LAUNCHES_S, self.config.leave_s) if self._clients.current() else 0
+        end = time.monotonic() + within_s
+        self._public.close(within_s)
+        self._ingress.settle(end - time.monotonic())
+
     def _open(self, stack: ExitStack) -> list[Callable[[], None]]:
-        """Open all listeners, to be closed by ``stack``; give the parts that serve them."""
+        """Open all listeners, to be closed by ``stack``; give the parts that serve callers."""
         config = self.config
 
-        def keep(address: Address, kind: int, make: Callable[[], RawSocket]) -> RawSocket:
-            sock = self._inherited.pop((address, kind), None) or make()
-            self._sockets[address, kind] = sock
-            stack.callback(self._sockets.pop, (address, kind), None)  # two may name port 0
-            return sock
-
-        def listen(address: Address) -> RawSocket:
-            sock = keep(address, socket.SOCK_STREAM, lambda: net.listen(address, config.limits))
+        def listen(address: Address, *, shared: bool = False) -> RawSocket:
+            sock = self._sockets.open(
+                address, socket.SOCK_STREAM, lambda: net.listen(address, config.limits, shared=shared)
+            )
+            stack.callback(self._sockets.forget, sock)
             return stack.enter_context(closing(sock))
 
         def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
             return partial(net.serve, listener, handle, self._paused, _after_those_before, config.limits)
 
-        tunnel = listen(config.tunnel)
-        ports = [f"tunnel {_bound(config.tunnel, tunnel)}"]
+        tunnel = listen(config.tunnel, shared=bool(config.reuse_port))
+        ports = [f"tunnel {bound(config.tunnel, tunnel)}"]
         start = self._admission.guard_callers(self._called, self.penalties.keeps_out)
-        parts: list[Callable[[], None]] = [serve(tunnel, start)]
-        if config.protocol != "2" and not config.keyed:
+        parts = [serve(tunnel, start)]
+        if self._reception.serves_v1 or config.reuse_port:
             data = self._listen_data(listen)
-            self._reception.data_port = data.getsockname()[1]
-            ports.append(f"data port {self._reception.data_port}")
-            parts.append(serve(data, self._admission.guard_callers(self._called_for_data)))
-        target = config.target
-        if config.network != "udp":
-            public = listen(target)
-            target = _bound(target, public)
-            start = self._admission.guard_users(self._ingress.user)
-            parts.append(partial(net.serve, public, start, self._paused, self._ingress.room, config.limits))
-        if config.network != "tcp":
-            sock = keep(target, socket.SOCK_DGRAM, lambda: net.bind(target, socket.SOCK_DGRAM))
-            datagrams = PublicSocket(target, self._admission.admits_datagram, sock)  # closed after its last session
-            target = replace(target, port=datagrams.port)
-            parts.append(partial(self._ingress.udp.serve, datagrams))
-        ports.append(f"public {target} ({config.network.replace('both', 'tcp and udp')})")
-        while self._inherited:
-            self._inherited.popitem()[1].close()
+            port = data.getsockname()[1]
+            self._reception.open_data_port(port)
+            ports.append(f"data port {port}")
+            join = self._admission.guard_callers(self._called_for_data)
+            parts.append(serve(data, partial(self._called_on_own_port, start, join) if config.reuse_port else join))
+        stack.callback(self._public.close, 0)
+        ports.append(f"public {self._public.prepare()} ({config.network.replace('both', 'tcp and udp')})")
+        self._sockets.close_inherited()
         key = ", with a tunnel key" if config.keyed else ""
         log.info("listening: %s, tls %d%s", ", ".join(ports), config.tls, key)
         self.begun.set()
         return parts
+
+    def _called_on_own_port(
+        self, start: Callable[[Stream], object], join: Callable[[Stream], object], stream: Stream
+    ) -> None:
+        """Serve a caller of this process's own data port: the profile is that of the client that is here."""
+        (join if self._reception.expects_v1() else start)(stream)
 
     def _called(self, stream: Stream) -> None:
         """Serve a caller of the tunnel port; of a data connection the opening is here by now, as a rule."""
@@ -184,8 +193,3 @@ def _after_those_before() -> int:
     """
     gevent.sleep(0)
     return net.ACCEPT_BATCH
-
-
-def _bound(address: Address, listener: RawSocket) -> Address:
-    """Give the address with the port that the system chose for port 0."""
-    return replace(address, port=listener.getsockname()[1])

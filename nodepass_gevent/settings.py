@@ -84,6 +84,8 @@ SETTINGS = (
             "client: version of the PROXY protocol by which the target is told the user's address, 0 for none"),
     Setting("data_port", "NODEPASS_DATA_PORT", parse_integer, "PORT", _ADDRESSES,
             "server: port of v1 data connections", unset="any free one"),
+    Setting("reuse_port", "NODEPASS_REUSE_PORT", parse_integer, "", _ADDRESSES,
+            "server: 1 lets several processes share the tunnel port and the public port"),
     Setting("tls", "NODEPASS_TLS", parse_integer, "", _TLS,
             "0 plain, 1 encrypted, 2 with a certificate that is verified; client: the least it accepts"),
     Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "own certificate and its chain, PEM"),

@@ -36,7 +36,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"ripening", "session"},
     {"clients"},
     {"joining"},
-    {"reception"},
+    {"public_port", "reception"},
     {"client", "server", "service"},
     {"check", "tunnels"},
     {"process"},

@@ -45,6 +45,7 @@ def test_the_defaults_are_those_of_the_original():
         "allow-clients": None,
         "deny-clients": None,
         "data-port": None,
+        "reuse-port": 0,
         "network": "both",
         "protocol": "auto",
         "proxy-protocol": 0,
@@ -242,6 +243,7 @@ NETWORKS = Networks.parse("10.0.0.0/8")
     "values",
     [
         {"data_port": 1},
+        {"reuse_port": 1},
         *({name: NETWORKS} for name in ("allow_users", "deny_users", "allow_clients", "deny_clients")),
     ],
 )
@@ -298,6 +300,20 @@ def test_port_0_is_for_listeners_only(tunnel, target):
     assert Config(role="server", **addresses)
     with pytest.raises(ConfigError, match="a client needs ports from 1 to 65535"):
         Config(role="client", **addresses)
+
+
+@pytest.mark.parametrize(("tunnel", "target"), [(0, 80), (80, 0)])
+def test_shared_ports_are_named(tunnel, target):
+    addresses = {"tunnel": Address("h", tunnel), "target": Address("h", target)}
+    with pytest.raises(ConfigError, match=r"^reuse-port: '1' shares ports that are named"):
+        Config(role="server", reuse_port=1, **addresses)
+
+
+def test_a_process_that_shares_its_ports_has_a_data_port_with_a_tunnel_key_too():
+    settings = {"tls": 1, "tunnel_key_file": "f", "data_port": 10102}
+    assert server(reuse_port=1, **settings).data_port == 10102
+    with pytest.raises(ConfigError, match=r"^data-port: "):
+        server(**settings)
 
 
 def test_a_port_cannot_be_listened_on_twice():

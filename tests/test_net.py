@@ -15,6 +15,7 @@ from nodepass_gevent.config import Address
 from nodepass_gevent.errors import ConnectError
 
 needs_ipv6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
+SO_GET_FILTER = 26  # <asm-generic/socket.h>
 KEEPALIVE = {
     (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
@@ -132,6 +133,93 @@ def test_an_address_in_use_is_named_in_the_error(listener):
     with pytest.raises(OSError, match=f"already in use: {taken}") as caught:
         net.listen(taken, LIMITS)
     assert caught.value.errno == errno.EADDRINUSE
+
+
+# shared ports
+
+
+@pytest.fixture
+def shared(no_leaks):
+    """Make listeners on one port."""
+    with ExitStack() as stack:
+        first = stack.enter_context(closing(net.listen(LOOPBACK, LIMITS, shared=True)))
+        address = Address("127.0.0.1", first.getsockname()[1])
+        yield first, lambda: stack.enter_context(closing(net.listen(address, LIMITS, shared=True)))
+
+
+def calling(sock, stack):
+    """Begin to connect, and do not wait for it."""
+    caller = stack.enter_context(closing(net.RawSocket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)))
+    caller.connect_ex(sock.getsockname())
+    return caller
+
+
+def is_through(caller):
+    """Whether a connect has come to its end."""
+    return bool(select.select([], [caller], [], 0)[1])
+
+
+def test_a_shared_port_is_bound_several_times_and_each_listener_has_its_callers(shared, accepted):
+    first, listen = shared
+    listeners = first, listen()
+    with ExitStack() as stack:
+        for _ in range(64):
+            stack.enter_context(dial(first))
+        counts = []
+        for listener in listeners:
+            net.serve_last(listener, accepted.append, lambda: 1)
+            counts.append(len(accepted) - sum(counts))
+    assert sum(counts) == 64 and min(counts) > 8
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_a_port_that_is_taken_and_not_shared_is_said_to_be(kind):
+    with closing(net.bind(LOOPBACK, kind)) as taken:
+        if kind == socket.SOCK_STREAM:
+            taken.listen()
+        address = Address("127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(OSError, match=f"in use: {address}, taken by a process without reuse-port"):
+            net.bind(address, kind, shared=True)
+
+
+def test_who_waits_in_a_queue_is_accepted_before_the_end_while_there_is_room(listener, accepted):
+    with ExitStack() as stack:
+        for _ in range(70):
+            stack.enter_context(dial(listener))
+        net.serve_last(listener, accepted.append, lambda: len(accepted) < 69)
+        assert len(accepted) == 69
+        net.serve_last(listener, accepted.append, lambda: 1)
+        assert len(accepted) == 70
+
+
+def test_who_begins_to_call_a_listener_at_its_end_is_answered_by_another_one(shared, accepted, spawn):
+    first, listen = shared
+    second = listen()
+    with ExitStack() as stack:
+        last = spawn(net.serve_last, second, accepted.append, lambda: 1, 0.1)
+        gevent.sleep(0)
+        callers = [calling(first, stack) for _ in range(32)]
+        unanswered = [caller for caller in callers if not is_through(caller)]
+        assert 0 < len(unanswered) < 32
+        wait_until(last.ready)
+        assert not accepted
+        second.close()
+        wait_until(lambda: all(map(is_through, callers)))  # their SYN is sent again after a second
+        assert not any(caller.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) for caller in callers)
+        net.serve_last(first, accepted.append, lambda: 1)
+        assert len(accepted) == 32
+
+
+def test_who_is_in_the_middle_of_calling_a_listener_at_its_end_is_accepted(listener, accepted, spawn):
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)  # a handshake ends with a first byte
+    with dial(listener) as caller:
+        last = spawn(net.serve_last, listener, accepted.append, lambda: 1, 5)
+        gevent.sleep(0)
+        caller.sendall(b"question")
+        wait_until(lambda: accepted)
+        last.kill()
+        assert accepted[0].recv(8) == b"question"
+        assert not accepted[0].socket.getsockopt(socket.SOL_SOCKET, SO_GET_FILTER, 0)
 
 
 # serve

@@ -5,7 +5,8 @@ import pytest
 from support import read_exactly, wait_until
 from test_client import port_of, server  # noqa: F401  the fixture
 
-from nodepass_gevent.errors import PolicyError, ProtocolError, SessionLost
+from nodepass_gevent.client import CALLS
+from nodepass_gevent.errors import NoPlace, PolicyError, ProtocolError, SessionLost
 
 OFFER = b"?v=2,3&n=AAECAwQFBgcICQoLDA0ODw&later=1"
 SESSION = b"0123456789abcdef"
@@ -100,6 +101,36 @@ def test_it_keeps_to_the_most_connections_that_the_server_takes(v2):
     v2.server.tunnel.settimeout(0.1)
     with pytest.raises(TimeoutError):
         v2.server.tunnel.accept()
+
+
+def test_data_connections_go_to_the_port_that_the_first_line_names(v2):
+    v2.server.run()
+    v2.server.say(b"//off%b&d=%d#0\n" % (OFFER, port_of(v2.server.data)))
+    v2.welcome()
+    data = v2.server.take(v2.server.data)
+    assert read_exactly(data, 28) == b"//%b?v=2#data\n" % SESSION
+    data.sendall(b"//1234%b#0\n0123abcd" % OFFER)
+    v2.server.say(b"//0123abcd#1\n")
+    assert v2.server.carries(data)
+
+
+@pytest.mark.parametrize("port", [b"0", b"65536", b"x", b"-1", b""])
+def test_a_port_for_data_connections_that_is_none_is_an_error(v2, port):
+    v2.server.run()
+    v2.server.say(b"//off%b&d=%b#0\n" % (OFFER, port))
+    assert isinstance(v2.server.ended(), ProtocolError)
+
+
+def test_a_busy_process_among_several_is_called_again_for_another_one_to_answer(v2):
+    v2.server.run()
+    for call in range(CALLS):
+        if call:
+            v2.server.control = v2.server.take(v2.server.tunnel)
+        v2.server.say(b"//off%b&d=%d#0\n" % (OFFER, port_of(v2.server.data)))
+        v2.line()
+        v2.server.say(b"//?why=busy#bye\n")
+    ended = v2.server.ended()
+    assert isinstance(ended, NoPlace) and "the next call may reach another one" in str(ended)
 
 
 def test_a_busy_server_is_refused_by_policy(v2):

@@ -1,0 +1,168 @@
+"""The public port: open all the time, or, where several processes share it, while a client is there to serve its users.
+
+What becomes of a user is decided in ``forward``. Here is only when users may come, and that none is lost at the end.
+"""
+
+import logging
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+import gevent
+
+from . import net
+from .admission import Admission
+from .clients import Clients
+from .config import Address, Config
+from .errors import NoDataConnection
+from .forward import Ingress
+from .transport import RawSocket
+from .udp import PublicSocket
+
+log = logging.getLogger(__name__)
+
+DIVERTED_S = 0.2  # who is in the middle of a TCP handshake is through by then, unless a round trip takes longer
+RETURN_S = 2.0  # a client that was told bye, for new settings, is back by then
+
+Bound = tuple[Address, int]  # an address as it is configured, and the type of socket
+
+
+def bound(address: Address, sock: RawSocket) -> Address:
+    """Give the address with the port that the system chose for port 0."""
+    return replace(address, port=sock.getsockname()[1])
+
+
+class Sockets:
+    """The bound sockets of a server, by what they are bound to; some come from the one in whose place it is."""
+
+    def __init__(self, inherited: dict[Bound, RawSocket]) -> None:
+        self._inherited = inherited
+        self._open: dict[Bound, RawSocket] = {}
+        self.handed_over = False  # to the one that comes in this one's place: who calls is its
+
+    def open(self, address: Address, kind: int, make: Callable[[], RawSocket]) -> RawSocket:
+        """Give the socket that was inherited, or one that ``make`` makes."""
+        sock = self._inherited.pop((address, kind), None) or make()
+        self._open[address, kind] = sock
+        return sock
+
+    def forget(self, sock: RawSocket) -> None:
+        """Hand a socket to nobody: it is about to be closed."""
+        self._open = {key: other for key, other in self._open.items() if other is not sock}
+
+    def inherits(self, address: Address) -> bool:
+        return any(host == address for host, _ in self._inherited)
+
+    def close_inherited(self) -> None:
+        """Close what is not needed."""
+        while self._inherited:
+            self._inherited.popitem()[1].close()
+
+    def duplicate(self) -> dict[Bound, RawSocket]:
+        """Hand all over, as duplicates: who calls meanwhile waits for the one that gets them."""
+        self.handed_over = True
+        return {key: net.duplicate(sock) for key, sock in self._open.items()}
+
+
+class PublicPort:
+    """Where users come: TCP, UDP or both. Who opens it closes it."""
+
+    def __init__(
+        self,
+        config: Config,
+        sockets: Sockets,
+        clients: Clients,
+        ingress: Ingress,
+        admission: Admission,
+        on_pause: Callable[[OSError], None],
+    ) -> None:
+        self._config = config
+        self._sockets = sockets
+        self._clients = clients
+        self._ingress = ingress
+        self._start = admission.guard_users(ingress.user)
+        self._admits_datagram = admission.admits_datagram
+        self._on_pause = on_pause
+        self._listener: RawSocket | None = None
+        self._datagrams: RawSocket | None = None
+        self._receivers: list[gevent.Greenlet] = []  # of users
+
+    def prepare(self) -> Address:
+        """Open, or make sure that it can be done later; give the address. Raises OSError or ConnectError."""
+        target, shared = self._config.target, self._config.reuse_port
+        if not shared or self._sockets.inherits(target):
+            return self._open()
+        for kind, other in ((socket.SOCK_STREAM, "udp"), (socket.SOCK_DGRAM, "tcp")):
+            if self._config.network != other:
+                net.bind(target, kind, shared=True).close()
+        return target
+
+    def run(self) -> OSError | None:
+        """Serve users until killed, or until receiving them fails; give the reason, where it is outside."""
+        if not self._config.reuse_port:
+            gevent.wait(self._receivers, count=1)
+            return None
+        try:
+            while not any(each.ready() for each in self._receivers):
+                self._take_turn()
+        except OSError as exc:
+            return exc
+        return None
+
+    def _take_turn(self) -> None:
+        """Serve users while there is a client; where the port is open already, one may be a moment away."""
+        patience_s = RETURN_S if self._receivers else None
+        with suppress(NoDataConnection):
+            while not any(each.ready() for each in self._receivers):
+                client = self._clients.wait(patience_s)
+                if not self._receivers:
+                    log.info("public %s: open", self._open())
+                gevent.wait([client.pool.ended, *self._receivers], count=1)
+                patience_s = 0
+            return
+        self.close(self._config.limits.drain_linger_s)
+        log.info("public %s: closed, no client is here; others on this port take its users", self._config.target)
+
+    def _open(self) -> Address:
+        config, target = self._config, self._config.target
+        shared = bool(config.reuse_port)
+        if config.network != "udp":
+            self._listener = listener = self._sockets.open(
+                target, socket.SOCK_STREAM, lambda: net.listen(config.target, config.limits, shared=shared)
+            )
+            target = bound(target, listener)
+        if config.network != "tcp":
+            self._datagrams = self._sockets.open(
+                target, socket.SOCK_DGRAM, lambda: net.bind(target, socket.SOCK_DGRAM, shared=shared)
+            )
+            datagrams = PublicSocket(target, self._admits_datagram, self._datagrams)  # closed after its last session
+            target = replace(target, port=datagrams.port)
+            self._receivers.append(gevent.spawn(self._ingress.udp.serve, datagrams))
+        if self._listener:
+            room, limits = self._ingress.room, config.limits
+            self._receivers.append(gevent.spawn(net.serve, self._listener, self._start, self._on_pause, room, limits))
+        return target
+
+    def close(self, within_s: float) -> None:
+        """Let nobody come any more. TCP users that have called by now are taken, for ``within_s`` at most.
+
+        UDP sessions keep their socket to their end; not so where other processes share the port, for then
+        newcomers that they could serve would come here.
+        """
+        gevent.killall(self._receivers)
+        self._receivers.clear()
+        shared, ours = self._config.reuse_port, not self._sockets.handed_over
+        if self._datagrams:
+            self._sockets.forget(self._datagrams)
+            self._datagrams = None
+            if shared and ours:
+                self._ingress.udp.end("this process takes no users any more")
+        if self._listener:
+            if ours and within_s:
+                diverted_s = DIVERTED_S if shared and not net.migrates() else 0
+                with gevent.Timeout(within_s, False):
+                    net.serve_last(self._listener, self._start, self._ingress.room, diverted_s)
+            self._sockets.forget(self._listener)
+            self._listener.close()
+            self._listener = None

@@ -1,0 +1,245 @@
+"""When users may come: the public port, shared or not, and what becomes of those who wait when it is closed."""
+
+import re
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import gevent
+import pytest
+from support import BOUND_S, LIMITS, is_reset, read_exactly, wait_until
+from test_v2_server import HELLO, V2Client
+from tunnel import ELSEWHERE, closed, dial, is_served, read_line
+
+from nodepass_gevent import net
+from nodepass_gevent.config import Address, Config
+from nodepass_gevent.server import Server
+
+
+def free_address(kind=socket.SOCK_STREAM):
+    with closing(net.bind(Address("127.0.0.1", 0), kind)) as sock:
+        return Address("127.0.0.1", sock.getsockname()[1])
+
+
+def shared(**settings):
+    return {"reuse_port": 1, "tunnel": free_address(), "target": free_address()} | settings
+
+
+def is_open(running):
+    """Whether a socket listens on the public port; to try would be to be a user."""
+    listening = f"0100007F:{running.public:04X} 00000000:0000 0A"
+    return listening in Path("/proc/net/tcp").read_text()
+
+
+def call_unseen(port):
+    """Be a user whom the server's greenlets had no turn to see."""
+    raw = net.RawSocket()
+    raw.connect(("127.0.0.1", port))
+    user = socket.socket(fileno=raw.detach())
+    user.settimeout(BOUND_S)
+    return user
+
+
+class SharedV2Client(V2Client):
+    """Its data connections come to the data port of its server process."""
+
+    def open(self, session=None, source=None):
+        data = dial(self.running.data, source or self.source)
+        data.sendall(b"//%b?v=2#data\n" % (session or self.session))
+        read_line(data)
+        return data
+
+
+# With several processes
+
+
+def test_without_a_client_users_are_refused_and_with_one_they_are_served(serve, connect):
+    running = serve(**shared())
+    assert not is_open(running)
+    for _ in range(2):
+        client = connect(running).join()
+        wait_until(lambda: is_open(running))
+        assert is_served(connect(running, "user"), client)
+        client.close()
+        wait_until(lambda: not is_open(running))
+        with pytest.raises(ConnectionRefusedError):
+            connect(running, "user")
+
+
+def test_users_who_wait_when_the_client_goes_are_served_by_the_next_one(serve, connect):
+    running = serve(**shared())
+    first = connect(running).join().known()
+    wait_until(lambda: is_open(running))
+    first.close()
+    with closing(call_unseen(running.public)) as user:
+        wait_until(lambda: not is_open(running))
+        assert is_served(user, connect(running).join())
+
+
+def test_a_datagram_without_a_client_is_refused_and_with_one_it_is_carried(serve, connect):
+    running = serve(**shared(network="udp", target=free_address(socket.SOCK_DGRAM)))
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as user:
+        user.settimeout(BOUND_S)
+        user.connect(("127.0.0.1", running.public))
+        user.send(b"lost")
+        with pytest.raises(ConnectionRefusedError):
+            user.recv(10)
+        client = connect(running).join()
+
+        def arrived():
+            user.send(b"question")
+            return running.counters.udp_exchanges
+
+        client.known()
+        wait_until(lambda: not_refused(arrived))
+        data, kind = client.launched()
+        with data:
+            assert (data.recv(10), kind) == (b"question", b"2")
+            data.sendall(b"answer")
+        assert user.recv(10) == b"answer"
+
+
+def not_refused(action):
+    try:
+        return action()
+    except ConnectionRefusedError:
+        return False
+
+
+@pytest.mark.parametrize("protocol", ["auto", "2"])
+def test_v2_data_connections_come_to_the_data_port_that_the_first_line_names(serve, connect, protocol):
+    running = serve(**shared(protocol=protocol))
+    with closing(SharedV2Client(running)) as client:
+        host = b"//off?" if protocol == "2" else b"//%d?" % running.data
+        assert client.first_line.startswith(host) and client.first_line.endswith(b"&d=%d#0" % running.data)
+        client.join()
+        wait_until(lambda: is_open(running))
+        with closing(client.open(b"0" * 16)) as stranger:
+            assert closed(stranger)
+        user = connect(running, "user")
+        user.sendall(b"question")
+        data, _ = client.join().launched()
+        with data:
+            assert read_exactly(data, 8) == b"question"
+
+
+def test_without_shared_ports_no_data_port_is_named_to_v2_clients(serve, connect):
+    assert b"d=" not in read_line(connect(serve(), "caller"))
+    assert b"d=" not in read_line(connect(serve(**shared(protocol="1")), "caller"))
+
+
+def test_a_second_client_is_told_busy_and_it_is_no_warning(serve, said):
+    running = serve(**shared())
+    with closing(SharedV2Client(running)), closing(SharedV2Client(running, HELLO, ELSEWHERE)) as second:
+        assert second.welcome == b"//?why=busy#bye"
+        second.control.close()
+        wait_until(lambda: said.find(r"DEBUG refused second client 127\.0\.0\.2"))
+        assert not said.find("WARNING")
+
+
+@pytest.mark.parametrize("port", ["tunnel", "target"])
+def test_a_port_that_is_taken_by_a_process_without_reuse_port_is_an_error_that_says_so(no_leaks, port):
+    with closing(net.listen(Address("127.0.0.1", 0), LIMITS)) as taken:
+        address = Address("127.0.0.1", taken.getsockname()[1])
+        server = Server(Config(role="server", **shared(**{port: address})))
+        with pytest.raises(OSError, match=f"already in use: {address}, taken by a process without reuse-port"):
+            server.run()
+
+
+def test_two_servers_share_their_ports_and_each_has_its_client(serve, connect, said):
+    settings = shared()
+    servers = [serve(**settings), serve(**settings)]
+    clients = {}
+    while len(clients) < 2:
+        client = connect(servers[0])
+        port = int(re.search(rb"&d=(\d+)#", client.first_line)[1])
+        if port in clients:
+            client.close()
+            continue
+        client.running = next(running for running in servers if running.data == port)
+        clients[port] = client.join(20).known()
+    wait_until(lambda: len([line for line in said.lines if line.endswith(": open")]) == 2)
+    users = [connect(servers[0], "user") for _ in range(40)]
+    wait_until(lambda: sum(running.counters.tcp_exchanges for running in servers) >= len(users))
+    assert min(running.counters.tcp_exchanges for running in servers) > 4
+
+
+def test_new_settings_hand_the_open_port_over_to_whom_the_client_comes_back(serve, connect, spawn, said):
+    running = serve(**shared())
+    client = connect(running).join().known()
+    wait_until(lambda: is_open(running))
+    successor = Server(running.server.config, running.server)
+    running.greenlet.kill()
+    assert closed(client.control)
+    said.lines.clear()
+    greenlet = spawn(successor.run)
+    with closing(call_unseen(running.public)) as user:
+        wait_until(lambda: said.find("listening"))
+        running.tunnel, running.data = (int(port) for port in said.find(r"tunnel .*:(\d+), data port (\d+)").groups())
+        assert is_served(user, connect(running).join())
+    greenlet.kill()
+    successor.exchanges.kill()
+
+
+def test_an_open_port_that_is_handed_over_is_closed_when_no_client_comes_back(serve, connect, spawn):
+    running = serve(**shared())
+    connect(running).join().known()
+    wait_until(lambda: is_open(running))
+    successor = Server(running.server.config, running.server)
+    running.greenlet.kill()
+    spawn(successor.run)
+    assert is_open(running)
+    wait_until(lambda: not is_open(running))
+
+
+def test_udp_sessions_do_not_keep_the_shared_port_of_a_process_without_a_client(serve, said):
+    running = serve(**shared(network="udp", target=free_address(socket.SOCK_DGRAM)))
+    bound = f"0100007F:{running.public:04X} 00000000:0000"
+    with closing(SharedV2Client(running, b"//?v=2&c=udp#hello\n")) as client:
+        client.join()
+        wait_until(lambda: said.find(": open"))
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as user:
+            user.connect(("127.0.0.1", running.public))
+            user.send(b"question")
+            data, _ = client.launched()
+            with data:
+                assert bound in Path("/proc/net/udp").read_text()
+                client.control.close()
+                wait_until(lambda: bound not in Path("/proc/net/udp").read_text())
+
+
+# At the end
+
+
+@pytest.mark.parametrize("settings", [{}, {"reuse_port": 1}])
+def test_users_in_the_queue_when_the_server_stops_are_served(serve, connect, spawn, settings):
+    running = serve(**(shared() if settings else {}))
+    client = connect(running).join().known()
+    wait_until(lambda: is_open(running))
+    with closing(call_unseen(running.public)) as user:
+        stopping = spawn(running.greenlet.kill)
+        assert is_served(user, client)
+        stopping.join(BOUND_S)
+    assert closed(client.control)
+    assert not is_open(running)
+
+
+def test_users_in_the_queue_are_reset_at_the_end_when_no_client_is_there(serve):
+    running = serve()
+    with closing(call_unseen(running.public)) as user:
+        running.greenlet.kill()
+        assert is_reset(user)
+
+
+def test_a_user_who_waits_for_a_data_connection_when_the_server_stops_is_given_one_that_comes(serve, connect, spawn):
+    running = serve()
+    with closing(V2Client(running)) as client:
+        user = connect(running, "user")
+        assert client.signal() == b"//1#need"
+        spawn(running.greenlet.kill)
+        gevent.sleep(0)
+        client.join()
+        user.sendall(b"question")
+        data, _ = client.launched()
+        with data:
+            assert read_exactly(data, 8) == b"question"
