@@ -21,12 +21,13 @@ HISTORY_S = 300  # seconds that are kept, a row each: about 50 KiB
 MINUTE_S = 60
 EVENTS = 100  # log lines that are kept
 HELD_UP_S = 0.5  # a process that was held up for that long says so
-WRONG = {  # counters of what goes wrong, and their names in words
-    "exchanges_failed": "exchanges failed",
-    "launches_lost": "launches lost",
-    "datagrams_unanswered": "datagrams unanswered",
-    "signals_malformed": "signals malformed",
-    "accept_pauses": "pauses of a listener",
+NAMED = 3  # tunnels in a sentence
+WRONG = {  # counters of what goes wrong, and how they are told
+    "exchanges_failed": ("exchange", "failed"),
+    "launches_lost": ("launch", "lost"),
+    "datagrams_unanswered": ("datagram", "without an answer"),
+    "signals_malformed": ("signal", "malformed"),
+    "accept_pauses": ("pause", "of a listener"),
 }
 DAY_S = 24 * 3600
 
@@ -168,7 +169,7 @@ class Status:
         now = time.time()
         tunnels = tuple(self._look(service, now) for service in self._services)
         worst_lag_s = max(self._lags)
-        words = _all_words(tunnels)
+        words = _all_words(tunnels, now)
         if worst_lag_s >= HELD_UP_S:
             words += f" The process was held up for {worst_lag_s:.1f} s."
         return Snapshot(now, self._started, words, self._lags[-1], worst_lag_s, self._lines_dropped(), tunnels)
@@ -275,19 +276,23 @@ def _tunnel_document(tunnel: Tunnel) -> dict[str, Any]:
     }
 
 
-def _all_words(tunnels: tuple[Tunnel, ...]) -> str:
+def _all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
     """Say how all tunnels are."""
     if len(tunnels) == 1:
         return tunnels[0].words
     missing = [tunnel for tunnel in tunnels if tunnel.condition != "serving"]
+    wrong = [f"{tunnel.name}: {', '.join(said)}" for tunnel in tunnels if (said := _last_minute(tunnel, now))]
+    more = [f"and {len(wrong) - NAMED} more"] if len(wrong) > NAMED else []
+    wrong = [*wrong[:NAMED], *more]
+    exchanges = _count(sum(tunnel.exchanges for tunnel in tunnels), "exchange")
     if not missing:
-        wrong = [f"{tunnel.name}: {_wrong_words(tunnel)}" for tunnel in tunnels if any(tunnel.wrong.values())]
-        exchanges = _count(sum(tunnel.exchanges for tunnel in tunnels), "exchange")
-        return f"All {len(tunnels)} tunnels serve, {exchanges}; {'; '.join(wrong) or _NOTHING_WRONG}."
-    shown = "; ".join(f"{tunnel.name}: {tunnel.words.rstrip('.')}" for tunnel in missing[:3])
-    more = f"; and {len(missing) - 3} more" if len(missing) > 3 else ""
-    verb = "does" if len(missing) == 1 else "do"
-    return f"{len(missing)} of {len(tunnels)} tunnels {verb} not serve: {shown}{more}."
+        return (
+            f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {'; '.join(wrong) or _NOTHING_WRONG}."
+        )
+    named = [f"{tunnel.name}: {_why(tunnel)}" for tunnel in missing[:NAMED]]
+    more = [f"and {len(missing) - NAMED} more"] if len(missing) > NAMED else []
+    share = f"Only {len(tunnels) - len(missing)}" if len(missing) < len(tunnels) else "None"
+    return f"{share} of {len(tunnels)} tunnels serving: {'; '.join([*named, *more, *wrong])}."
 
 
 _NOTHING_WRONG = "nothing wrong in the last minute"
@@ -295,16 +300,22 @@ _NOTHING_WRONG = "nothing wrong in the last minute"
 
 def _words(tunnel: Tunnel, now: float) -> str:
     """Say in a sentence how a tunnel is, and what went wrong in the last minute."""
-    parts = [_condition_words(tunnel, now), _wrong_words(tunnel)]
-    ended = tunnel.ended
-    if ended and tunnel.condition != "failing" and now - ended.at < MINUTE_S:
-        parts[1:] = [f"{now - ended.at:.0f} s ago: {ended.why}", *(parts[1:] if any(tunnel.wrong.values()) else ())]
+    parts = [_condition_words(tunnel, now), *(_last_minute(tunnel, now) or [_NOTHING_WRONG])]
     certificate = tunnel.description.certificate
     if certificate and certificate.expires - now < EXPIRY_WARNING_DAYS * DAY_S:
         days = int((certificate.expires - now) // DAY_S)
         ends = f"expires in {_count(days, 'day')}" if days >= 0 else "has expired"
         parts.append(f"the certificate {ends}")
     return "; ".join(parts) + "."
+
+
+def _why(tunnel: Tunnel) -> str:
+    """Say why a tunnel does not serve."""
+    if tunnel.condition == "failing":
+        what = "listening" if tunnel.role == "server" else "connected"
+        return f"not {what}: {tunnel.ended.why if tunnel.ended else 'it ended'}"
+    reasons = {"stopping": "stopping", "waiting": "no client is connected"}
+    return reasons.get(tunnel.condition, f"connecting to {tunnel.tunnel}")
 
 
 def _condition_words(tunnel: Tunnel, now: float) -> str:
@@ -316,19 +327,22 @@ def _condition_words(tunnel: Tunnel, now: float) -> str:
     if tunnel.condition == "stopping":
         return f"Stopping: {exchanges} left"
     if tunnel.condition == "waiting":
-        return f"Waiting: no client is connected, {exchanges}"
-    if tunnel.condition == "connecting":
-        return f"Connecting to {tunnel.tunnel}, {exchanges}"
-    why = tunnel.ended.why if tunnel.ended else "it ended"
-    what = "listening" if tunnel.role == "server" else "connected"
+        return f"Waiting: {_why(tunnel)}, {exchanges}"
+    why = _why(tunnel)
     pause_s = max((tunnel.next_try_at or now) - now, 0)
-    return f"Not {what}: {why}; trying again in {pause_s:.0f} s, {exchanges}"
+    again = f"; trying again in {pause_s:.0f} s" if tunnel.condition == "failing" else ""
+    return f"{why[0].upper()}{why[1:]}{again}, {exchanges}"
 
 
-def _wrong_words(tunnel: Tunnel) -> str:
-    wrong = [f"{count} {WRONG[key]}" for key, count in tunnel.wrong.items() if count]
-    return f"{', '.join(wrong)} in the last minute" if wrong else _NOTHING_WRONG
+def _last_minute(tunnel: Tunnel, now: float) -> list[str]:
+    """Say what went wrong in the last minute, and is not the case now."""
+    said = [f"{_count(count, WRONG[key][0])} {WRONG[key][1]}" for key, count in tunnel.wrong.items() if count]
+    said = [f"{', '.join(said)} in the last minute"] if said else []
+    if tunnel.ended and tunnel.condition != "failing" and now - tunnel.ended.at < MINUTE_S:
+        said.append(f"{now - tunnel.ended.at:.0f} s ago: {tunnel.ended.why}")
+    return said
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number or 'no'} {noun}{'' if number == 1 else 's'}"
+    plural = f"{noun}{'es' if noun.endswith('ch') else 's'}"
+    return f"{number or 'no'} {noun if number == 1 else plural}"

@@ -17,6 +17,7 @@ from .values import printable
 ANSWER_S = 10.0  # a busy process lets others wait a little
 MAX_ANSWER = 1 << 24  # bytes
 WATCH_S = 1.0
+MAX_LINE = 1000  # characters of what is printed
 CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -77,7 +78,7 @@ def _format(document: dict[str, Any]) -> str:
         lines += _format_tunnel(tunnel)
     events = [f"  {_clock(event['time'])} {event['level']:5} {event['message']}" for event in document["events"][-8:]]
     lines += ["recent events:", *events] if events else []
-    return "\n".join(printable(line) for line in lines)
+    return "\n".join(printable(line, MAX_LINE) for line in lines)
 
 
 def _format_tunnel(tunnel: dict[str, Any]) -> list[str]:
@@ -85,7 +86,7 @@ def _format_tunnel(tunnel: dict[str, Any]) -> list[str]:
     outside = f"public {tunnel['public']}" if tunnel["public"] else f"target {tunnel['target']}"
     lines = [f"{tunnel['name']}: {tunnel['condition']}", f"  {tunnel['role']} {tunnel['tunnel']}, {outside}"]
     for peer in tunnel["peers"]:
-        pool = f"{peer['ready']} of {peer['capacity']} data connections ready"
+        pool = f"{peer['ready']} data connections ready"
         lines.append(f"  peer {peer['address']} since {_clock(peer['since'])}, profile v{peer['profile']}, {pool}")
     lines.append(f"  exchanges {tunnel['exchanges']} of {tunnel['exchanges_limit']}")
     lines.append(f"  bytes {_size(counters['bytes_up'])} up, {_size(counters['bytes_down'])} down")
