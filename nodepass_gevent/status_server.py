@@ -23,16 +23,16 @@ from gevent import pywsgi
 from gevent.lock import Semaphore
 from gevent.pool import Group, Pool
 
-from .config import Address
+from . import net
+from .config import Address, Limits
+from .errors import ConnectError
 from .exposition import CONTENT_TYPE, expose
-from .net import is_literal, resolve
 from .status import Status
 from .transport import reason
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = 32  # at once; further ones wait in the backlog
-BACKLOG = 32
+CONNECTIONS = 32  # at once; further ones wait in the kernel
 REQUEST_BYTES = 16384  # of a request with all its headers; a browser's has about 1,000
 REQUEST_S = 5.0  # for the request to come and the answer to be read
 SHARE = 20  # answers take a twentieth of the time at most
@@ -40,6 +40,7 @@ LEAST_PAUSE_S = 0.01  # between two answers
 ACCEPT_PAUSE_S = 1.0  # without descriptors: tunnels need them more
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # while the port is taken
 SAMPLE_S = 1.0
+LIMITS = Limits()  # sockets have the options of any other
 DESCRIPTORS = CONNECTIONS + 1
 PLAIN, JSON, HTML = "text/plain; charset=utf-8", "application/json", "text/html; charset=utf-8"
 
@@ -78,7 +79,10 @@ class StatusServer:
         while True:
             due = time.monotonic() + SAMPLE_S
             gevent.sleep(SAMPLE_S)
-            self._status.sample(max(time.monotonic() - due, 0.0))
+            try:
+                self._status.sample(max(time.monotonic() - due, 0.0))
+            except Exception as exc:  # a fault of ours is told, and the next second is another one
+                log.error("status: unexpected error: %r", exc)
 
     def _run(self) -> None:
         """Serve as soon as the port can be had."""
@@ -89,9 +93,9 @@ class StatusServer:
                     self.port = listener.getsockname()[1]
                     log.info("status: http://%s/", Address(self.address.host, self.port))
                     self._accept(listener)
-            except OSError as exc:
+            except (OSError, ConnectError) as exc:
                 level = logging.WARNING if pause_s == FIRST_PAUSE_S else logging.DEBUG
-                log.log(level, "status %s: %s; trying again, the tunnels go on", self.address, reason(exc))
+                log.log(level, "status: %s; trying again, the tunnels go on", reason(exc))
             gevent.sleep(pause_s)
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
@@ -109,14 +113,7 @@ class StatusServer:
 
 
 def _listen(address: Address) -> socket.socket:
-    endpoint = resolve(address, passive=True)[0]
-    dual = endpoint.family == socket.AF_INET6 and not address.host
-    return socket.create_server(
-        endpoint.sockaddr[:2],
-        family=endpoint.family,
-        backlog=BACKLOG,
-        dualstack_ipv6=dual and socket.has_dualstack_ipv6(),
-    )
+    return socket.socket(fileno=net.listen(address, LIMITS).detach())
 
 
 def _serve(server: pywsgi.WSGIServer, connection: socket.socket, caller: tuple) -> None:
@@ -244,7 +241,7 @@ class _Application:
         if host is None or self._token is not None:
             return True
         name = re.sub(r":[0-9]*\Z", "", host).strip("[]").lower()
-        return is_literal(name) or name in self._names
+        return net.is_literal(name) or name in self._names
 
     def _is_token(self, authorization: str) -> bool:
         scheme, _, token = authorization.partition(" ")

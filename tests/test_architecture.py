@@ -51,7 +51,7 @@ SANS_IO = {
     "wire",
 }  # fmt: skip
 KNOW_WATCHERS = {"crew", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay"}  # may use the loop
-CATCH_ALL = {"relay": 1, "service": 1, "status_server": 1, "udp_relay": 1}  # ends of exchanges, loop, requests
+CATCH_ALL = {"relay": 1, "service": 1, "status_server": 2, "udp_relay": 1}  # ends of exchanges, loop, requests
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines
 
 
