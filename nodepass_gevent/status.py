@@ -281,18 +281,18 @@ def _all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
     if len(tunnels) == 1:
         return tunnels[0].words
     missing = [tunnel for tunnel in tunnels if tunnel.condition != "serving"]
-    wrong = [f"{tunnel.name}: {', '.join(said)}" for tunnel in tunnels if (said := _last_minute(tunnel, now))]
-    more = [f"and {len(wrong) - NAMED} more"] if len(wrong) > NAMED else []
-    wrong = [*wrong[:NAMED], *more]
     exchanges = _count(sum(tunnel.exchanges for tunnel in tunnels), "exchange")
     if not missing:
-        return (
-            f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {'; '.join(wrong) or _NOTHING_WRONG}."
-        )
-    named = [f"{tunnel.name}: {_why(tunnel)}" for tunnel in missing[:NAMED]]
-    more = [f"and {len(missing) - NAMED} more"] if len(missing) > NAMED else []
+        wrong = [f"{tunnel.name}: {', '.join(said)}" for tunnel in tunnels if (said := _last_minute(tunnel, now))]
+        return f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {_first(wrong) or _NOTHING_WRONG}."
     share = f"Only {len(tunnels) - len(missing)}" if len(missing) < len(tunnels) else "None"
-    return f"{share} of {len(tunnels)} tunnels serving: {'; '.join([*named, *more, *wrong])}."
+    why = _first([f"{tunnel.name}: {_why(tunnel)}" for tunnel in missing])
+    return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {why}."
+
+
+def _first(said: list[str]) -> str:
+    """Join the first few, and say how many more there are."""
+    return "; ".join(said if len(said) <= NAMED else [*said[:NAMED], f"and {len(said) - NAMED} more"])
 
 
 _NOTHING_WRONG = "nothing wrong in the last minute"

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import time
 from dataclasses import fields
+from pathlib import Path
 
 import gevent
 import pytest
@@ -140,7 +141,9 @@ def test_of_several_tunnels_those_that_do_not_serve_are_named():
     all_of_them = [service(name=name) for name in ("a", "b", "c")]
     assert state(*all_of_them).snapshot().words.startswith("Serving: 3 tunnels, each with its peer, no exchanges; ")
     all_of_them[1].role.description = Description((), None)
-    assert state(*all_of_them).snapshot().words == "Only 2 of 3 tunnels serving: b: no client is connected."
+    assert (
+        state(*all_of_them).snapshot().words == "Only 2 of 3 tunnels serving, no exchanges; b: no client is connected."
+    )
 
 
 def test_a_tunnel_that_drains_is_stopping_and_not_ready():
@@ -253,7 +256,7 @@ def test_promtool_has_nothing_to_say_of_the_metrics():
 
 
 def test_each_metric_and_each_field_stands_in_the_documentation():
-    page = open(os.path.join(os.path.dirname(__file__), "..", "docs", "status.rst")).read()
+    page = (Path(__file__).parent.parent / "docs" / "status.rst").read_text()
     _, text = metrics(service())
     missing = [name for name in re.findall("# TYPE (nodepass_[a-z_]+) ", text) if f"``{name}`` " not in page]
     each = service()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .browser import chromium
-from .harness import QUICK, Process, free_port, wait_until
-from .targets import EchoTCP, Seen, reset
+from .harness import QUICK, Process, Target, free_port, wait_until
+from .targets import Seen, reset
 from .users import comes_back, talk
 
 PICTURES = {  # file: width, height, whether dark
@@ -50,6 +50,7 @@ class Scene:
 
     server: Process
     client: Process
+    files: list[Path]  # of their settings
     public: dict[str, tuple[str, int]]
     status: str
     client_status: str
@@ -58,28 +59,26 @@ class Scene:
 @contextlib.contextmanager
 def scene(directory: Path, query: str = "tls = 1") -> Iterator[Scene]:
     """Start it, wait until users are served by both tunnels, and end it."""
-    target = EchoTCP(serve)
+    target = Target()
+    target.tcp.behaviour = serve
     names = ("web", "database")
     tunnels = {name: (free_port(), free_port("both")) for name in names}
     ports = [free_port(), free_port()]
     texts = [f"status = 127.0.0.1:{port}\nlog = info\n" for port in ports]
     for name, (tunnel, public) in tunnels.items():
         texts[0] += f"[tunnel {name}]\nurl = server://127.0.0.1:{tunnel}/127.0.0.1:{public}\n{query}\n"
-        texts[1] += f"[tunnel {name}]\nurl = client://127.0.0.1:{tunnel}/127.0.0.1:{target.port}\n"
+        texts[1] += f"[tunnel {name}]\nurl = client://127.0.0.1:{tunnel}/{target.address}\n"
     files = [directory / "server.conf", directory / "client.conf"]
     for file, text in zip(files, texts, strict=True):
         file.write_text(text)
     command = [sys.executable, "-m", "nodepass_gevent", "--config"]
     with contextlib.ExitStack() as running:
+        running.enter_context(target)
         server, client = (running.enter_context(Process([*command, str(file)], env=QUICK)) for file in files)
         public = {name: ("127.0.0.1", port) for name, (_, port) in tunnels.items()}
-        try:
-            for name in names:
-                wait_until(lambda name=name: comes_back(public[name]), 30, f"traffic through {name}")
-            urls = [f"http://127.0.0.1:{port}" for port in ports]
-            yield Scene(server, client, public, *urls)
-        finally:
-            target.stop()
+        for name in names:
+            wait_until(lambda name=name: comes_back(public[name]), 30, f"traffic through {name}")
+        yield Scene(server, client, files, public, *(f"http://127.0.0.1:{port}" for port in ports))
 
 
 @contextlib.contextmanager
@@ -125,7 +124,7 @@ def take_pictures(directory: Path, seconds: float) -> None:
             time.sleep(seconds)
             picture("status-light.png", "rows.length > 5")
             picture("status-phone.png", "rows.length > 5")
-        with crowd(list(here.public.values()), cut=0.01):
+        with crowd(list(here.public.values()), cut=0.05):
             time.sleep(seconds / 10)
             picture("status-dark.png", "rows.length > 5")
         here.client.kill()
