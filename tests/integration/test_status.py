@@ -174,7 +174,7 @@ def test_a_hang_up_moves_the_status_and_nothing_else(here):
     def is_off():
         try:
             get(f"{here.status}/healthz")
-        except urllib.error.URLError:
+        except OSError:
             return True
         return False
 
