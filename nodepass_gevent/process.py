@@ -112,6 +112,8 @@ class _Signals:
         for warning in plan.warnings:
             log.warning("%s", warning)
         relay.pipes.most = plan.pipes
+        if plan.process.status:
+            logging.getLogger(__package__).addHandler(self._recent)
         self._tunnels.apply(plan.configs)
         self._serve_status(plan.process.status, plan.status_token)
 
@@ -124,7 +126,6 @@ class _Signals:
             self._status_server.stop()
         self._status_server = StatusServer(address, token, self._status) if address else None
         if self._status_server:
-            logging.getLogger(__package__).addHandler(self._recent)
             self._status_server.start()
 
     def _end(self, number: int) -> None:

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -287,7 +287,8 @@ def _all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
         return f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {_first(wrong) or _NOTHING_WRONG}."
     share = f"Only {len(tunnels) - len(missing)}" if len(missing) < len(tunnels) else "None"
     why = _first([f"{tunnel.name}: {_why(tunnel)}" for tunnel in missing])
-    return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {why}."
+    sums = {key: sum(tunnel.wrong[key] for tunnel in tunnels) for key in WRONG}
+    return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {'; '.join([why, *_wrong_words(sums)])}."
 
 
 def _first(said: list[str]) -> str:
@@ -336,11 +337,15 @@ def _condition_words(tunnel: Tunnel, now: float) -> str:
 
 def _last_minute(tunnel: Tunnel, now: float) -> list[str]:
     """Say what went wrong in the last minute, and is not the case now."""
-    said = [f"{_count(count, WRONG[key][0])} {WRONG[key][1]}" for key, count in tunnel.wrong.items() if count]
-    said = [f"{', '.join(said)} in the last minute"] if said else []
+    said = _wrong_words(tunnel.wrong)
     if tunnel.ended and tunnel.condition != "failing" and now - tunnel.ended.at < MINUTE_S:
         said.append(f"{now - tunnel.ended.at:.0f} s ago: {tunnel.ended.why}")
     return said
+
+
+def _wrong_words(wrong: Mapping[str, int]) -> list[str]:
+    said = [f"{_count(count, WRONG[key][0])} {WRONG[key][1]}" for key, count in wrong.items() if count]
+    return [f"{', '.join(said)} in the last minute"] if said else []
 
 
 def _count(number: int, noun: str) -> str:

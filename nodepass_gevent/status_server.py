@@ -144,6 +144,10 @@ class _Bounded:
     def closed(self) -> bool:
         return self._file.closed
 
+    @property
+    def exhausted(self) -> bool:
+        return self._left == 0
+
     def readline(self, size: int = -1) -> bytes:
         return self._took(self._file.readline(min(size, self._left) if size >= 0 else self._left))
 
@@ -160,6 +164,12 @@ class _Handler(pywsgi.WSGIHandler):
 
     def __init__(self, sock: Any, address: Any, server: Any) -> None:
         super().__init__(sock, address, server, _Bounded(sock.makefile("rb", -1)))
+
+    def read_request(self, raw_requestline: str) -> bool:
+        read = super().read_request(raw_requestline)
+        if self.rfile.exhausted:
+            raise ValueError("the request is too long")
+        return read
 
     def _handle_client_error(self, _error: Exception) -> tuple[str, bytes]:
         return "400", b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"

@@ -157,6 +157,10 @@ def test_slow_and_hostile_callers_do_not_slow_the_tunnel(here):
 
 def test_a_hang_up_moves_the_status_and_nothing_else(here):
     old, new, text = here.status, f"127.0.0.1:{free_port()}", here.files[0].read_text()
+    os.kill(here.server.pid, signal.SIGHUP)
+    here.server.wait_for_line("SIGHUP: reading")
+    assert get(f"{old}/healthz") == (200, "ok\n")
+    assert len([line for line in here.server.lines if "status: http" in line]) == 1  # it goes on as it is
     with socket.create_connection(here.public["web"], 30) as user:
         user.sendall(b"10 0")
         assert read_exactly(user, 10) == bytes(10)
