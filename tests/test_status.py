@@ -141,9 +141,13 @@ def test_of_several_tunnels_those_that_do_not_serve_are_named():
     all_of_them = [service(name=name) for name in ("a", "b", "c")]
     assert state(*all_of_them).snapshot().words.startswith("Serving: 3 tunnels, each with its peer, no exchanges; ")
     all_of_them[1].role.description = Description((), None)
-    assert (
-        state(*all_of_them).snapshot().words == "Only 2 of 3 tunnels serving, no exchanges; b: no client is connected."
-    )
+    status = state(*all_of_them)
+    assert status.snapshot().words == "Only 2 of 3 tunnels serving, no exchanges; b: no client is connected."
+    status.sample(0)
+    all_of_them[0].role.counters.exchanges_failed += 1
+    all_of_them[2].role.counters.exchanges_failed += 2
+    status.sample(0)
+    assert status.snapshot().words.endswith("; b: no client is connected; 3 exchanges failed in the last minute.")
 
 
 def test_a_tunnel_that_drains_is_stopping_and_not_ready():
