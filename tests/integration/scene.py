@@ -20,8 +20,8 @@ from .targets import Seen, reset
 from .users import comes_back, talk
 
 PICTURES = {  # file: width, height, whether dark
-    "status-light.png": (1200, 1260, False),
-    "status-dark.png": (1200, 1260, True),
+    "status-light.png": (1200, 1360, False),
+    "status-dark.png": (1200, 1360, True),
     "status-phone.png": (360, 1400, False),
     "status-waiting.png": (360, 1400, True),
 }
