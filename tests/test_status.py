@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import http.client
 import json
 import os
@@ -108,6 +109,23 @@ def test_a_client_that_cannot_connect_says_why_and_when_it_tries_again():
     each.ended, each.next_try_at = Ended("connection refused", time.time()), time.time() + 3
     assert words(each).startswith("Not connected: connection refused; trying again in 3 s, no exchanges; ")
     assert [tunnel.condition for tunnel in state(each).snapshot().missing] == ["failing"]
+
+
+def test_a_service_says_how_its_last_try_ended_and_when_the_next_one_comes(spawn):
+    each = service(role="client", service_cooldown_s=30.0)
+    each.role.description, tries = Description((), None), []
+
+    def run():
+        tries.append(time.time())
+        raise OSError(errno.ECONNREFUSED, "Connection refused")
+
+    each.role.run = run
+    spawn(each.run)
+    wait_until(lambda: len(tries) > 1 and each.next_try_at is not None)
+    assert each.failures == len(tries)
+    assert each.ended.why == "connection refused"
+    assert tries[-1] <= each.ended.at <= each.next_try_at <= each.ended.at + 30
+    assert words(each).startswith("Not connected: connection refused; trying again in ")
 
 
 def test_what_went_wrong_in_the_last_minute_is_told_with_its_number():
