@@ -17,6 +17,7 @@ from pathlib import Path
 import gevent
 import pytest
 from exchanges import configure
+from gevent.event import Event as Flag
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -45,6 +46,7 @@ class FakeRole:
         self.counters = Counters()
         self.exchanges = Crew(4)
         self.description = Description((PEER,), None)
+        self.begun = Flag()
 
     def describe(self):
         return self.description
@@ -112,7 +114,7 @@ def test_a_client_that_cannot_connect_says_why_and_when_it_tries_again():
 
 
 def test_a_service_says_how_its_last_try_ended_and_when_the_next_one_comes(spawn):
-    each = service(role="client", service_cooldown_s=30.0)
+    each = service(role="client", tunnel=Address("192.0.2.1", 1), service_cooldown_s=30.0)
     each.role.description, tries = Description((), None), []
 
     def run():
