@@ -128,6 +128,10 @@ def test_a_service_says_how_its_last_try_ended_and_when_the_next_one_comes(spawn
     assert each.ended.why == "connection refused"
     assert tries[-1] <= each.ended.at <= each.next_try_at <= each.ended.at + 30
     assert words(each).startswith("Not connected: connection refused; trying again in ")
+    each.role.run, each.role.reload = lambda: gevent.sleep(BOUND_S), lambda: None
+    each.reload()
+    wait_until(lambda: each.next_try_at is None)
+    assert "Connecting to 192.0.2.1:1, no exchanges; 0 s ago: connection refused." in words(each)
 
 
 def test_what_went_wrong_in_the_last_minute_is_told_with_its_number():
