@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 from cryptography import x509
@@ -62,12 +63,12 @@ class Certificate:
     chain: tuple[x509.Certificate, ...]
     key: Any
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the certificate in DER, as ``openssl x509 -fingerprint -sha256`` prints it."""
         return self.chain[0].fingerprint(hashes.SHA256()).hex(":").upper()
 
-    @property
+    @cached_property
     def key_digest(self) -> bytes:
         """SHA-256 of the public key, which is what a pin names."""
         return digest_key(self.chain[0])

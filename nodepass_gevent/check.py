@@ -12,7 +12,7 @@ from . import configfile, descriptors, net, options
 from .certificates import load_certificate
 from .config import Address, Config
 from .errors import ConfigError, ConnectError
-from .keyring import read_keys
+from .keyring import read_keys, read_token
 from .tls_context import EXPIRY_WARNING_DAYS, check_files
 from .transport import reason
 
@@ -49,6 +49,7 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
     for name, arguments in _one_by_one(argv, environ):
         try:
             parsed = options.parse(arguments, environ)
+            read_token(parsed.process)
         except ConfigError as exc:
             findings.append(Finding(ERROR, name, str(exc)))
             continue

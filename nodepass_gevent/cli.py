@@ -9,11 +9,12 @@ import secrets
 import sys
 from collections.abc import Sequence
 
-from . import __version__, check, descriptors, example, generate, options, process
+from . import __version__, check, descriptors, example, generate, options, process, status_client, status_server
 from .client import Client
 from .command_line import Line, build_parser
 from .config import Config
 from .errors import ConfigError
+from .keyring import read_token
 from .server import Server
 from .service import Role
 from .tunnel_key import SIZE, format_key
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if line.action == "check":
             return _check(line)
         parsed = options.parse(argv, os.environ)
+        if parsed.action in ("status", "health"):
+            ask = status_client.health if parsed.action == "health" else status_client.status
+            return ask(parsed.process, parsed.line.flags)
         if parsed.action != "run":
             return _print(parsed, argv)
         taken = descriptors.taken()
@@ -54,8 +58,11 @@ def _plan(parsed: options.Parsed, taken: int) -> process.Plan:
     """Check what no parser can: files, keys, and whether the system allows so many descriptors."""
     for config in parsed.configs:
         check.check_settings(config)
+    token = read_token(parsed.process)
+    taken += status_server.DESCRIPTORS if parsed.process.status else 0
     budget = descriptors.plan(parsed.configs, descriptors.allowed(), taken)
-    return process.Plan(parsed.process, budget.configs, (*parsed.warnings, *budget.warnings), budget.pipes)
+    warnings = (*parsed.warnings, *budget.warnings)
+    return process.Plan(parsed.process, budget.configs, warnings, budget.pipes, token)
 
 
 def _make_role(config: Config, before: Role | None) -> Role:

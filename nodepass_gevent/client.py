@@ -20,6 +20,7 @@ from .net import Endpoint
 from .opening import Data, FirstLine, Hello, Welcome
 from .pool import DialingPool
 from .session import Session
+from .state import Description, Peer
 from .tls_context import OFF, VERIFIED, ClientPolicy
 from .transport import Stream, Transport, deadline
 from .tunnel_key import SessionKeys
@@ -41,13 +42,13 @@ class Client:
         self.counters: Counters = before.counters if before else Counters()
         self.exchanges = Crew(config.semaphore_limit)
         self.begun = Event()
-        self.peers = 0  # the server, while there is a session
         self._keys = KeyRing(config)
         self._policy = ClientPolicy(
             config.tunnel.host, sni=config.sni, ca=config.ca, pin=config.pin, crt=config.crt, key=config.key
         )
         self._warned = False  # of what a v1 control channel leaves open
         self._source_missed = False  # and said so
+        self._session: tuple[int, float, Stream, DialingPool] | None = None  # profile, since when, and its parts
 
     def __str__(self) -> str:
         return f"client of {self.config.tunnel}"
@@ -56,6 +57,21 @@ class Client:
         """Read certificate and key files again if they changed; the next session is begun with the first key."""
         self._policy.reload()
         self._keys.reload()
+
+    @property
+    def peers(self) -> int:
+        """Count the server while there is a session."""
+        return int(self._session is not None)
+
+    def describe(self) -> Description:
+        """Say whether the session stands, and what is presented."""
+        return Description(self._look(), self._policy.describe())
+
+    def _look(self) -> tuple[Peer, ...]:
+        if self._session is None:
+            return ()
+        profile, since, control, pool = self._session
+        return (Peer(str(control), profile, since, len(pool), pool.capacity),)
 
     def retire(self) -> None:
         """Leave nothing behind: exchanges need nothing of it."""
@@ -101,15 +117,6 @@ class Client:
             raise PolicyError("the server has no tunnel key, and this client has one: set it there too")
         if keyed and (first.tls == OFF or not opening.offers_v2(first)):
             raise PolicyError("the server offers no TLS, or no profile v2, and a tunnel key needs both")
-
-    def _serve(self, session: Session) -> None:
-        """Run a session to its end."""
-        self.begun.set()
-        self.peers = 1
-        try:
-            session.run()
-        finally:
-            self.peers = 0
 
     # Profile v2
 
@@ -161,7 +168,7 @@ class Client:
         if opening.FROM not in can:
             self._miss_source()
         log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
-        self._serve(session)
+        self._serve(session, 2, control, pool)
 
     def _authenticate(
         self, transport: Transport, lines: wire.Lines, first: bytes, hello: bytes, can: frozenset[bytes]
@@ -223,7 +230,7 @@ class Client:
             "connected to %s, profile v1, data port %d, tls %d, for %s",
             control, first.port, first.tls, self.config.target,
         )  # fmt: skip
-        self._serve(Session(control, pool, signals.receive, silence_s=silence.limit_s))
+        self._serve(Session(control, pool, signals.receive, silence_s=silence.limit_s), 1, control, pool)
 
     def _warn_of_plain_text(self, mode: int) -> None:
         """Say once what a policy does not cover in profile v1."""
@@ -249,6 +256,15 @@ class Client:
             raise
 
     # Both
+
+    def _serve(self, session: Session, profile: int, control: Stream, pool: DialingPool) -> None:
+        """Run a session to its end."""
+        self.begun.set()
+        self._session = profile, time.time(), control, pool
+        try:
+            session.run()
+        finally:
+            self._session = None
 
     def _miss_source(self) -> None:
         """Say once that the target will not be told who its users are."""

@@ -15,6 +15,7 @@ from .forward import Abortable
 from .metrics import Counters
 from .pool import AcceptingPool
 from .session import Session
+from .state import Ended, Peer
 from .transport import Stream
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail, Ping
@@ -35,6 +36,7 @@ class Client:
     capabilities: frozenset[bytes] = frozenset()  # that both sides have
     heard: Event = field(default_factory=Event)  # set by whatever comes on its control channel
     launched: MutableMapping[bytes, Abortable] = field(default_factory=dict)  # exchanges by their connection's id
+    since: float = field(default_factory=time.time)
 
     @property
     def alive(self) -> bool:
@@ -43,6 +45,10 @@ class Client:
     def send(self, line: bytes) -> bool:
         """Queue a line on the control channel; False when it is ending."""
         return self.session.send(line)
+
+    def describe(self) -> Peer:
+        """Say what there is to see of it."""
+        return Peer(str(self.stream), self.profile, self.since, len(self.pool), self.pool.capacity)
 
     def answers(self, timeout_s: float) -> bool:
         """Ping it, and say whether it answers in time."""
@@ -100,6 +106,7 @@ class Clients:
         self._by_session: dict[bytes, Client] = {}
         self._came = Event()
         self._closed = False
+        self.left: Ended | None = None  # the last one
 
     def __len__(self) -> int:
         return len(self._by_session)
@@ -133,6 +140,10 @@ class Clients:
         """Give the client of a session."""
         return self._by_session.get(session)
 
+    def describe(self) -> tuple[Peer, ...]:
+        """Say who is connected."""
+        return tuple(client.describe() for client in self._by_session.values() if client.alive)
+
     def current(self) -> Client | None:
         """Give the client that lives, if there is one."""
         return next((client for client in self._by_session.values() if client.alive), None)
@@ -156,9 +167,11 @@ class Clients:
         try:
             client.session.run()
         except SessionEnded as exc:
-            log.info("client %s left: %s", client.stream, exc)
+            self.left = Ended(f"client {client.stream} left: {exc}", time.time())
+            log.info("%s", self.left.why)
         except SessionLost as exc:
-            log.warning("client %s: %s", client.stream, exc)
+            self.left = Ended(f"client {client.stream}: {exc}", time.time())
+            log.warning("%s", self.left.why)
             if isinstance(exc, PeerSilent):
                 on_silence()
         finally:

@@ -29,6 +29,7 @@ class Command:
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # own ones with a value: its name, and help
     alone: bool = False  # it takes no setting
     numbered: bool = False  # %(process_num)d stands for a number, as supervisord has it
+    of_process: bool = False  # it needs no tunnel, only what is said for all of them
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -45,6 +46,10 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "generate systemd": Command(words=("NAME",)),
     "generate systemd-template": Command(alone=True),
+    "status": Command(
+        flags={"json": "status: print /status.json", "watch": "status: again and again, until Ctrl-C"}, of_process=True
+    ),
+    "health": Command(flags={"ready": "health: and every tunnel has its peer"}, of_process=True),
 }
 _FIRST_WORDS = tuple(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
 PROCESS_NUM = re.compile(r"(%\(process_num\)0?[0-9]{0,2}[ds])")
@@ -106,11 +111,14 @@ def build_parser() -> configargparse.ArgumentParser:
     add("--show-config", action="store_true", help="print every setting with its source, and exit")
     add("-V", "--version", action="store_true", help="print the version, and exit")
     add("-h", "--help", action="store_true", help="print this, and exit")
+    flags: dict[str, list[str]] = {}
     for command in COMMANDS.values():
         for name, text in command.flags.items():
-            add(f"--{name}", action="store_true", help=text)
+            flags.setdefault(name, []).append(text)
         for name, (metavar, text) in command.options.items():
             add(f"--{name}", dest=name, metavar=metavar, help=text)
+    for name, texts in flags.items():
+        add(f"--{name}", action="store_true", help="; ".join(texts))
     return parser
 
 

@@ -113,11 +113,15 @@ class Process(Checked):
     """The settings of the whole process, whatever tunnels it runs."""
 
     log_to: str = "stdout"  # stdout, stderr or a file
+    status: Address | None = None  # where it is asked how it is; None: nowhere
+    status_token_file: str | None = None  # whose content who asks must know
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for each in fields(self):
             self._check_field(each.name, each.metadata)
+        if self.status and not self.status.is_loopback and self.status_token_file is None:
+            raise self.fault("status", "can be asked by others; give a status-token-file, or a loopback address")
 
 
 def is_live(field_name: str) -> bool:

@@ -18,7 +18,7 @@ from . import proxy_protocol, unframed
 from .config import Config
 from .crew import Crew
 from .errors import ConnectError, NotCarried, TunnelError
-from .metrics import Counters
+from .metrics import Counters, Traffic
 from .net import Endpoint
 from .transport import Transport, deadline, reason
 from .udp import Entrance, PublicSocket, TargetSocket
@@ -147,9 +147,11 @@ class DatagramIngress:
     def _run_session(self, session: UDPRelay, reply: Reply) -> None:
         started, id = time.monotonic(), b""
         launched: MutableMapping[bytes, Any] = {}
+        traffic = partial(_traffic_of_user, session)
         try:
             id, data, launched = self._launch(Kind.UDP_SESSION, self._config.limits.pool_wait_s, reply.sender)
             self._counters.udp_sessions += 1
+            self._counters.running.add(traffic)
             launched[id] = session
             with data:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges))
@@ -170,10 +172,7 @@ class DatagramIngress:
                 self._close_session(reply)
             self._ended()
             _count_drops(self._counters, session)
-            self._counters.datagrams_up += session.framed
-            self._counters.datagrams_down += session.delivered
-            self._counters.bytes_up += session.framed_bytes
-            self._counters.bytes_down += session.delivered_bytes
+            self._counters.ended(traffic)
             _log_session(id, f"{reply} -> tunnel", session, started)
 
     def _close_session(self, reply: Reply) -> None:
@@ -260,15 +259,14 @@ class DatagramEgress:
         with self._open_target(launch, data) as target:
             target.expect_many()
             session = UDPRelay(_Introduced(target.push, self._header(launch, target)))
+            traffic = partial(_traffic_of_target, session)
+            self._counters.running.add(traffic)
             try:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges), target)
             finally:
                 _count_drops(self._counters, session)
                 self._counters.datagrams_refused += target.refusals
-                self._counters.datagrams_up += session.delivered
-                self._counters.datagrams_down += session.framed
-                self._counters.bytes_up += session.delivered_bytes
-                self._counters.bytes_down += session.framed_bytes
+                self._counters.ended(traffic)
                 _log_session(id, f"tunnel -> {target}", session, started)
                 if not session.framed:  # not one answer
                     self._forget()
@@ -351,6 +349,14 @@ def _idle_timeout_s(config: Config, exchanges: Crew) -> float:
     """Say for how long a session may be silent now."""
     timeout_s = config.limits.udp_session_timeout_s
     return min(timeout_s, DRAINED_S) if exchanges.draining else timeout_s
+
+
+def _traffic_of_user(session: UDPRelay) -> Traffic:
+    return Traffic(session.framed_bytes, session.delivered_bytes, session.framed, session.delivered)
+
+
+def _traffic_of_target(session: UDPRelay) -> Traffic:
+    return Traffic(session.delivered_bytes, session.framed_bytes, session.delivered, session.framed)
 
 
 def _count_drops(counters: Counters, session: UDPRelay) -> None:

@@ -16,6 +16,8 @@ EXAMPLES = {  # for settings without a default
     "tunnel-key-file": "/etc/nodepass/tunnel.key",
     "tunnel-key": "a passphrase of 16 characters or more",
     "tunnel-name": "web",
+    "status": "127.0.0.1:9100",
+    "status-token-file": "/etc/nodepass/status.token",
     "allow-users": "203.0.113.0/24,2001:db8:7::/48",
     "deny-users": "203.0.113.66",
     "allow-clients": "198.51.100.4",

@@ -9,13 +9,14 @@ import logging
 import time
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import gevent
 from gevent.event import Event
 from gevent.pool import Pool
 
-from . import opening, proxy_protocol, relay, wire
+from . import opening, proxy_protocol, wire
 from .config import Config
 from .crew import Crew
 from .datagrams import DatagramEgress, DatagramIngress
@@ -119,26 +120,28 @@ class Ingress:
             ended()
 
     def _tcp(self, user: Stream) -> None:
-        end = time.monotonic() + self._config.limits.pool_wait_s
+        came = time.monotonic()
         with user:
             try:
-                if not self._carry(user, end):
+                if not self._carry(user, came):
                     self._counters.launches_repeated += 1
-                    self._carry(user, end, again=True)
+                    self._carry(user, came, again=True)
             except TunnelError as exc:
                 self._counters.exchanges_failed += 1
                 log.warning("user %s refused: %s", user, exc)
                 user.reset()
 
-    def _carry(self, user: Stream, end: float, *, again: bool = False) -> bool:
+    def _carry(self, user: Stream, came: float, *, again: bool = False) -> bool:
         """Carry a user on a data connection; False when that proved dead before a byte, and another may do."""
         limits = self._config.limits
+        end = came + limits.pool_wait_s
         id, data, link = self._launch(Kind.TCP, end - time.monotonic(), user.peer)
         started = time.monotonic()
         with data:
-            running = link.launched[id] = Exchange(user, data, limits.half_closed_timeout_s)
+            on_answer = partial(_observe_answer, self._counters, came)
+            running = link.launched[id] = Exchange(user, data, limits.half_closed_timeout_s, on_answer)
             try:
-                outcome = running.run(limits.idle_timeout_s)
+                outcome = _run(running, limits.idle_timeout_s, self._counters)
             finally:
                 link.launched.pop(id, None)
             if not again and not running.began and _is_dead(outcome.error, user, end):
@@ -248,7 +251,7 @@ class Egress:
 
     def _tcp(self, launch: Launch, data: Transport) -> None:
         self._counters.tcp_exchanges += 1
-        limits = self._config.limits
+        limits, launched = self._config.limits, time.monotonic()
         try:
             speaks_first = bool(self._config.proxy_protocol)  # the header; else perhaps the target does
             target = connect(self._target(), limits.target_timeout_s, limits, speaks_first=speaks_first)
@@ -263,7 +266,9 @@ class Egress:
             if self._config.proxy_protocol:
                 target.sendall(proxy_protocol.header(self._config.proxy_protocol, self._user(launch), target.peer))
             started = time.monotonic()
-            outcome = relay.exchange(data, target, limits.half_closed_timeout_s, limits.idle_timeout_s)
+            on_answer = partial(_observe_answer, self._counters, launched)
+            running = Exchange(data, target, limits.half_closed_timeout_s, on_answer)
+            outcome = _run(running, limits.idle_timeout_s, self._counters)
             _conclude(launch.id, data, target, outcome, started, self._counters)
 
     def _user(self, launch: Launch) -> tuple | None:
@@ -301,12 +306,23 @@ def _is_dead(error: Exception | None, user: Stream, end: float) -> bool:
     return isinstance(error, ConnectionError) and time.monotonic() < end and user.peek() is not False
 
 
+def _run(exchange: Exchange, idle_timeout_s: float, counters: Counters) -> Outcome:
+    """Run an exchange to its end, its bytes being counted all the while."""
+    counters.running.add(exchange.traffic)
+    try:
+        return exchange.run(idle_timeout_s)
+    finally:
+        counters.ended(exchange.traffic)
+
+
+def _observe_answer(counters: Counters, since: float) -> None:
+    counters.first_bytes.observe(time.monotonic() - since)
+
+
 def _conclude(
     id: bytes, user_side: Transport, target_side: Transport, outcome: Outcome, started: float, counters: Counters
 ) -> None:
     """Count and log what was copied, and pass a failure of one side on to the other as a reset."""
-    counters.bytes_up += outcome.a_to_b
-    counters.bytes_down += outcome.b_to_a
     if outcome.error is not None:
         counters.exchanges_failed += 1
         user_side.reset()

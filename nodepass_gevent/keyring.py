@@ -5,11 +5,12 @@ Of a file's two keys the first proves who this side is and both are accepted, so
 
 import logging
 import os
+import re
 import stat
 
 import gevent
 
-from .config import Config
+from .config import Config, Process
 from .errors import ConfigError
 from .tunnel_key import Root, TunnelKey, derive, parse_key
 from .values import shown
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 MAX_KEYS = 2  # the old one and the new one
 MAX_FILE = 8192  # bytes; two passphrases of 1024 characters, and comments
+_TOKEN = re.compile("[!-~]{16,1024}")
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
@@ -55,12 +57,13 @@ def read_keys(config: Config) -> tuple[TunnelKey, ...]:
     if path is None:
         return ()
     try:
-        return _parse(_read(path))
+        return _parse(read_private(path))
     except ConfigError as exc:
         raise ConfigError(f"tunnel-key-file: {shown(path)} {exc} [from {config.source('tunnel-key-file')}]") from exc
 
 
-def _read(path: str) -> str:
+def read_private(path: str) -> str:
+    """Read a file of secrets; ConfigError, which begins with a verb, when it is not one that nobody else can read."""
     try:
         with open(path, "rb", opener=_open) as file:
             status = os.fstat(file.fileno())
@@ -87,6 +90,21 @@ def _is_credential(status: os.stat_result) -> bool:
     So systemd passes credentials on, where their file system has access lists.
     """
     return (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (0, 0, 0o440)
+
+
+def read_token(process: Process) -> str | None:
+    """Give the token that the settings name; ConfigError when its file cannot be used."""
+    path = process.status_token_file
+    if path is None:
+        return None
+    try:
+        token = read_private(path).strip()
+        if not _TOKEN.fullmatch(token):
+            raise ConfigError("holds no token; it needs one of 16 to 1024 ASCII characters without a blank")
+        return token
+    except ConfigError as exc:
+        source = process.source("status-token-file")
+        raise ConfigError(f"status-token-file: {shown(path)} {exc} [from {source}]") from exc
 
 
 def _open(path: str, flags: int) -> int:

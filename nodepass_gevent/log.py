@@ -38,6 +38,7 @@ class Writer(logging.Handler):
         self._written = 0  # lines, by the thread
         self._queued = 0  # lines, by whoever logs
         self._dropped = 0
+        self.lost = 0  # lines, dropped since the start
         monkey.get_original("_thread", "start_new_thread")(self._write_for_ever, ())
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -48,6 +49,7 @@ class Writer(logging.Handler):
             return
         if self._queued - self._written >= MAX_QUEUED:
             self._dropped += 1
+            self.lost += 1
             return
         if self._dropped:
             line += f"\n{self.formatTime()}  WARN  {self._dropped} log lines dropped: the reader of the log is too slow"
@@ -117,6 +119,11 @@ def reopen() -> None:
     """Open the log's file anew: it was renamed, and its name is to be that of a new one."""
     for writer in _writers():
         writer.reopen()
+
+
+def lines_dropped() -> int:
+    """Count the lines that the reader of the log has missed, being too slow."""
+    return sum(writer.lost for writer in _writers())
 
 
 def _writers() -> list[Writer]:

@@ -1,6 +1,34 @@
-"""Counters of one tunnel: plain integers, written in the data path, read by whoever shows them."""
+"""Counters of one tunnel: plain numbers, written in the data path, read by whoever shows them."""
 
-from dataclasses import dataclass, fields
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # of times to a first byte
+
+
+class Traffic(NamedTuple):
+    """What an exchange has carried so far. Bytes are user data; up is user to target."""
+
+    bytes_up: int
+    bytes_down: int
+    datagrams_up: int = 0
+    datagrams_down: int = 0
+
+
+class Histogram:
+    """How many times were within each of BOUNDS_S, the last count being of those beyond them, and their sum."""
+
+    __slots__ = ("counts", "sum_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS_S) + 1)
+        self.sum_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.sum_s += seconds
 
 
 @dataclass(slots=True)
@@ -36,7 +64,25 @@ class Counters:
     certificates_refused: int = 0  # of clients
     tags_wrong: int = 0  # proofs of the tunnel key that do not fit
     accept_pauses: int = 0  # out of descriptors or memory
+    first_bytes: Histogram = field(default_factory=Histogram)  # launch or accept of a TCP user to the first answer
+    running: set[Callable[[], Traffic]] = field(default_factory=set)  # of exchanges that have not ended
+
+    def ended(self, traffic: Callable[[], Traffic]) -> None:
+        """Count what an exchange has carried, once: it runs no more."""
+        self.running.discard(traffic)
+        for name, value in traffic()._asdict().items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def total(self) -> dict[str, int]:
+        """Give every number by its name, with the traffic of what still runs."""
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        sums = map(sum, zip(*(traffic() for traffic in self.running), strict=True))
+        for name, value in zip(Traffic._fields, sums, strict=False):  # no sums where nothing runs
+            numbers[name] += value
+        return numbers
 
     def __str__(self) -> str:
-        counted = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return ", ".join(f"{name} {value}" for name, value in counted if value) or "nothing yet"
+        return ", ".join(f"{name} {value}" for name, value in self.total().items() if value) or "nothing yet"
+
+
+NUMBERS = tuple(each.name for each in fields(Counters) if each.type is int)

@@ -61,16 +61,20 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> P
     defaults, tunnels = _read_sections(line, environ, warnings)
     configs, line_given = [], line.numbered(number)
     said = line_given
+    of_process = COMMANDS.get(line.action, _ANY).of_process
     for name, section in tunnels.items():
         given = _merge(parser, line_given, environ, section)
         if "url" not in given:
+            if of_process:
+                continue
             if not line.files:
                 return Parsed("usage")
             raise ConfigError(f"url: no tunnel is named; allowed: url = {FORMS} [from {_names(line.files)}]")
         url = _read_url(given["url"])
         query = _read_query(url, given["url"], warnings, of_process=not name)
         given = _merge(parser, {**query, **line_given}, environ, section)
-        configs.append(_make_config(name, url, given, warnings))
+        if not of_process:
+            configs.append(_make_config(name, url, given, warnings))
         if not name:
             said = {**query, **said}
     process = _make_process(_merge(parser, said, environ, defaults))

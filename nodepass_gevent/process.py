@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import gevent
 from gevent import monkey
@@ -15,9 +15,11 @@ from gevent.pool import Group
 
 from . import log as logs
 from . import relay
-from .config import LOG_LEVELS, Config, Process
+from .config import LOG_LEVELS, Address, Config, Process
 from .errors import ConfigError
 from .notify import Notifier
+from .status import Recent, Status
+from .status_server import StatusServer
 from .tunnels import MakeRole, Tunnels
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class Plan:
     configs: tuple[Config, ...]
     warnings: tuple[str, ...] = ()
     pipes: int = 0  # for bulky exchanges, at most
+    status_token: str | None = field(default=None, repr=False)
 
     @property
     def log_level(self) -> str:
@@ -90,6 +93,10 @@ class _Signals:
         self._tunnels = tunnels
         self._stop = stop
         self._load = load
+        self._recent = Recent()
+        self._status = Status(tunnels, lambda: list(self._recent.events), logs.lines_dropped)
+        self._status_server: StatusServer | None = None
+        self._served: tuple[Address | None, str | None] = (None, None)  # what it was made with
         self.changing = Semaphore()  # held while tunnels are started and stopped
 
     def listen(self) -> None:
@@ -105,7 +112,21 @@ class _Signals:
         for warning in plan.warnings:
             log.warning("%s", warning)
         relay.pipes.most = plan.pipes
+        if plan.process.status:
+            logging.getLogger(__package__).addHandler(self._recent)
         self._tunnels.apply(plan.configs)
+        self._serve_status(plan.process.status, plan.status_token)
+
+    def _serve_status(self, address: Address | None, token: str | None) -> None:
+        """Let the status server be where a plan says, with its token; it goes on where neither has changed."""
+        if (address, token) == self._served:
+            return
+        self._served = address, token
+        if self._status_server:
+            self._status_server.stop()
+        self._status_server = StatusServer(address, token, self._status) if address else None
+        if self._status_server:
+            self._status_server.start()
 
     def _end(self, number: int) -> None:
         if self._stop.is_set():

@@ -1,6 +1,6 @@
 """The two-way copy of one exchange, with half-close, back-pressure and exact counts.
 
-``exchange(a, b)`` blocks its greenlet until both directions have ended. Underneath, a Flow per direction
+``Exchange(a, b, ...).run()`` blocks its greenlet until both directions have ended. Underneath, a Flow per direction
 runs in callbacks of watchers that are started once: an idle exchange costs no buffer and no second
 greenlet. All flows share one buffer, for a callback never yields: what the receiver does not take at
 once is kept by its flow, and the flow stops reading until it is gone. A flow between two plain sockets that proves
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.hub import Waiter
 
+from .metrics import Traffic
 from .transport import WRITE, Stream, Transport, soon
 
 BUFFER = 65536  # bytes; one read
@@ -83,12 +84,19 @@ class _Flow:
     """One direction: what ``source`` says, ``sink`` gets."""
 
     __slots__ = (
-        "_calm", "_done", "_ending", "_full", "_held", "_pipe", "_rest", "_writer",
+        "_calm", "_done", "_ending", "_full", "_held", "_on_first", "_pipe", "_rest", "_writer",
         "began", "ended", "moved", "sink", "source",
     )  # fmt: skip
 
-    def __init__(self, source: Transport, sink: Transport, done: Callable[[Exception | None], None]) -> None:
+    def __init__(
+        self,
+        source: Transport,
+        sink: Transport,
+        done: Callable[[Exception | None], None],
+        on_first: Callable[[], object] | None = None,
+    ) -> None:
         self.source, self.sink, self._done = source, sink, done
+        self._on_first = on_first  # called when the first byte is read
         self.moved = 0  # bytes that the sink has taken
         self.began = False  # something was read
         self.ended = False  # end of stream is passed on, and all bytes before it
@@ -144,7 +152,10 @@ class _Flow:
     def _copy(self) -> bool:
         """Move one bufferful; True when more may be moved at once."""
         count = self.source.pull(_buffer)
-        self.began = True
+        if not self.began:
+            self.began = True
+            if count and self._on_first:
+                self._on_first()
         if not count:
             return self._end()
         taken = self.sink.push(_buffer[:count])
@@ -266,12 +277,23 @@ _silences = lru_cache(64)(_Silences)  # by timeout
 
 
 class Exchange:
-    """Both flows, and the greenlet that waits for their end. ``exchange`` tells more."""
+    """Both flows, and the greenlet that waits for their end.
+
+    ``run`` copies both ways until both sides have ended, or one fails; the caller closes both. An exchange in which
+    nothing moves for ``idle_timeout_s`` (0: no limit), or, half-closed, for ``half_closed_timeout_s``, ends with
+    TimeoutError. ``on_answer()`` is called when the first byte has come from ``b``.
+    """
 
     __slots__ = ("_ended", "_flows", "_half_closed")
 
-    def __init__(self, a: Transport, b: Transport, half_closed_timeout_s: float) -> None:
-        self._flows = _Flow(a, b, self.end), _Flow(b, a, self.end)
+    def __init__(
+        self,
+        a: Transport,
+        b: Transport,
+        half_closed_timeout_s: float,
+        on_answer: Callable[[], object] | None = None,
+    ) -> None:
+        self._flows = _Flow(a, b, self.end), _Flow(b, a, self.end, on_answer)
         self._ended = Waiter()
         self._half_closed: _Silences = _silences(half_closed_timeout_s, "half-closed and idle")
 
@@ -280,6 +302,11 @@ class Exchange:
         """Bytes moved in both directions."""
         there, back = self._flows
         return there.moved + back.moved
+
+    def traffic(self) -> Traffic:
+        """Give the bytes that have moved so far; ``a`` is the user's side."""
+        there, back = self._flows
+        return Traffic(there.moved, back.moved)
 
     def run(self, idle_timeout_s: float) -> Outcome:
         there, back = self._flows
@@ -320,12 +347,3 @@ class Exchange:
                 self._ended.switch(error)
         else:
             self._half_closed.add(self)
-
-
-def exchange(a: Transport, b: Transport, half_closed_timeout_s: float, idle_timeout_s: float = 0) -> Outcome:
-    """Copy both ways until both sides have ended, or one fails; the caller closes both.
-
-    An exchange in which nothing moves for ``idle_timeout_s`` (0: no limit), or, half-closed, for
-    ``half_closed_timeout_s``, ends with TimeoutError.
-    """
-    return Exchange(a, b, half_closed_timeout_s).run(idle_timeout_s)

@@ -30,6 +30,7 @@ from .metrics import Counters
 from .penalties import Penalties
 from .public_port import Bound, PublicPort, Sockets, bound
 from .reception import Reception
+from .state import Description
 from .tls_context import ServerCertificate
 from .transport import RawSocket, Stream, reason
 
@@ -76,6 +77,11 @@ class Server:
         if self._certificate:
             self._certificate.reload()
         self._keys.reload()
+
+    def describe(self) -> Description:
+        """Say who is connected, and what is presented."""
+        presented = self._certificate.describe() if self._certificate else None
+        return Description(self._clients.describe(), presented, self._clients.left)
 
     def duplicate_sockets(self) -> dict[Bound, RawSocket]:
         """Give duplicates of the open sockets: who calls meanwhile waits for the one that gets them."""

@@ -15,6 +15,7 @@ from .config import Config
 from .crew import Crew
 from .errors import NodePassError, PolicyError, SessionEnded, SessionLost
 from .metrics import Counters
+from .state import Description, Ended
 from .transport import reason
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ class Role(Protocol):
 
     def reload(self) -> None:
         """Read again what stands in files."""
+
+    def describe(self) -> Description:
+        """Say what there is now."""
 
     def retire(self) -> None:
         """Leave the place, once ``run`` was killed, to another one with other settings; exchanges go on."""
@@ -78,6 +82,9 @@ class Service:
         self._retry_now = Event()
         self._said = ""  # the last reason that was logged above DEBUG, and when
         self._said_at = -REPEAT_S
+        self.failures = 0  # tries that did not end in good order
+        self.ended: Ended | None = None  # how the last try ended
+        self.next_try_at: float | None = None  # Unix time; None while the role runs
 
     def start(self) -> None:
         """Run the role, and look at its files, in greenlets."""
@@ -100,9 +107,11 @@ class Service:
     def run(self) -> None:
         """Run the role for ever; whatever ends it is logged and followed by the next try."""
         while True:
+            self.next_try_at = None
             pause_s = self._try()
             self.role.begun.set()
             self._retry_now.clear()
+            self.next_try_at = time.time() + pause_s
             self._retry_now.wait(pause_s)
 
     def reload(self) -> None:
@@ -138,6 +147,8 @@ class Service:
     def _say(self, level: int, why: str, pause_s: float) -> float:
         """Log why a try ended, the same reason above DEBUG at most every REPEAT_S; give the pause back."""
         now = time.monotonic()
+        self.failures += level > logging.INFO
+        self.ended = Ended(why, time.time())
         if why == self._said and now - self._said_at < REPEAT_S:
             level = logging.DEBUG
         else:

@@ -11,7 +11,7 @@ from typing import Any
 from .config import Config, Limits, Process, setting_name, setting_text
 from .errors import ConfigError
 from .tunnel_key import parse_key
-from .values import Networks, Pins, parse_duration, shown
+from .values import Address, Networks, Pins, parse_duration, shown
 
 
 def parse_integer(text: str) -> int:
@@ -71,7 +71,7 @@ class Setting:
 
 
 _ADDRESSES, _TLS, _POOL = "addresses and mode", "TLS", "pool and limits"
-_TIMING, _LOGS = "timing", "logs"
+_TIMING, _LOGS, _STATUS = "timing", "logs", "status"
 _ACCESS = "who may come in"
 _DEADLINES, _SOCKETS = "deadlines (seldom changed)", "sockets (seldom changed)"
 
@@ -112,6 +112,11 @@ SETTINGS = (
     Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
     Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
     Setting("log_to", "NODEPASS_LOG_TO", str, "stdout|stderr|FILE", _LOGS, "where log lines go"),
+    Setting("status", "NODEPASS_STATUS", Address.parse, "HOST:PORT", _STATUS,
+            "where /metrics, /healthz, /readyz, /status.json and a page are served; a loopback address needs no token",
+            unset="nowhere"),
+    Setting("status_token_file", "NODEPASS_STATUS_TOKEN_FILE", str, "FILE", _STATUS,
+            "file of the token that who asks has to give; nobody else may read it"),
     Setting("allow_users", "NODEPASS_ALLOW_USERS", Networks.parse, "NETWORKS", _ACCESS,
             "server: networks of users, comma-separated; all others are kept out", unset="all"),
     Setting("deny_users", "NODEPASS_DENY_USERS", Networks.parse, "NETWORKS", _ACCESS,

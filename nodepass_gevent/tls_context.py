@@ -18,6 +18,7 @@ from .certificates import Certificate, FromFiles, load_authorities, load_certifi
 from .config import Config
 from .errors import ConfigError, PolicyError
 from .net import is_literal
+from .state import Presented
 from .values import Pins, format_pin
 from .verification import MAX_CHAIN, Judge, name_problem, pin_problem
 
@@ -52,6 +53,10 @@ class ServerCertificate:
         certificate = self._files.value if self._files else self._made
         assert certificate
         return certificate
+
+    def describe(self) -> Presented:
+        """Say what is presented."""
+        return _describe(self.certificate)
 
     @property
     def context(self) -> SSL.Context:
@@ -133,6 +138,10 @@ class ClientPolicy:
             made = self._contexts[mode, alpn] = self._make(mode, alpn)
         return made
 
+    def describe(self) -> Presented | None:
+        """Say what is presented to a server that asks."""
+        return _describe(self._certificate.value) if self._certificate else None
+
     def _announce(self, certificate: bool, authorities: bool) -> None:
         if self._certificate and certificate:
             _announce_certificate("client certificate", self._certificate.value)
@@ -191,6 +200,10 @@ def _load_usable(crt: str, key: str) -> Certificate:
         why = reasons(exc) if isinstance(exc, SSL.Error) else "its key is of another kind"
         raise ConfigError(f"crt: {crt!r} cannot be used for TLS: {why}") from exc
     return certificate
+
+
+def _describe(certificate: Certificate) -> Presented:
+    return Presented(certificate.fingerprint, format_pin(certificate.key_digest), certificate.expires.timestamp())
 
 
 def _announce_certificate(which: str, certificate: Certificate) -> None:

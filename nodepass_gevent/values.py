@@ -20,11 +20,11 @@ SHOWN = 120  # characters of foreign text in one error line
 _TUNNEL_KEY = re.compile(r"np1:[^@/?#,\s]+")
 
 
-def printable(text: str) -> str:
+def printable(text: str, most: int = SHOWN) -> str:
     """Escape what would break or disguise a line, hide a tunnel key that went astray, and cut what is long."""
     text = _TUNNEL_KEY.sub("np1:***", text)
-    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: SHOWN + 1])
-    return escaped if len(escaped) <= SHOWN else escaped[: SHOWN - 3] + "..."
+    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
+    return escaped if len(escaped) <= most else escaped[: most - 3] + "..."
 
 
 def shown(text: object) -> str:
@@ -71,6 +71,14 @@ class Address:
         if problem:
             raise ConfigError(f"{shown(text)}: {problem}")
         return cls(host, int(port))
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether it is an address that only this machine can reach."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

@@ -10,8 +10,9 @@ from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import NoDataConnection
 from nodepass_gevent.forward import Egress, Ingress
-from nodepass_gevent.metrics import Counters
+from nodepass_gevent.metrics import NUMBERS, Counters
 from nodepass_gevent.pool import AcceptingPool
+from nodepass_gevent.relay import Exchange
 from nodepass_gevent.wire import Launch
 
 LIMIT = 2000  # bytes of a datagram here
@@ -36,9 +37,14 @@ def configure(**settings):
     )
 
 
+def run_exchange(a, b, half_closed_timeout_s, idle_timeout_s=0):
+    """Copy between two transports, as an exchange does."""
+    return Exchange(a, b, half_closed_timeout_s).run(idle_timeout_s)
+
+
 def happened(counters):
-    """Give what was counted, without the zeros."""
-    return {name: getattr(counters, name) for name in counters.__slots__ if getattr(counters, name)}
+    """Give what was counted at its end, without the zeros."""
+    return {name: getattr(counters, name) for name in NUMBERS if getattr(counters, name)}
 
 
 class Side:

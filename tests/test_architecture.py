@@ -12,7 +12,7 @@ import nodepass_gevent
 
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
-    {"__init__", "errors"},
+    {"__init__", "errors", "state"},
     {
         "callers",
         "certificates",
@@ -29,7 +29,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"config"},
     {"configfile", "descriptors", "keyring", "opening", "penalties", "settings", "transport", "url"},
     {"command_line", "example", "net", "notify", "relay", "udp_relay", "unframed"},
-    {"options", "udp", "verification"},
+    {"options", "status_client", "udp", "verification"},
     {"datagrams", "generate", "tls_context"},
     {"tls"},
     {"admission", "authentication", "forward", "pool"},
@@ -38,17 +38,20 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"joining"},
     {"public_port", "reception"},
     {"client", "server", "service"},
-    {"check", "tunnels"},
+    {"check", "status", "tunnels"},
+    {"exposition"},
+    {"status_server"},
     {"process"},
     {"cli"},
     {"__main__"},
 )
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 SANS_IO = {
-    "config", "errors", "frames", "metrics", "opening", "proxy_protocol", "tunnel_key", "url", "values", "wire",
+    "config", "errors", "frames", "metrics", "opening", "proxy_protocol", "state", "tunnel_key", "url", "values",
+    "wire",
 }  # fmt: skip
 KNOW_WATCHERS = {"crew", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay"}  # may use the loop
-CATCH_ALL = {"relay": 1, "service": 1, "udp_relay": 1}  # `except Exception`: ends of exchanges, service loop
+CATCH_ALL = {"relay": 1, "service": 1, "status_server": 2, "udp_relay": 1}  # ends of exchanges, loop, requests
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines
 
 

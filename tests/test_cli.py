@@ -123,7 +123,7 @@ def test_the_process_can_have_its_plan_made_anew(world, tmp_path):
             [URL + "?zz=3&tls=\n"],
             "nodepass: error: url: character 41 is '\\n'; blanks and control characters are refused",
         ),
-        (["stadus"], "nodepass: error: unknown command 'stadus'; a tunnel is server://"),
+        (["stadus"], "nodepass: error: unknown command 'stadus' (did you mean 'status'?)"),
         ([URL, "--show-config", "--log", "x"], "nodepass: error: log: 'x' is not one of"),
         (
             [URL + "?crt=bad&tls=2", "--key", "k"],

@@ -82,6 +82,8 @@ TEXTS = {  # a value other than the default, as written and in Config
     "shutdown-timeout": ("0", 0),
     "log": ("warn", "warn"),
     "log-to": ("stderr", "stderr"),
+    "status": ("[::1]:9100", Address("::1", 9100)),
+    "status-token-file": ("/etc/status.token", "/etc/status.token"),
     "callers": ("13", 13),
     "allow-users": ("10.0.0.0/8,::1", Networks.parse("10.0.0.0/8,::1")),
     "deny-users": ("192.0.2.1", Networks.parse("192.0.2.1")),
@@ -357,7 +359,8 @@ def test_a_key_of_a_later_release_is_named_as_such(key):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["status"], "unknown command 'status'; a tunnel is server://<tunnel_addr>/<target_addr> or client://"),
+        (["state"], "unknown command 'state' (did you mean 'status'?)"),
+        (["server"], "unknown command 'server'; a tunnel is server://<tunnel_addr>/<target_addr> or client://"),
         (["generate", "supervisor", "--json"], "generate supervisor is followed by NAME [from command line]"),
         (["generate"], "generate is followed by config, supervisor, systemd or systemd-template [from command line]"),
         (
@@ -612,6 +615,8 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
     assert parsed.action == "show-config"
     assert options.show(parsed.process, parsed.configs).splitlines() == [
         "log-to = stdout                          # default",
+        "# status =                               # default: nowhere",
+        "# status-token-file =                    # default: none",
         "",
         "url = server://:10101/127.0.0.1:8080     # command line",
         "network = both                           # default",

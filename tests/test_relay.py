@@ -10,6 +10,7 @@ import time
 
 import gevent
 import pytest
+from exchanges import run_exchange
 from secure import handshake, stream_pair, transports
 from support import BOUND_S, bounded, wait_until
 
@@ -28,7 +29,7 @@ class Exchange:
     def __init__(self, kinds, *timeouts):
         self.a, self.user = transports(kinds[0])
         self.b, self.target = transports(kinds[1])
-        self.greenlet = gevent.spawn(relay.exchange, self.a, self.b, *timeouts)
+        self.greenlet = gevent.spawn(run_exchange, self.a, self.b, *timeouts)
 
     def directions(self):
         return (self.user, self.target), (self.target, self.user)
@@ -197,7 +198,7 @@ def test_nothing_is_lost_when_the_users_end_comes_before_the_last_bytes_to_it_ar
     a, user = handshake(gate, far)
     b, target = stream_pair()
     with bounded(), a, user, b, target:
-        exchange = spawn(relay.exchange, a, b, NEVER_S)
+        exchange = spawn(run_exchange, a, b, NEVER_S)
         target.sendall(b"answer")
         assert user.recv(6) == b"answer"
         gate.full = True

@@ -13,6 +13,7 @@ import termios
 
 import gevent
 import pytest
+from exchanges import run_exchange
 from secure import stream_pair, transports
 from support import bounded, wait_until
 
@@ -86,7 +87,7 @@ def start(no_leaks, pipes):
             b, target = transports(kinds[1])
             for transport in (a, user, b, target):
                 stack.callback(transport.close)
-            greenlet = gevent.spawn(relay.exchange, a, b, half_closed_timeout_s)
+            greenlet = gevent.spawn(run_exchange, a, b, half_closed_timeout_s)
             stack.callback(greenlet.kill)
             return user, target, greenlet
 
@@ -373,7 +374,7 @@ def test_a_bulky_source_moves_a_bounded_amount_in_one_round_of_the_event_loop(st
         fill(user, near, user, sink, target)
         counted = Counted(sink)
         with rounds(lambda: counted.taken) as samples:
-            exchange = spawn(relay.exchange, near, counted, NEVER_S)
+            exchange = spawn(run_exchange, near, counted, NEVER_S)
             wait_until(lambda: counted.taken > 2 * MIB)
         exchange.kill()
     assert most_at_once(samples) <= 4 * relay.BUFFER

@@ -15,7 +15,7 @@ INJECTED = re.compile(r"ConcurrentObjectUseError|ResourceWarning|Exception ignor
 @pytest.mark.parametrize(
     ("where", "numbers"),
     [
-        ("nodepass_gevent.relay:exchange", (3, 5, 8)),
+        ("nodepass_gevent.relay:Exchange.run", (3, 5, 8)),
         ("nodepass_gevent.tls:accept", (3, 12, 20)),
         ("nodepass_gevent.session:Session._read", (1, 2)),
         ("nodepass_gevent.session:Session._write", (1, 2)),

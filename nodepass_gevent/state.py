@@ -1,0 +1,40 @@
+"""What a tunnel says of itself to whoever looks: values of one moment. Times are Unix times, in seconds."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The other side of a session that stands."""
+
+    address: str
+    profile: int  # of the wire protocol
+    since: float
+    ready: int  # data connections in the pool
+    capacity: int  # that it aims at, or takes at most
+
+
+@dataclass(frozen=True)
+class Presented:
+    """The certificate that this side presents."""
+
+    fingerprint: str  # SHA-256, as openssl prints it
+    pin: str
+    expires: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a session or a listener ended, or the try of one."""
+
+    why: str
+    at: float
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a role is and has now."""
+
+    peers: tuple[Peer, ...]
+    certificate: Presented | None
+    left: Ended | None = None  # the last peer, where the role goes on without

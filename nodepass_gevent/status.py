@@ -1,0 +1,353 @@
+"""How the tunnels are: a snapshot of now, the last minutes second by second, and a sentence in plain words.
+
+Reads what the roles have counted; knows neither HTTP nor any format but the document of /status.json.
+"""
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+from . import __version__
+from .metrics import BOUNDS_S, Counters, Histogram
+from .service import Service
+from .state import Description, Ended
+from .tls_context import EXPIRY_WARNING_DAYS
+
+HISTORY_S = 300  # seconds that are kept, a row each: about 50 KiB
+MINUTE_S = 60
+EVENTS = 100  # log lines that are kept
+HELD_UP_S = 0.5  # a process that was held up for that long says so
+NAMED = 3  # tunnels in a sentence
+WRONG = {  # counters of what goes wrong, and how they are told
+    "exchanges_failed": ("exchange", "failed"),
+    "launches_lost": ("launch", "lost"),
+    "datagrams_unanswered": ("datagram", "without an answer"),
+    "signals_malformed": ("signal", "malformed"),
+    "accept_pauses": ("pause", "of a listener"),
+}
+DAY_S = 24 * 3600
+
+
+class Event(NamedTuple):
+    """Something that was logged."""
+
+    time: float
+    level: str
+    tunnel: str
+    message: str
+
+
+class Recent(logging.Handler):
+    """The last log lines of INFO and above."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.events: deque[Event] = deque(maxlen=EVENTS)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.events.append(Event(record.created, record.levelname.lower(), "", record.getMessage()))
+
+
+class Row(NamedTuple):
+    """One second of all tunnels. Rates are per second; times to a first byte are of the TCP users of that second."""
+
+    time: float
+    bytes_up: float
+    bytes_down: float
+    exchanges: int
+    begun: int
+    errors: int
+    first_byte_mean_s: float | None
+    first_byte_p95_s: float | None
+    pool_ready: int
+
+
+@dataclass(frozen=True)
+class Tunnel:
+    """One tunnel, now."""
+
+    name: str
+    role: str
+    tunnel: str
+    outside: str  # the server's public port, the client's target
+    tls: int
+    keyed: bool
+    condition: str  # serving, waiting, connecting, failing or stopping
+    words: str
+    description: Description
+    exchanges: int
+    limit: int
+    numbers: dict[str, int]
+    first_bytes: Histogram
+    failures: int
+    ended: Ended | None
+    next_try_at: float | None
+    wrong: dict[str, int]  # in the last minute, by counter
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The process, now."""
+
+    now: float
+    started: float
+    words: str
+    lag_s: float
+    worst_lag_s: float  # of the last minute
+    lines_dropped: int
+    tunnels: tuple[Tunnel, ...]
+
+    @property
+    def missing(self) -> list[Tunnel]:
+        """The tunnels that do not serve."""
+        return [tunnel for tunnel in self.tunnels if tunnel.condition != "serving"]
+
+
+@dataclass
+class _Track:
+    """What was counted of one tunnel when it was last looked at."""
+
+    counters: Counters
+    numbers: dict[str, int]
+    first_bytes: list[int]
+    first_bytes_s: float
+    wrong: deque[list[int]] = field(default_factory=lambda: deque(maxlen=MINUTE_S))  # per second, as WRONG has them
+
+
+class Status:
+    """What can be told of ``services``. ``sample`` is to be called once a second."""
+
+    def __init__(
+        self, services: Iterable[Service], recent: Callable[[], Iterable[Event]], lines_dropped: Callable[[], int]
+    ) -> None:
+        self._services = services
+        self._recent = recent
+        self._lines_dropped = lines_dropped
+        self._started = time.time()
+        self._tracks: dict[str, _Track] = {}
+        self._rows: deque[Row] = deque(maxlen=HISTORY_S)
+        self._lags: deque[float] = deque([0.0], maxlen=MINUTE_S)
+        self._sampled_at = time.monotonic()
+
+    def sample(self, lag_s: float) -> None:
+        """Note what has happened since the last time; ``lag_s`` is by how much the event loop was late."""
+        now = time.monotonic()
+        elapsed_s, self._sampled_at = max(now - self._sampled_at, 0.001), now
+        self._lags.append(lag_s)
+        tracks, self._tracks = self._tracks, {}
+        sums = dict.fromkeys(("bytes_up", "bytes_down", "tcp_exchanges", "udp_exchanges", "udp_sessions"), 0)
+        firsts, firsts_s, errors, exchanges, ready = [0] * (len(BOUNDS_S) + 1), 0.0, 0, 0, 0
+        for service in self._services:
+            role, name = service.role, _name(service)
+            counters, numbers = role.counters, role.counters.total()
+            counts, sum_s = list(counters.first_bytes.counts), counters.first_bytes.sum_s
+            before = tracks.get(name)
+            if before is None or before.counters is not counters:
+                before = _Track(counters, numbers, counts, sum_s)
+            for key in sums:
+                sums[key] += numbers[key] - before.numbers[key]
+            firsts = [total + new - old for total, new, old in zip(firsts, counts, before.first_bytes, strict=True)]
+            firsts_s += sum_s - before.first_bytes_s
+            wrong = [numbers[key] - before.numbers[key] for key in WRONG]
+            errors += sum(wrong)
+            exchanges += len(role.exchanges)
+            ready += sum(peer.ready for peer in role.describe().peers)
+            self._tracks[name] = _Track(counters, numbers, counts, sum_s, before.wrong)
+            before.wrong.append(wrong)
+        begun = sums["tcp_exchanges"] + sums["udp_exchanges"] + sums["udp_sessions"]
+        up, down = (round(max(sums[key], 0) / elapsed_s) for key in ("bytes_up", "bytes_down"))
+        mean_s = round(firsts_s / sum(firsts), 6) if sum(firsts) else None
+        row = Row(round(time.time(), 3), up, down, exchanges, begun, errors, mean_s, quantile(firsts, 0.95), ready)
+        self._rows.append(row)
+
+    def snapshot(self) -> Snapshot:
+        """Give what there is now."""
+        now = time.time()
+        tunnels = tuple(self._look(service, now) for service in self._services)
+        worst_lag_s = max(self._lags)
+        words = _all_words(tunnels, now)
+        if worst_lag_s >= HELD_UP_S:
+            words += f" The process was held up for {worst_lag_s:.1f} s."
+        return Snapshot(now, self._started, words, self._lags[-1], worst_lag_s, self._lines_dropped(), tunnels)
+
+    def document(self, since: float = 0.0) -> dict[str, Any]:
+        """Give what /status.json says; the rows of the history are those behind ``since``."""
+        snapshot = self.snapshot()
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "now": round(snapshot.now, 3),
+            "started": round(snapshot.started, 3),
+            "words": snapshot.words,
+            "ready": not snapshot.missing,
+            "loop_lag_s": round(snapshot.lag_s, 4),
+            "worst_loop_lag_s": round(snapshot.worst_lag_s, 4),
+            "log_lines_dropped": snapshot.lines_dropped,
+            "tunnels": [_tunnel_document(tunnel) for tunnel in snapshot.tunnels],
+            "history": {"fields": Row._fields, "rows": [row for row in self._rows if row.time > since]},
+            "events": [event._asdict() for event in self._recent()],
+        }
+
+    def _look(self, service: Service, now: float) -> Tunnel:
+        role, config = service.role, service.role.config
+        description, track = role.describe(), self._tracks.get(_name(service))
+        sums = list(map(sum, zip(*track.wrong, strict=True))) if track and track.wrong else [0] * len(WRONG)
+        if role.exchanges.draining:
+            condition = "stopping"
+        elif description.peers:
+            condition = "serving"
+        elif service.next_try_at is not None:
+            condition = "failing"
+        else:
+            condition = "waiting" if config.role == "server" else "connecting"
+        ended = max((end for end in (service.ended, description.left) if end), key=lambda end: end.at, default=None)
+        tunnel = Tunnel(
+            name=_name(service),
+            role=config.role,
+            tunnel=str(config.tunnel),
+            outside=str(config.target),
+            tls=config.tls,
+            keyed=config.keyed,
+            condition=condition,
+            words="",
+            description=description,
+            exchanges=len(role.exchanges),
+            limit=config.semaphore_limit,
+            numbers=role.counters.total(),
+            first_bytes=role.counters.first_bytes,
+            failures=service.failures,
+            ended=ended,
+            next_try_at=service.next_try_at,
+            wrong=dict(zip(WRONG, sums, strict=True)),
+        )
+        return replace(tunnel, words=_words(tunnel, now))
+
+
+def quantile(counts: list[int], share: float) -> float | None:
+    """Estimate a quantile from the counts of a Histogram, as Prometheus does; None when there are none."""
+    rank = share * sum(counts)
+    low, seen = 0.0, 0
+    for count, high in zip(counts, (*BOUNDS_S, BOUNDS_S[-1]), strict=True):
+        if count and seen + count >= rank:
+            return round(low + (high - low) * (rank - seen) / count, 6)
+        low, seen = high, seen + count
+    return None
+
+
+def _name(service: Service) -> str:
+    """Name a tunnel; the only one of a process may have no name but its role."""
+    return service.role.config.name or service.role.config.role
+
+
+def _tunnel_document(tunnel: Tunnel) -> dict[str, Any]:
+    description = tunnel.description
+    server = tunnel.role == "server"
+    return {
+        "name": tunnel.name,
+        "role": tunnel.role,
+        "tunnel": tunnel.tunnel,
+        "public": tunnel.outside if server else None,
+        "target": None if server else tunnel.outside,
+        "tls": tunnel.tls,
+        "tunnel_key": tunnel.keyed,
+        "condition": tunnel.condition,
+        "words": tunnel.words,
+        "peers": [asdict(peer) for peer in description.peers],
+        "pool_ready": sum(peer.ready for peer in description.peers),
+        "pool_capacity": sum(peer.capacity for peer in description.peers),
+        "exchanges": tunnel.exchanges,
+        "exchanges_limit": tunnel.limit,
+        "certificate": asdict(description.certificate) if description.certificate else None,
+        "failures": tunnel.failures,
+        "ended": asdict(tunnel.ended) if tunnel.ended else None,
+        "next_try_at": tunnel.next_try_at,
+        "wrong_in_last_minute": tunnel.wrong,
+        "counters": tunnel.numbers,
+        "first_byte_s": {
+            "count": sum(tunnel.first_bytes.counts),
+            "sum": round(tunnel.first_bytes.sum_s, 6),
+            "p50": quantile(tunnel.first_bytes.counts, 0.5),
+            "p95": quantile(tunnel.first_bytes.counts, 0.95),
+        },
+    }
+
+
+def _all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
+    """Say how all tunnels are."""
+    if len(tunnels) == 1:
+        return tunnels[0].words
+    missing = [tunnel for tunnel in tunnels if tunnel.condition != "serving"]
+    exchanges = _count(sum(tunnel.exchanges for tunnel in tunnels), "exchange")
+    if not missing:
+        wrong = [f"{tunnel.name}: {', '.join(said)}" for tunnel in tunnels if (said := _last_minute(tunnel, now))]
+        return f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {_first(wrong) or _NOTHING_WRONG}."
+    share = f"Only {len(tunnels) - len(missing)}" if len(missing) < len(tunnels) else "None"
+    why = _first([f"{tunnel.name}: {_why(tunnel)}" for tunnel in missing])
+    sums = {key: sum(tunnel.wrong[key] for tunnel in tunnels) for key in WRONG}
+    return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {'; '.join([why, *_wrong_words(sums)])}."
+
+
+def _first(said: list[str]) -> str:
+    """Join the first few, and say how many more there are."""
+    return "; ".join(said if len(said) <= NAMED else [*said[:NAMED], f"and {len(said) - NAMED} more"])
+
+
+_NOTHING_WRONG = "nothing wrong in the last minute"
+
+
+def _words(tunnel: Tunnel, now: float) -> str:
+    """Say in a sentence how a tunnel is, and what went wrong in the last minute."""
+    parts = [_condition_words(tunnel, now), *(_last_minute(tunnel, now) or [_NOTHING_WRONG])]
+    certificate = tunnel.description.certificate
+    if certificate and certificate.expires - now < EXPIRY_WARNING_DAYS * DAY_S:
+        days = int((certificate.expires - now) // DAY_S)
+        ends = f"expires in {_count(days, 'day')}" if days >= 0 else "has expired"
+        parts.append(f"the certificate {ends}")
+    return "; ".join(parts) + "."
+
+
+def _why(tunnel: Tunnel) -> str:
+    """Say why a tunnel does not serve."""
+    if tunnel.condition == "failing":
+        what = "listening" if tunnel.role == "server" else "connected"
+        return f"not {what}: {tunnel.ended.why if tunnel.ended else 'it ended'}"
+    reasons = {"stopping": "stopping", "waiting": "no client is connected"}
+    return reasons.get(tunnel.condition, f"connecting to {tunnel.tunnel}")
+
+
+def _condition_words(tunnel: Tunnel, now: float) -> str:
+    exchanges = _count(tunnel.exchanges, "exchange")
+    if tunnel.condition == "serving":
+        peers = tunnel.description.peers
+        who = _count(len(peers), "client") if tunnel.role == "server" else f"server {peers[0].address}"
+        return f"Serving: {who} connected, {exchanges}"
+    if tunnel.condition == "stopping":
+        return f"Stopping: {exchanges} left"
+    if tunnel.condition == "waiting":
+        return f"Waiting: {_why(tunnel)}, {exchanges}"
+    why = _why(tunnel)
+    pause_s = max((tunnel.next_try_at or now) - now, 0)
+    again = f"; trying again in {pause_s:.0f} s" if tunnel.condition == "failing" else ""
+    return f"{why[0].upper()}{why[1:]}{again}, {exchanges}"
+
+
+def _last_minute(tunnel: Tunnel, now: float) -> list[str]:
+    """Say what went wrong in the last minute, and is not the case now."""
+    said = _wrong_words(tunnel.wrong)
+    if tunnel.ended and tunnel.condition != "failing" and now - tunnel.ended.at < MINUTE_S:
+        said.append(f"{now - tunnel.ended.at:.0f} s ago: {tunnel.ended.why}")
+    return said
+
+
+def _wrong_words(wrong: Mapping[str, int]) -> list[str]:
+    said = [f"{_count(count, WRONG[key][0])} {WRONG[key][1]}" for key, count in wrong.items() if count]
+    return [f"{', '.join(said)} in the last minute"] if said else []
+
+
+def _count(number: int, noun: str) -> str:
+    plural = f"{noun}{'es' if noun.endswith('ch') else 's'}"
+    return f"{number or 'no'} {noun if number == 1 else plural}"

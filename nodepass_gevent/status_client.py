@@ -1,0 +1,113 @@
+"""The commands ``status`` and ``health``: ask a running process how it is."""
+
+import http.client
+import json
+import sys
+import time
+from typing import Any
+
+import gevent
+
+from .config import Process
+from .errors import ConfigError
+from .keyring import read_token
+from .transport import deadline, reason
+from .values import printable
+
+ANSWER_S = 10.0  # a busy process lets others wait a little
+MAX_ANSWER = 1 << 24  # bytes
+WATCH_S = 1.0
+MAX_LINE = 1000  # characters of what is printed
+CLEAR = "\x1b[H\x1b[2J"
+
+
+def status(process: Process, flags: frozenset[str]) -> int:
+    """Print how the process is, once or again and again; 1 when it cannot be asked."""
+    watched, ended = "watch" in flags, 0
+    try:
+        while True:
+            code, body = _ask(process, "/status.json" if "json" in flags else "/status.json?since=1e12")
+            if watched and sys.stdout.isatty():
+                print(end=CLEAR)
+            if code != http.client.OK:
+                print(f"nodepass: error: {body}", file=sys.stderr)
+            else:
+                print(body.rstrip() if "json" in flags else _format(json.loads(body)), flush=True)
+            ended = int(code != http.client.OK)
+            if not watched:
+                return ended
+            gevent.sleep(WATCH_S)
+    except (KeyboardInterrupt, BrokenPipeError):
+        return ended
+
+
+def health(process: Process, flags: frozenset[str]) -> int:
+    """Print in a line whether the process is alive, or, with --ready, whether it serves; 0 when it does, else 1."""
+    code, body = _ask(process, "/readyz" if "ready" in flags else "/healthz")
+    healthy = code == http.client.OK
+    print(f"{'healthy' if healthy else 'unhealthy'}: {'; '.join(body.split(chr(10))).strip('; ')}")
+    return 0 if healthy else 1
+
+
+def _ask(process: Process, path: str) -> tuple[int, str]:
+    """Give the code and the text of an answer, or 0 and why there is none; ConfigError when nobody is named."""
+    if process.status is None:
+        raise ConfigError(
+            "status: nobody is named; give --status, NODEPASS_STATUS, or --config with the file of the process"
+        )
+    token = read_token(process)
+    address = process.status
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    connection = http.client.HTTPConnection(host, address.port)
+    try:
+        with deadline(ANSWER_S, "status"):
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read(MAX_ANSWER).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException) as exc:
+        return 0, f"{address}: {reason(exc)}"
+    finally:
+        connection.close()
+
+
+def _format(document: dict[str, Any]) -> str:
+    """Format what /status.json says for a terminal."""
+    lines = [document["words"], ""]
+    for tunnel in document["tunnels"]:
+        lines += _format_tunnel(tunnel)
+    events = [f"  {_clock(event['time'])} {event['level']:5} {event['message']}" for event in document["events"][-8:]]
+    lines += ["recent events:", *events] if events else []
+    return "\n".join(printable(line, MAX_LINE) for line in lines)
+
+
+def _format_tunnel(tunnel: dict[str, Any]) -> list[str]:
+    counters, first_byte = tunnel["counters"], tunnel["first_byte_s"]
+    outside = f"public {tunnel['public']}" if tunnel["public"] else f"target {tunnel['target']}"
+    lines = [f"{tunnel['name']}: {tunnel['condition']}", f"  {tunnel['role']} {tunnel['tunnel']}, {outside}"]
+    for peer in tunnel["peers"]:
+        pool = f"{peer['ready']} data connections ready"
+        lines.append(f"  peer {peer['address']} since {_clock(peer['since'])}, profile v{peer['profile']}, {pool}")
+    lines.append(f"  exchanges {tunnel['exchanges']} of {tunnel['exchanges_limit']}")
+    lines.append(f"  bytes {_size(counters['bytes_up'])} up, {_size(counters['bytes_down'])} down")
+    if first_byte["count"]:
+        lines.append(
+            f"  first byte after {first_byte['p50'] * 1000:.1f} ms (half), {first_byte['p95'] * 1000:.1f} ms (95 %)"
+        )
+    if tunnel["certificate"]:
+        lines.append(f"  certificate until {time.strftime('%Y-%m-%d', time.gmtime(tunnel['certificate']['expires']))}")
+    if tunnel["ended"]:
+        lines.append(f"  {_clock(tunnel['ended']['at'])}: {tunnel['ended']['why']}")
+    return [*lines, ""]
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} TiB"
