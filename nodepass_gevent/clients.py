@@ -54,7 +54,10 @@ class Client:
 class Signals:
     """What a v2 client says once it is welcome: answers to pings, launches that failed, bye."""
 
-    def __init__(self, launched: MutableMapping[bytes, Abortable], counters: Counters) -> None:
+    def __init__(
+        self, launched: MutableMapping[bytes, Abortable], counters: Counters, log: logging.Logger = log
+    ) -> None:
+        self._log = log
         self.heard = Event()  # set by whatever comes
         self._lines = wire.Lines()
         self._known: set[bytes] = set()  # what ran when it was last heard
@@ -89,14 +92,15 @@ class Signals:
         running = self._launched.get(fail.id)
         if running is None or not running.abort(LaunchFailed(wire.printable(fail.why, wire.MAX_LINE)[1:-1])):
             self._counters.signals_stale += 1
-            log.debug("launch %s failed, says its client: it has ended, or works", fail.id.decode())
+            self._log.debug("launch %s failed, says its client: it has ended, or works", fail.id.decode())
 
 
 class Clients:
     """All clients, from their admission to the end of their sessions."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, log: logging.Logger = log) -> None:
         self._limits = limits
+        self._log = log
         self._by_session: dict[bytes, Client] = {}
         self._came = Event()
         self._closed = False
@@ -152,13 +156,13 @@ class Clients:
     def serve(self, client: Client, on_silence: Callable[[], None] = lambda: None) -> None:
         """Run a client's session to its end; ``on_silence`` is called when that is its silence."""
         client.stream.fail_when_unacknowledged(self._limits.tcp_user_timeout_s)
-        log.info("client %s connected, profile v%d", client.stream, client.profile)
+        self._log.info("client %s connected, profile v%d", client.stream, client.profile)
         try:
             client.session.run()
         except SessionEnded as exc:
-            log.info("client %s left: %s", client.stream, exc)
+            self._log.info("client %s left: %s", client.stream, exc)
         except SessionLost as exc:
-            log.warning("client %s: %s", client.stream, exc)
+            self._log.warning("client %s: %s", client.stream, exc)
             if isinstance(exc, PeerSilent):
                 on_silence()
         finally:

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 
     a_to_b: int
     b_to_a: int
-    error: Exception | None
+    error: BaseException | None
 
 
 class Pipes:
@@ -75,7 +75,7 @@ class Pipes:
 pipes = Pipes(MAX_PIPES)
 
 
-def _nobody(_error: Exception | None) -> None:
+def _nobody(_how: object) -> None:
     """Tell nobody: the exchange is over."""
 
 
@@ -281,7 +281,7 @@ class Exchange:
         there, back = self._flows
         return there.moved + back.moved
 
-    def run(self, idle_timeout_s: float) -> Outcome:
+    def run(self, idle_timeout_s: float, on_kill: Callable[[Outcome], object] = _nobody) -> Outcome:
         there, back = self._flows
         idle: _Silences | None = _silences(idle_timeout_s, "idle") if idle_timeout_s else None
         try:
@@ -290,12 +290,19 @@ class Exchange:
             if idle:
                 idle.add(self)
             error = self._ended.get()
+        except gevent.GreenletExit as exc:
+            on_kill(self._outcome(exc))
+            raise
         finally:
             there.stop()
             back.stop()
             self._half_closed.remove(self)
             if idle:
                 idle.remove(self)
+        return self._outcome(error)
+
+    def _outcome(self, error: BaseException | None) -> Outcome:
+        there, back = self._flows
         return Outcome(there.moved, back.moved, error)
 
     @property
@@ -322,10 +329,16 @@ class Exchange:
             self._half_closed.add(self)
 
 
-def exchange(a: Transport, b: Transport, half_closed_timeout_s: float, idle_timeout_s: float = 0) -> Outcome:
+def exchange(
+    a: Transport,
+    b: Transport,
+    half_closed_timeout_s: float,
+    idle_timeout_s: float = 0,
+    on_kill: Callable[[Outcome], object] = _nobody,
+) -> Outcome:
     """Copy both ways until both sides have ended, or one fails; the caller closes both.
 
     An exchange in which nothing moves for ``idle_timeout_s`` (0: no limit), or, half-closed, for
-    ``half_closed_timeout_s``, ends with TimeoutError.
+    ``half_closed_timeout_s``, ends with TimeoutError. When its greenlet is killed, ``on_kill`` is told what was moved.
     """
-    return Exchange(a, b, half_closed_timeout_s).run(idle_timeout_s)
+    return Exchange(a, b, half_closed_timeout_s).run(idle_timeout_s, on_kill)
