@@ -76,9 +76,14 @@ def _format(document: dict[str, Any]) -> str:
     lines = [document["words"], ""]
     for tunnel in document["tunnels"]:
         lines += _format_tunnel(tunnel)
-    events = [f"  {_clock(event['time'])} {event['level']:5} {event['message']}" for event in document["events"][-8:]]
+    events = list(map(_format_event, document["events"][-8:]))
     lines += ["recent events:", *events] if events else []
     return "\n".join(printable(line, MAX_LINE) for line in lines)
+
+
+def _format_event(event: dict[str, Any]) -> str:
+    tunnel = f"[{event['tunnel']}] " if event["tunnel"] else ""
+    return f"  {_clock(event['time'])} {event['level']:5} {tunnel}{event['message']}"
 
 
 def _format_tunnel(tunnel: dict[str, Any]) -> list[str]:

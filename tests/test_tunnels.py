@@ -88,6 +88,7 @@ def test_a_tunnel_that_is_added_disturbs_no_other(world):
 
 LIVE = {
     "log": "debug",
+    "access_log": "info",
     "service_cooldown_s": 7.0,
     "shutdown_timeout_s": 8.0,
     "udp_read_timeout_s": 9.0,
@@ -107,7 +108,7 @@ def test_levels_and_times_change_in_the_running_tunnel(world, caplog, name):
     assert role.config.limits is limits
     assert role.config.sources == {"x": "y"}
     changed = {"limits": "pool-wait, idle-timeout, dead-intervals, tcp-user-timeout"}
-    assert caplog.messages == [f"tunnel a: changed: {changed.get(name, name.removesuffix('_s').replace('_', '-'))}"]
+    assert caplog.messages == [f"settings changed: {changed.get(name, name.removesuffix('_s').replace('_', '-'))}"]
 
 
 @pytest.mark.parametrize(
