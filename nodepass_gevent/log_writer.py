@@ -1,0 +1,162 @@
+"""The writer of the log, which no slow reader and no full disk can stall: lines go to a native thread.
+
+That thread alone may block in ``write``. When it falls MAX_QUEUED lines behind, further ones are dropped; they are
+counted, as are those that could not be written, and both numbers are said once lines go out again.
+"""
+
+import logging
+import os
+import queue
+import time
+from collections import deque
+from typing import NamedTuple
+
+from gevent import monkey
+
+from .log_forms import place
+from .log_limit import Limit
+
+STREAMS = {"stdout": 1, "stderr": 2}
+MAX_QUEUED = 2000  # lines, about 200 KB
+FLUSH_TIMEOUT_S = 1.0  # how long the end of the process waits for a slow reader
+RETRY_S = 0.01  # a pipe that somebody else has made non-blocking is full
+RECENT = 100  # lines that are kept
+MODE = 0o640
+
+
+class Event(NamedTuple):
+    """A line that was logged, for who shows what happened of late."""
+
+    time: float  # seconds since the epoch
+    level: str  # debug, info, warn, error or fatal
+    tunnel: str  # empty for the process, and where the tunnel has no name
+    message: str
+
+
+class Dropped(NamedTuple):
+    """Lines that are not in the log, since the start."""
+
+    slow: int = 0  # the reader was too slow
+    failed: int = 0  # writing failed: a full disk, a reader that is gone
+    held_back: int = 0  # over log-rate
+
+
+class Writer(logging.Handler):
+    """Format records where they are logged; write them to a stream or a file, in a native thread."""
+
+    def __init__(self, to: str) -> None:
+        super().__init__()
+        self.limit = Limit()
+        self.recent: deque[Event] = deque(maxlen=RECENT)
+        self.to = to
+        self._fd = _open(to)
+        self._queue = monkey.get_original("queue", "SimpleQueue")()  # a native thread can wait on this one
+        self._queued = 0  # by whoever logs
+        self._done = 0  # by the thread
+        self._slow = self._slow_said = 0
+        self._failed = self._failed_said = 0
+        self._failing, self._why = False, ""  # to write
+        self.torn = False  # the last line that was written has no end
+        monkey.get_original("_thread", "start_new_thread")(self._write_for_ever, ())
+
+    def dropped(self) -> Dropped:
+        """Count the lines that were not written."""
+        return Dropped(self._slow, self._failed, self.limit.held)
+
+    def on_terminal(self) -> bool:
+        """Whether a person reads along."""
+        return os.isatty(self._fd)
+
+    def direct(self, to: str) -> None:
+        """Write to another stream or file from now on, or to a new file of the same name; OSError changes nothing."""
+        new = _open(to)
+        os.dup2(new, self._fd, inheritable=False)  # at once, under the thread that writes: no line is cut in two
+        os.close(new)
+        self.to = to
+
+    def reopen(self) -> None:
+        """Open the file anew by its name; OSError, and then the old one goes on."""
+        if self.to not in STREAMS:
+            self.direct(self.to)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if not self.limit.admits(record):
+                return
+            line = self._format(record)
+        except (TypeError, ValueError, KeyError):  # a wrong log call must not end the greenlet that made it
+            self.handleError(record)
+            return
+        if self._queued - self._done >= MAX_QUEUED:
+            self._slow += 1
+            return
+        self._put(line)
+
+    def flush(self) -> None:
+        """Wait until all lines are written, with what was held back, FLUSH_TIMEOUT_S at most."""
+        self._put(None)
+        end = time.monotonic() + FLUSH_TIMEOUT_S
+        while self._done < self._queued and time.monotonic() < end:
+            time.sleep(0.002)
+
+    def _put(self, line: str | None) -> None:
+        self._queued += 1
+        self._queue.put(line)
+
+    def _format(self, record: logging.LogRecord) -> str:
+        tunnel = place(record)
+        if record.levelno >= logging.INFO and not hasattr(record, "event"):
+            self.recent.append(Event(record.created, record.levelname.lower(), tunnel, record.getMessage()))
+        return self.format(record) + "\n"
+
+    # In the thread
+
+    def _write_for_ever(self) -> None:
+        while True:
+            try:
+                line = self._queue.get(timeout=self.limit.due_s())
+            except queue.Empty:  # a window has ended
+                self._write_notices()
+                continue
+            if line is not None and not self._write(line):
+                self._failed += 1
+            self._write_notices(everything=line is None)
+            self._done += 1
+
+    def _write_notices(self, *, everything: bool = False) -> None:
+        """Write what was held back, and what is missing when lines go out again."""
+        for record in self.limit.close(everything=everything):
+            self._write(self._format(record))
+        slow, failed = self._slow - self._slow_said, self._failed - self._failed_said
+        if slow and self._queue.empty() and self._say(slow, "dropped: the reader of the log is too slow"):
+            self._slow_said += slow
+        if failed and not self._failing and self._say(failed, f"could not be written: {self._why}"):
+            self._failed_said += failed
+
+    def _say(self, lines: int, what: str) -> bool:
+        text, arguments = "%d log lines %s", (lines, what)
+        record = logging.LogRecord(str(__package__), logging.WARNING, "", 0, text, arguments, None)
+        record.dropped = lines
+        return self._write(self._format(record))
+
+    def _write(self, line: str) -> bool:
+        whole = (b"\n" if self.torn else b"") + line.encode("utf-8", "backslashreplace")
+        left = whole
+        while left:
+            try:
+                left = left[os.write(self._fd, left) :]
+            except BlockingIOError:
+                monkey.get_original("time", "sleep")(RETRY_S)
+            except OSError as exc:  # the tunnel goes on
+                self._failing, self._why = True, (exc.strerror or str(exc)).lower()
+                self.torn = self.torn or left is not whole
+                return False
+        self._failing = self.torn = False
+        return True
+
+
+def _open(to: str) -> int:
+    """Open a stream or a file for appending; a named pipe without a reader is an OSError, not a wait."""
+    if to in STREAMS:
+        return os.dup(STREAMS[to])  # not inheritable
+    return os.open(to, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK, MODE)
