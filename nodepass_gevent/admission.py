@@ -4,19 +4,17 @@ Decides by addresses alone, and before a byte is read. What no setting asks for 
 connections is then handed back as it is.
 """
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
 
+from . import log as logs
 from .config import Config
 from .metrics import Counters
 from .net import peer_key
 from .transport import Stream
 from .values import Networks, unmapped
-
-log = logging.getLogger(__name__)
 
 REMEMBERED = 4096  # addresses whose answer is kept; looking one up in ten networks takes about 10 µs
 BUCKETS = 16384  # addresses whose datagrams are counted; about 4 MiB when full
@@ -69,6 +67,7 @@ class Admission:
 
     def __init__(self, config: Config, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
         limits = config.limits
+        self._log = logs.of(config.name)
         self._clients = Lists(config.allow_clients, config.deny_clients)
         self._users = Lists(config.allow_users, config.deny_users)
         self._most = limits.users_per_address
@@ -87,7 +86,7 @@ class Admission:
             host = caller.peer[0]
             if not self._clients.admits(host) or (keeps_out and keeps_out(peer_key(host))):
                 self._counters.callers_kept_out += 1
-                log.debug("caller %s is kept out by its address", caller)
+                self._log.debug("caller %s is kept out by its address", caller)
                 caller.reset()
                 return
             start(caller)
@@ -106,7 +105,7 @@ class Admission:
             host = user.peer[0]
             if not self._users.admits(host) or not self.enter(host):
                 self._counters.users_kept_out += 1
-                log.debug("user %s is kept out by its address", user)
+                self._log.debug("user %s is kept out by its address", user)
                 user.reset()
                 return
             start(user, partial(self.leave, host))

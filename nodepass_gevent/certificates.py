@@ -27,8 +27,8 @@ MAX_FILE = 1 << 20  # bytes of a certificate or key file
 class FromFiles(Generic[Value]):
     """What was read from files, and is read again when they change."""
 
-    def __init__(self, read: Callable[..., Value], *paths: str) -> None:
-        self._read, self._paths = read, paths
+    def __init__(self, read: Callable[..., Value], *paths: str, log: logging.Logger = log) -> None:
+        self._read, self._paths, self._log = read, paths, log
         self._seen = self._stamp()
         self.value = read(*paths)
 
@@ -41,7 +41,7 @@ class FromFiles(Generic[Value]):
         try:
             self.value = self._read(*self._paths)
         except ConfigError as exc:
-            log.error("not reloaded, the old one stays in use: %s", exc)
+            self._log.error("not reloaded, the old one stays in use: %s", exc)
             return False
         return True
 

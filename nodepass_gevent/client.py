@@ -10,6 +10,7 @@ import gevent
 from gevent.event import Event
 
 from . import authentication, net, opening, tls, tunnel_key, wire
+from . import log as logs
 from .config import Config, Limits
 from .crew import Crew
 from .errors import KeyMismatch, NoPlace, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
@@ -26,8 +27,6 @@ from .transport import Stream, Transport, deadline
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail, Launch, Need, Ping
 
-log = logging.getLogger(__name__)
-
 CHUNK = 1024  # bytes per read while the welcome is awaited
 V1_LEAD_S = 0.03  # a server of ours launches no v1 data connection in the first 5 ms, or more when it is busy
 CALLS = 8  # in a row, while server processes on one port have their clients: the system draws who takes a call
@@ -42,9 +41,16 @@ class Client:
         self.counters: Counters = before.counters if before else Counters()
         self.exchanges = Crew(config.semaphore_limit)
         self.begun = Event()
+        self._log = logs.of(config.name)
         self._keys = KeyRing(config)
         self._policy = ClientPolicy(
-            config.tunnel.host, sni=config.sni, ca=config.ca, pin=config.pin, crt=config.crt, key=config.key
+            config.tunnel.host,
+            sni=config.sni,
+            ca=config.ca,
+            pin=config.pin,
+            crt=config.crt,
+            key=config.key,
+            log=self._log,
         )
         self._warned = False  # of what a v1 control channel leaves open
         self._source_missed = False  # and said so
@@ -92,7 +98,9 @@ class Client:
             with gevent.Timeout(min(limits.connect_timeout_s, limits.first_line_timeout_s), False):
                 control.wait_for_arrival()
             if control.peek() is None:
-                log.warning("%s took the call and is silent: is it the tunnel port of a NodePass 1.0 server?", control)
+                self._log.warning(
+                    "%s took the call and is silent: is it the tunnel port of a NodePass 1.0 server?", control
+                )
             with deadline(limits.first_line_timeout_s, "first line"):
                 line = control.read_line(opening.MAX_FIRST_LINE)
             first = opening.parse_first_line(line)
@@ -144,14 +152,14 @@ class Client:
         endpoint = Endpoint(control.socket.family, (host, own_port or port, *scope))
         dial = partial(self._dial_v2, endpoint, first.tls, Data(welcome.session), keys)
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
-        pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most)
+        pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most, log=self._log)
         can &= welcome.capabilities
 
         def fail(id: bytes, why: str) -> bool:
             return opening.FAIL in can and session.send(wire.format_fail(Fail(id, why.encode())))
 
         egress = Egress(pool, self.exchanges, self.config, self.counters, fail, told_users=opening.FROM in can)
-        signals = _Signals(egress, self.counters, pool.dial_more)
+        signals = _Signals(egress, self.counters, self._log, pool.dial_more)
         silence_s = self.config.limits.dead_intervals * welcome.ping_interval_s
         session = Session(
             transport,
@@ -167,7 +175,7 @@ class Client:
         signals.obey(early)
         if opening.FROM not in can:
             self._miss_source()
-        log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
+        self._log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
         self._serve(session, 2, control, pool)
 
     def _authenticate(
@@ -221,12 +229,14 @@ class Client:
         host, _, *scope = control.peer
         endpoint = Endpoint(control.socket.family, (host, first.port, *scope))
         dial = partial(self._dial_v1, endpoint, first.tls)
-        pool = DialingPool(dial, self.config.min_pool_capacity, self.config.max_pool_capacity, lead_s=V1_LEAD_S)
+        pool = DialingPool(
+            dial, self.config.min_pool_capacity, self.config.max_pool_capacity, lead_s=V1_LEAD_S, log=self._log
+        )
         silence = _Silence(self.config.limits)
-        signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters)
+        signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, self._log)
         signals.on_ping = silence.note_ping
         self._miss_source()
-        log.info(
+        self._log.info(
             "connected to %s, profile v1, data port %d, tls %d, for %s",
             control, first.port, first.tls, self.config.target,
         )  # fmt: skip
@@ -236,7 +246,7 @@ class Client:
         """Say once what a policy does not cover in profile v1."""
         if not self._warned and (mode == VERIFIED or self.config.pin):
             self._warned = True
-            log.warning(
+            self._log.warning(
                 "profile v1: the server's certificate is checked on data connections, but the control channel is plain"
                 " text, so that whoever is on the path can start or stop exchanges; protocol=2 accepts no such server"
             )
@@ -270,7 +280,7 @@ class Client:
         """Say once that the target will not be told who its users are."""
         if self.config.proxy_protocol and not self._source_missed:
             self._source_missed = True
-            log.warning("the server does not tell users' addresses: the target is told that they are not known")
+            self._log.warning("the server does not tell users' addresses: the target is told that they are not known")
 
     def _secure(self, stream: Stream, mode: int, alpn: bytes = b"", line: bytes = b"") -> Transport:
         if mode == OFF:
@@ -282,7 +292,14 @@ class Client:
 class _Signals:
     """What the server says once the control channel is up."""
 
-    def __init__(self, egress: Egress, counters: Counters, on_need: Callable[[int], None] = lambda users: None) -> None:
+    def __init__(
+        self,
+        egress: Egress,
+        counters: Counters,
+        log: logging.Logger,
+        on_need: Callable[[int], None] = lambda users: None,
+    ) -> None:
+        self._log = log
         self.on_ping: Callable[[], object] = lambda: None
         self.lines = wire.Lines()
         self.obeys_bye = False  # a v1 server knows none
@@ -301,7 +318,7 @@ class _Signals:
                 signal = wire.parse_signal(line)
             except ProtocolError as exc:
                 self._counters.signals_malformed += 1
-                log.debug("signal passed over: %s", exc)
+                self._log.debug("signal passed over: %s", exc)
                 continue
             match signal:
                 case Launch():

@@ -60,7 +60,10 @@ class Client:
 class Signals:
     """What a v2 client says once it is welcome: answers to pings, launches that failed, bye."""
 
-    def __init__(self, launched: MutableMapping[bytes, Abortable], counters: Counters) -> None:
+    def __init__(
+        self, launched: MutableMapping[bytes, Abortable], counters: Counters, log: logging.Logger = log
+    ) -> None:
+        self._log = log
         self.heard = Event()  # set by whatever comes
         self._lines = wire.Lines()
         self._known: set[bytes] = set()  # what ran when it was last heard
@@ -95,14 +98,15 @@ class Signals:
         running = self._launched.get(fail.id)
         if running is None or not running.abort(LaunchFailed(wire.printable(fail.why, wire.MAX_LINE)[1:-1])):
             self._counters.signals_stale += 1
-            log.debug("launch %s failed, says its client: it has ended, or works", fail.id.decode())
+            self._log.debug("launch %s failed, says its client: it has ended, or works", fail.id.decode())
 
 
 class Clients:
     """All clients, from their admission to the end of their sessions."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, log: logging.Logger = log) -> None:
         self._limits = limits
+        self._log = log
         self._by_session: dict[bytes, Client] = {}
         self._came = Event()
         self._closed = False
@@ -163,15 +167,15 @@ class Clients:
     def serve(self, client: Client, on_silence: Callable[[], None] = lambda: None) -> None:
         """Run a client's session to its end; ``on_silence`` is called when that is its silence."""
         client.stream.fail_when_unacknowledged(self._limits.tcp_user_timeout_s)
-        log.info("client %s connected, profile v%d", client.stream, client.profile)
+        self._log.info("client %s connected, profile v%d", client.stream, client.profile)
         try:
             client.session.run()
         except SessionEnded as exc:
             self.left = Ended(f"client {client.stream} left: {exc}", time.time())
-            log.info("%s", self.left.why)
+            self._log.info("%s", self.left.why)
         except SessionLost as exc:
             self.left = Ended(f"client {client.stream}: {exc}", time.time())
-            log.warning("%s", self.left.why)
+            self._log.warning("%s", self.left.why)
             if isinstance(exc, PeerSilent):
                 on_silence()
         finally:

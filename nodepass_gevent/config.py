@@ -15,6 +15,7 @@ from .values import Address, Networks, Pins, did_you_mean, format_duration, is_h
 
 _TUNNEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")  # the most detailed first
+LOG_FORMATS = ("text", "json")
 
 
 def _within(low: float, high: float, default: float | None) -> Any:
@@ -113,6 +114,8 @@ class Process(Checked):
     """The settings of the whole process, whatever tunnels it runs."""
 
     log_to: str = "stdout"  # stdout, stderr or a file
+    log_format: str = _one_of(*LOG_FORMATS, default="text")
+    log_rate: int = _within(0, 1 << 20, 1)  # ten lines in ten seconds show what is wrong, and a flood is no full disk
     status: Address | None = None  # where it is asked how it is; None: nowhere
     status_token_file: str | None = None  # whose content who asks must know
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -130,7 +133,7 @@ def is_live(field_name: str) -> bool:
     Not those of keepalive, which accepted connections have from their listener.
     """
     timed = field_name.endswith("_s") and not field_name.startswith("keepalive_")
-    return timed or field_name in ("log", "dead_intervals", "penalty_after")
+    return timed or field_name in ("log", "access_log", "dead_intervals", "penalty_after")
 
 
 ORDERED = (  # the first is at most the second
@@ -152,6 +155,7 @@ class Config(Checked):
     target: Address  # the server's public port, the client's target
     name: str = ""  # of the tunnel in its config file, where there are several
     log: str = _one_of(*LOG_LEVELS, default="info")
+    access_log: str = _one_of("off", "debug", "info", default="debug")
     tls: int = _one_of(0, 1, 2, default=0)  # a client's is the least mode it accepts
     crt: str | None = None  # a file
     key: str | None = None  # a file

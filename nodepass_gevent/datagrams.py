@@ -4,7 +4,6 @@ With a peer that has the capability ``udp`` a user's address has a session: one 
 both ways, framed. With any other peer each datagram is an exchange of its own, with one answer, and nothing frames it.
 """
 
-import logging
 import time
 from collections.abc import Callable, MutableMapping
 from contextlib import suppress
@@ -14,7 +13,9 @@ from typing import Any, Protocol
 
 import gevent
 
-from . import proxy_protocol, unframed
+from . import access, proxy_protocol, unframed
+from . import log as logs
+from .access import AccessLog
 from .config import Config
 from .crew import Crew
 from .errors import ConnectError, NotCarried, TunnelError
@@ -24,8 +25,6 @@ from .transport import Transport, deadline, reason
 from .udp import Entrance, PublicSocket, TargetSocket
 from .udp_relay import UDPRelay
 from .wire import Kind, Launch
-
-log = logging.getLogger(__name__)
 
 EVICTABLE_S = 1.0  # of silence: a session gives its place to a newcomer when all places are taken
 EVICTION_TRIES = 8  # sessions that are looked at for a newcomer
@@ -67,6 +66,8 @@ class DatagramIngress:
         self._config = config
         self._counters = counters
         self._entrance = entrance  # None: all may come
+        self._log = logs.of(config.name)
+        self._access = AccessLog(config)
         self._limit = max(config.semaphore_limit // 2, 1)
         self._asking = 0  # exchanges of one datagram
         self._sessions: dict[Reply, UDPRelay] = {}  # by user
@@ -148,6 +149,7 @@ class DatagramIngress:
         started, id = time.monotonic(), b""
         launched: MutableMapping[bytes, Any] = {}
         traffic = partial(_traffic_of_user, session)
+        carried = True
         try:
             id, data, launched = self._launch(Kind.UDP_SESSION, self._config.limits.pool_wait_s, reply.sender)
             self._counters.udp_sessions += 1
@@ -157,9 +159,10 @@ class DatagramIngress:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges))
             if session.refused:
                 self._counters.launches_failed += 1
-                log.warning("user %s dropped for %g s: %s", reply, REFUSED_S, session.how)
+                self._log.warning("user %s dropped for %g s: %s", reply, REFUSED_S, session.how)
                 gevent.sleep(REFUSED_S)
         except NotCarried:  # by the peer for which its first datagrams have waited
+            carried = False
             self._close_session(reply)
             for datagram in session.take_waiting():
                 self._open_exchange(datagram, reply)
@@ -173,7 +176,8 @@ class DatagramIngress:
             self._ended()
             _count_drops(self._counters, session)
             self._counters.ended(traffic)
-            _log_session(id, f"{reply} -> tunnel", session, started)
+            if carried:
+                self._access.session(id, reply.sender, session, started)
 
     def _close_session(self, reply: Reply) -> None:
         del self._sessions[reply]
@@ -190,28 +194,33 @@ class DatagramIngress:
         elif self._enter(reply):
             self._counters.udp_exchanges += 1
             self._asking += 1
-            data = None
+            launched = None
             with suppress(TunnelError):  # the launch, where it need not wait, goes before the datagram: its client is
-                data = self._launch_one(reply, 0)  # woken by what it waits for
-            self._exchanges.spawn(self._run_exchange, datagram, reply, data)
+                launched = self._launch_one(reply, 0)  # woken by what it waits for
+            self._exchanges.spawn(self._run_exchange, datagram, reply, launched)
 
-    def _launch_one(self, reply: Reply, timeout_s: float) -> Transport:
-        return self._launch(Kind.UDP, timeout_s, reply.sender)[1]
+    def _launch_one(self, reply: Reply, timeout_s: float) -> tuple[bytes, Transport]:
+        return self._launch(Kind.UDP, timeout_s, reply.sender)[:2]
 
-    def _run_exchange(self, datagram: bytes, reply: Reply, data: Transport | None) -> None:
+    def _run_exchange(self, datagram: bytes, reply: Reply, launched: tuple[bytes, Transport] | None) -> None:
         timeout_s = self._config.udp_read_timeout_s
+        started, id, answer = time.monotonic(), b"", b""
+        end = access.CUT, ""
         try:
             with deadline(timeout_s, "datagram"):
-                self._ask(datagram, reply, data or self._launch_one(reply, timeout_s))
+                id, data = launched or self._launch_one(reply, timeout_s)
+                answer = self._ask(datagram, reply, data)
+            end = access.ENDED, ""
         except (OSError, TunnelError) as exc:
             self._counters.datagrams_unanswered += 1
-            log.debug("datagram of %s: %s", reply, reason(exc))
+            end = access.UNANSWERED if id else access.NO_DATA_CONNECTION, reason(exc)
         finally:
+            self._access.datagram(id, reply.sender, datagram if id else b"", answer, started, end)
             self._asking -= 1
             self._leave(reply)
             self._ended()
 
-    def _ask(self, datagram: bytes, reply: Reply, data: Transport) -> None:
+    def _ask(self, datagram: bytes, reply: Reply, data: Transport) -> bytes:
         with data:
             data.send_last(datagram)
             self._counters.datagrams_up += 1
@@ -225,6 +234,7 @@ class DatagramIngress:
             self._counters.datagrams_down += 1
             self._counters.bytes_down += len(answer)
             reply(answer)
+            return answer
 
 
 class DatagramEgress:
@@ -250,10 +260,10 @@ class DatagramEgress:
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
+        self._access = AccessLog(config)
 
     def session(self, launch: Launch, data: Transport) -> None:
         """Carry a session over ``data``, framed, to and from a socket of its own, until a side ends or it is idle."""
-        id = launch.id
         self._counters.udp_sessions += 1
         started = time.monotonic()
         with self._open_target(launch, data) as target:
@@ -267,7 +277,7 @@ class DatagramEgress:
                 _count_drops(self._counters, session)
                 self._counters.datagrams_refused += target.refusals
                 self._counters.ended(traffic)
-                _log_session(id, f"tunnel -> {target}", session, started)
+                self._access.session(launch.id, self._user(launch), session, started)
                 if not session.framed:  # not one answer
                     self._forget()
 
@@ -290,37 +300,41 @@ class DatagramEgress:
 
     def exchange(self, launch: Launch, data: Transport) -> None:
         """Carry one datagram and one answer over ``data``, unframed."""
+        started = time.monotonic()
         self._counters.udp_exchanges += 1
         limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
         datagram, ended = unframed.read_datagram(data, limit, timeout_s)
         if not 0 < len(datagram) <= limit:
             self._counters.datagrams_dropped_size += 1
+            end = access.FAILED, "the datagram is empty, or longer than udp-data-buf-size"
+            self._access.nothing("udp", launch.id, self._user(launch), started, end)
             return
         with self._open_target(launch, data) as target:
-            answer = self._ask(launch, target, datagram)
+            answer, end = self._ask(launch, target, datagram)
             if len(answer) > limit:
                 self._counters.datagrams_dropped_size += 1
+                answer, end = b"", (access.UNANSWERED, "the answer is longer than udp-data-buf-size")
             elif answer:
                 self._counters.datagrams_down += 1
                 self._counters.bytes_down += len(answer)
                 with deadline(timeout_s, "answer to the tunnel"):
                     data.send_last(answer)
+        self._access.datagram(launch.id, self._user(launch), datagram, answer, started, end)
         if not ended:  # to close before the peer has ended could take the answer away from it
             data.linger(self._config.limits.drain_linger_s)
 
-    def _ask(self, launch: Launch, target: TargetSocket, datagram: bytes) -> bytes:
-        """Give the target's answer; an empty one when it is silent, or refuses by ICMP."""
+    def _ask(self, launch: Launch, target: TargetSocket, datagram: bytes) -> tuple[bytes, access.End]:
+        """Give the target's answer; an empty one when it is silent, or refuses by ICMP, and how that went."""
         try:
             target.send(self._header(launch, target) + datagram)
             self._counters.datagrams_up += 1
             self._counters.bytes_up += len(datagram)
             with deadline(self._config.udp_read_timeout_s, "answer"):
-                return target.recv()
+                return target.recv(), (access.ENDED, "")
         except OSError as exc:
             self._counters.datagrams_unanswered += 1
-            log.debug("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
             self._forget()
-            return b""
+            return b"", (access.UNANSWERED, reason(exc))
 
 
 class _Introduced:
@@ -364,17 +378,3 @@ def _count_drops(counters: Counters, session: UDPRelay) -> None:
     counters.datagrams_dropped_queue += session.dropped_queue
     counters.datagrams_dropped_size += session.dropped_size
     counters.datagrams_dropped_network += session.dropped_network
-
-
-def _log_session(id: bytes, way: str, session: UDPRelay, started: float) -> None:
-    if log.isEnabledFor(logging.DEBUG):
-        log.debug(
-            "session %s: %s: %s after %.3f s, %d datagrams in, %d out, %d dropped",
-            id.decode() or "without a data connection",
-            way,
-            session.how,
-            time.monotonic() - started,
-            session.framed,
-            session.delivered,
-            session.dropped_queue + session.dropped_size + session.dropped_network,
-        )

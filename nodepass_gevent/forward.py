@@ -16,7 +16,9 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Pool
 
-from . import opening, proxy_protocol, wire
+from . import access, opening, proxy_protocol, wire
+from . import log as logs
+from .access import AccessLog
 from .config import Config
 from .crew import Crew
 from .datagrams import DatagramEgress, DatagramIngress
@@ -27,8 +29,6 @@ from .relay import Exchange, Outcome
 from .transport import Stream, Transport, reason
 from .udp import Entrance
 from .wire import Kind, Launch
-
-log = logging.getLogger(__name__)
 
 CHUNK = 4096  # bytes per read of what nobody wants
 
@@ -90,6 +90,8 @@ class Ingress:
         self._counters = counters
         self._launching = 0  # that wait for a peer or a data connection
         self._settled = Event()  # set when none of them is left
+        self._log = logs.of(config.name)
+        self._access = AccessLog(config)
         self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters, entrance)
 
     def room(self) -> int:
@@ -128,7 +130,8 @@ class Ingress:
                     self._carry(user, came, again=True)
             except TunnelError as exc:
                 self._counters.exchanges_failed += 1
-                log.warning("user %s refused: %s", user, exc)
+                self._log.warning("user %s refused: %s", user, exc)
+                self._access.nothing("tcp", b"", user.peer, came, (access.NO_DATA_CONNECTION, str(exc)))
                 user.reset()
 
     def _carry(self, user: Stream, came: float, *, again: bool = False) -> bool:
@@ -138,20 +141,22 @@ class Ingress:
         id, data, link = self._launch(Kind.TCP, end - time.monotonic(), user.peer)
         started = time.monotonic()
         with data:
+            tell = partial(self._access.tcp, id, user.peer, (user, data), started)
             on_answer = partial(_observe_answer, self._counters, came)
             running = link.launched[id] = Exchange(user, data, limits.half_closed_timeout_s, on_answer)
             try:
-                outcome = _run(running, limits.idle_timeout_s, self._counters)
+                outcome = _run(running, limits.idle_timeout_s, self._counters, tell)
             finally:
                 link.launched.pop(id, None)
             if not again and not running.began and _is_dead(outcome.error, user, end):
-                log.debug("data connection %s of user %s was dead: %s", id.decode(), user, outcome.error)
+                self._log.debug("data connection %s of user %s was dead: %s", id.decode(), user, outcome.error)
                 data.reset()
                 return False
             if isinstance(outcome.error, LaunchFailed):
                 self._counters.launches_failed += 1
-                log.warning("user %s reset: %s", user, outcome.error)
-            _conclude(id, user, data, outcome, started, self._counters)
+                self._log.warning("user %s reset: %s", user, outcome.error)
+            tell(outcome)
+            _conclude(user, data, outcome, self._counters)
         return True
 
     def _framed(self) -> bool:
@@ -217,6 +222,8 @@ class Egress:
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
+        self._log = logs.of(config.name)
+        self._access = AccessLog(config)
         self._waiting = Pool(config.max_pool_capacity)  # launches that wait for a slot, each in its greenlet
         self._endpoints: list[Endpoint] = []
         udp = DatagramEgress(self._target, self._forget_target, self._refuse, self._user, exchanges, config, counters)
@@ -233,12 +240,18 @@ class Egress:
             self._fail(launch.id, "busy")
 
     def _run(self, launch: Launch) -> None:
+        started = time.monotonic()
+        protocol = "tcp" if launch.kind is Kind.TCP else "udp"
         try:
             data = self._pool.take(launch.id, self._config.limits.pool_wait_s)
         except NodePassError as exc:
             self._counters.launches_lost += 1
             repeated = isinstance(exc, ProtocolError)  # a few bytes each, as often as a peer likes: no line for that
-            log.log(logging.DEBUG if repeated else logging.WARNING, "launch of %s lost: %s", launch.id.decode(), exc)
+            level = logging.DEBUG if repeated else logging.WARNING
+            self._log.log(level, "launch of %s lost: %s", launch.id.decode(), exc)
+            if not repeated:
+                end = access.NO_DATA_CONNECTION, str(exc)
+                self._access.nothing(protocol, launch.id, self._user(launch), started, end)
             if isinstance(exc, NoDataConnection):
                 self._fail(launch.id, wire.GONE.decode())
             return
@@ -247,7 +260,9 @@ class Egress:
                 self._carry[launch.kind](launch, data)
         except (OSError, ConnectError) as exc:
             self._counters.exchanges_failed += 1
-            log.warning("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
+            self._log.warning("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
+            end = access.NO_TARGET if isinstance(exc, ConnectError) else access.FAILED, reason(exc)
+            self._access.nothing(protocol, launch.id, self._user(launch), started, end)
 
     def _tcp(self, launch: Launch, data: Transport) -> None:
         self._counters.tcp_exchanges += 1
@@ -268,8 +283,10 @@ class Egress:
             started = time.monotonic()
             on_answer = partial(_observe_answer, self._counters, launched)
             running = Exchange(data, target, limits.half_closed_timeout_s, on_answer)
-            outcome = _run(running, limits.idle_timeout_s, self._counters)
-            _conclude(launch.id, data, target, outcome, started, self._counters)
+            tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started)
+            outcome = _run(running, limits.idle_timeout_s, self._counters, tell)
+            tell(outcome)
+            _conclude(data, target, outcome, self._counters)
 
     def _user(self, launch: Launch) -> tuple | None:
         """Give the user's address, where the peer has agreed to tell it."""
@@ -295,7 +312,7 @@ class Egress:
         self._endpoints = []
 
 
-def _is_dead(error: Exception | None, user: Stream, end: float) -> bool:
+def _is_dead(error: BaseException | None, user: Stream, end: float) -> bool:
     """Whether an exchange that has read nothing, not even an end, from either side ended by its data connection.
 
     Nothing can be lost or come twice when its user is given another one. A peer that says so has not taken the
@@ -306,11 +323,16 @@ def _is_dead(error: Exception | None, user: Stream, end: float) -> bool:
     return isinstance(error, ConnectionError) and time.monotonic() < end and user.peek() is not False
 
 
-def _run(exchange: Exchange, idle_timeout_s: float, counters: Counters) -> Outcome:
+def _run(
+    exchange: Exchange, idle_timeout_s: float, counters: Counters, on_kill: Callable[[Outcome], object]
+) -> Outcome:
     """Run an exchange to its end, its bytes being counted all the while."""
     counters.running.add(exchange.traffic)
     try:
         return exchange.run(idle_timeout_s)
+    except gevent.GreenletExit as exc:
+        on_kill(Outcome(*exchange.traffic()[:2], exc))
+        raise
     finally:
         counters.ended(exchange.traffic)
 
@@ -319,22 +341,9 @@ def _observe_answer(counters: Counters, since: float) -> None:
     counters.first_bytes.observe(time.monotonic() - since)
 
 
-def _conclude(
-    id: bytes, user_side: Transport, target_side: Transport, outcome: Outcome, started: float, counters: Counters
-) -> None:
-    """Count and log what was copied, and pass a failure of one side on to the other as a reset."""
+def _conclude(user_side: Transport, target_side: Transport, outcome: Outcome, counters: Counters) -> None:
+    """Count a failure, and pass that of one side on to the other as a reset."""
     if outcome.error is not None:
         counters.exchanges_failed += 1
         user_side.reset()
         target_side.reset()
-    if log.isEnabledFor(logging.DEBUG):
-        log.debug(
-            "exchange %s: %s -> %s: %s after %.3f s, %d bytes up, %d down",
-            id.decode(),
-            user_side,
-            target_side,
-            "ended" if outcome.error is None else reason(outcome.error),
-            time.monotonic() - started,
-            outcome.a_to_b,
-            outcome.b_to_a,
-        )

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import gevent
 
 from . import authentication, net, opening, tls, wire
+from . import log as logs
 from .callers import Caller, Callers
 from .clients import Client, Clients
 from .config import Config
@@ -22,8 +23,6 @@ from .pool import AcceptingPool
 from .ripening import Ripening
 from .tls_context import ServerCertificate
 from .transport import Stream, Transport, deadline, reason
-
-log = logging.getLogger(__name__)
 
 REFUSALS_PER_WARNING = 60  # an original without a certificate calls again and again
 
@@ -40,6 +39,7 @@ class Joining:
         counters: Counters,
         on_wrong_tag: Callable[[str], None],
     ) -> None:
+        self._log = logs.of(config.name)
         self._most = config.max_pool_capacity
         self._limits = config.limits
         self._certificate = certificate
@@ -98,7 +98,7 @@ class Joining:
             client = None
         if client is None or client.pool.closed or not self.has_room(client):
             self._counters.data_connections_refused += 1
-            log.debug("data connection from %s refused: no such session here, or its pool is full", key)
+            self._log.debug("data connection from %s refused: no such session here, or its pool is full", key)
             stream.sendall(first)
             return False
         try:
@@ -117,7 +117,7 @@ class Joining:
             if isinstance(exc, KeyMismatch):
                 self._on_wrong_tag(key)
             self._counters.data_connections_refused += 1
-            log.debug("data connection from %s: %s", key, reason(exc))
+            self._log.debug("data connection from %s: %s", key, reason(exc))
             stream.reset()
             return False
         return True
@@ -167,7 +167,7 @@ class Joining:
                     why, alert = str(exc), exc.alert
                     warn = self._counters.certificates_refused % REFUSALS_PER_WARNING == 1
                     level = logging.WARNING if warn else logging.DEBUG
-                    log.log(level, "refused data connection from %s: %s", key, why)
+                    self._log.log(level, "refused data connection from %s: %s", key, why)
                 self._hold(stream, key, why)
                 if alert:
                     stream.push(alert)
@@ -182,13 +182,13 @@ class Joining:
 
     def _refused(self, stream: Stream, why: str) -> None:
         self._counters.data_connections_refused += 1
-        log.debug("data connection from %s: %s", net.peer_key(stream.peer[0]), why)
+        self._log.debug("data connection from %s: %s", net.peer_key(stream.peer[0]), why)
 
     def _hold(self, stream: Stream, key: str, why: str) -> None:
         self._counters.data_connections_refused += 1
         with suppress(ConnectionAbortedError), self._held.noted(Caller(key, stream, gevent.getcurrent())):
             gevent.sleep(self._limits.tls_handshake_timeout_s)
-        log.debug("data connection from %s refused: %s", key, why)
+        self._log.debug("data connection from %s refused: %s", key, why)
 
 
 def _nothing(_id: bytes) -> bytes:

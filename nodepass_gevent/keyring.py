@@ -3,19 +3,17 @@
 Of a file's two keys the first proves who this side is and both are accepted, so that a key is changed without a pause.
 """
 
-import logging
 import os
 import re
 import stat
 
 import gevent
 
+from . import log as logs
 from .config import Config, Process
 from .errors import ConfigError
 from .tunnel_key import Root, TunnelKey, derive, parse_key
 from .values import shown
-
-log = logging.getLogger(__name__)
 
 MAX_KEYS = 2  # the old one and the new one
 MAX_FILE = 8192  # bytes; two passphrases of 1024 characters, and comments
@@ -28,6 +26,7 @@ class KeyRing:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self._log = logs.of(config.name)
         self._seen = _stamp(config.tunnel_key_file)
         self.roots = _derive(config, read_keys(config))
 
@@ -40,13 +39,13 @@ class KeyRing:
         try:
             keys = read_keys(self._config)
         except ConfigError as exc:
-            log.error("tunnel key not reloaded, the old one stays in use: %s", exc)
+            self._log.error("tunnel key not reloaded, the old one stays in use: %s", exc)
             return
         # scrypt takes a while: in a thread, so that nobody waits for it
         roots = gevent.get_hub().threadpool.apply(_derive, (self._config, keys))
         if self._seen == stamp:  # it may have changed once more meanwhile
             self.roots = roots
-            log.info("tunnel key: %d read from %s", len(keys), shown(self._config.tunnel_key_file))
+            self._log.info("tunnel key: %d read from %s", len(keys), shown(self._config.tunnel_key_file))
 
 
 def read_keys(config: Config) -> tuple[TunnelKey, ...]:

@@ -7,7 +7,6 @@ concerns the whole process comes from the loggers of the modules.
 import logging
 import os
 
-from .errors import ConfigError
 from .log_forms import TUNNEL, make_formatter
 from .log_writer import Dropped, Event, Writer
 from .values import shown
@@ -29,7 +28,7 @@ def of(tunnel: str) -> logging.Logger:
 
 
 def setup(level: str, to: str = "stdout", form: str = "text", rate: int = 0) -> None:
-    """Send log lines of ``level`` (a key of LEVELS) and above to a stream or a file; ConfigError, and all is as it was.
+    """Send log lines of ``level`` (a key of LEVELS) and above to a stream or a file; OSError, and all is as it was.
 
     Of one kind ``rate`` lines per second are logged, 0: all of them. May be called again, to change any of this.
     """
@@ -38,14 +37,11 @@ def setup(level: str, to: str = "stdout", form: str = "text", rate: int = 0) -> 
     logger = logging.getLogger(__package__)
     logger.propagate = False
     writer = _writer()
-    try:
-        if writer is None:
-            writer = Writer(to)
-            logger.addHandler(writer)
-        elif writer.to != to:
-            writer.direct(to)
-    except OSError as exc:
-        raise ConfigError(f"log-to: cannot open {shown(to)}: {(exc.strerror or str(exc)).lower()}") from exc
+    if writer is None:
+        writer = Writer(to)
+        logger.addHandler(writer)
+    elif writer.to != to:
+        writer.direct(to)
     writer.setFormatter(make_formatter(form, colored=writer.on_terminal() and not os.environ.get("NO_COLOR")))
     writer.limit.per_second = rate
     set_level(level)
@@ -63,7 +59,11 @@ def reopen() -> None:
         try:
             writer.reopen()
         except OSError as exc:
-            log.error("cannot open %s again, the old file stays in use: %s", shown(writer.to), exc.strerror)
+            log.error(
+                "cannot open %s again, the old file stays in use: %s",
+                shown(writer.to),
+                (exc.strerror or str(exc)).lower(),
+            )
 
 
 def flush() -> None:

@@ -29,11 +29,16 @@ class Penalties:
     """Who is kept out, by address as ``net.peer_key`` gives it. ``exempt`` are addresses with a live session."""
 
     def __init__(
-        self, limits: Limits, exempt: Callable[[str], object], clock: Callable[[], float] = time.monotonic
+        self,
+        limits: Limits,
+        exempt: Callable[[str], object],
+        clock: Callable[[], float] = time.monotonic,
+        log: logging.Logger = log,
     ) -> None:
         self._limits = limits
         self._exempt = exempt
         self._clock = clock
+        self._log = log
         self._suspects: dict[str, _Offender] = {}  # not kept out so far; both in the order of the last wrong proof
         self._punished: dict[str, _Offender] = {}
 
@@ -54,7 +59,7 @@ class Penalties:
         penalty_s = min(limits.penalty_first_s * 2 ** min(doublings, MAX_DOUBLINGS), limits.penalty_longest_s)
         offender.until = now + penalty_s
         _keep(self._punished, key, offender)
-        log.warning(
+        self._log.warning(
             "address %s is kept out for %g s: wrong proofs of the tunnel key: %d", key, penalty_s, offender.wrong
         )
 

@@ -67,8 +67,14 @@ class _Idle:
 class AcceptingPool:
     """Data connections that a peer dialled. Nothing may arrive on one before it is launched."""
 
-    def __init__(self, capacity: int, on_shortage: Callable[[int], object] = lambda takers: None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        on_shortage: Callable[[int], object] = lambda takers: None,
+        log: logging.Logger = log,
+    ) -> None:
         self.capacity = capacity
+        self._log = log
         self._on_shortage = on_shortage  # told, once a turn of the event loop, how many more takers have to wait
         self._short = 0
         self._idle = _Idle(self._drop)
@@ -146,7 +152,7 @@ class AcceptingPool:
         if transport.peek() is None:
             return
         self._idle.pop(id).reset()
-        log.debug("idle data connection %s dropped: its peer closed it or spoke out of turn", id.decode())
+        self._log.debug("idle data connection %s dropped: its peer closed it or spoke out of turn", id.decode())
 
     def leave(self) -> None:
         """Give no more away: the session is about to end."""
@@ -185,9 +191,11 @@ class DialingPool:
         maximum: int,
         sleep: Callable[[float], object] = gevent.sleep,
         lead_s: float = 0.0,
+        log: logging.Logger = log,
     ) -> None:
         self.capacity = self._minimum = minimum
         self._maximum = maximum
+        self._log = log
         self._dial = dial
         self._sleep = sleep
         self._lead_s = lead_s
@@ -321,7 +329,7 @@ class DialingPool:
             except PolicyError as exc:
                 self._refusal = exc
             except (OSError, NodePassError) as exc:
-                (log.debug if self._failing else log.warning)("no data connection: %s", reason(exc))
+                (self._log.debug if self._failing else self._log.warning)("no data connection: %s", reason(exc))
                 self._failing = True
             self._sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MAX_S)

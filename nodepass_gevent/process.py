@@ -18,8 +18,9 @@ from . import relay
 from .config import LOG_LEVELS, Address, Config, Process
 from .errors import ConfigError
 from .notify import Notifier
-from .status import Recent, Status
+from .status import Status
 from .status_server import StatusServer
+from .transport import reason
 from .tunnels import MakeRole, Tunnels
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def run(plan: Plan, load: Callable[[], Plan], make: MakeRole) -> int:
     stop = Event()
     notifier = Notifier(os.environ)
     signals = _Signals(tunnels, stop, load, notifier)
+    _set_up_log(plan)
     signals.listen()
     signals.follow(plan)
     reports = _report(notifier, tunnels)
@@ -85,6 +87,15 @@ def _report(notifier: Notifier, tunnels: Tunnels) -> Group:
     return reports
 
 
+def _set_up_log(plan: Plan) -> None:
+    """Log as a plan says, or raise ConfigError."""
+    process = plan.process
+    try:
+        logs.setup(plan.log_level, process.log_to, process.log_format, process.log_rate)
+    except OSError as exc:
+        raise process.fault("log_to", f"cannot be opened: {reason(exc)}") from exc
+
+
 class _Signals:
     """What the signals of a running process do."""
 
@@ -93,8 +104,7 @@ class _Signals:
         self._tunnels = tunnels
         self._stop = stop
         self._load = load
-        self._recent = Recent()
-        self._status = Status(tunnels, lambda: list(self._recent.events), logs.lines_dropped)
+        self._status = Status(tunnels, logs.recent, lambda: logs.dropped().lost)
         self._status_server: StatusServer | None = None
         self._served: tuple[Address | None, str | None] = (None, None)  # what it was made with
         self.changing = Semaphore()  # held while tunnels are started and stopped
@@ -108,12 +118,9 @@ class _Signals:
 
     def follow(self, plan: Plan) -> None:
         """Make the process what a plan says."""
-        logs.setup(plan.log_level, plan.process.log_to)
         for warning in plan.warnings:
             log.warning("%s", warning)
         relay.pipes.most = plan.pipes
-        if plan.process.status:
-            logging.getLogger(__package__).addHandler(self._recent)
         self._tunnels.apply(plan.configs)
         self._serve_status(plan.process.status, plan.status_token)
 
@@ -142,6 +149,7 @@ class _Signals:
             log.info("SIGHUP: reading configuration, certificates and keys again")
             try:
                 plan = self._load()
+                _set_up_log(plan)
             except ConfigError as exc:
                 log.error("configuration refused, the old one goes on: %s", exc)
             else:
@@ -153,7 +161,9 @@ class _Signals:
         """Log what there is."""
         for service in self._tunnels:
             role = service.role
-            log.info("%s: exchanges %d; since the start: %s", role, len(role.exchanges), role.counters)
+            logs.of(role.config.name).info(
+                "%s: exchanges %d; since the start: %s", role, len(role.exchanges), role.counters
+            )
 
 
 def _calm_garbage_collection() -> None:

@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 import gevent
 
 from . import authentication, net, opening, tls, wire
+from . import log as logs
 from .callers import Caller, Callers
 from .clients import Client, Clients, Signals
 from .config import Config
@@ -30,8 +31,6 @@ from .tls_context import ServerCertificate
 from .transport import Stream, Transport, deadline, reason
 from .tunnel_key import Handshake
 from .wire import Bye, Need
-
-log = logging.getLogger(__name__)
 
 CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, opening.FROM, wire.UDP))
 SPEAKS = "it speaks"  # the verdict on a caller that is not silent
@@ -55,6 +54,7 @@ class Reception:
             None  # where v2 ones are, when another process may have the tunnel port's next call
         )
         self._config = config
+        self._log = logs.of(config.name)
         self._limits = config.limits
         self._counters = counters
         self._callers = Callers(config.limits.callers)
@@ -179,7 +179,7 @@ class Reception:
 
     def _refuse(self, who_and_why: str, level: int = logging.WARNING) -> None:
         self._counters.callers_refused += 1
-        log.log(level, "refused %s", who_and_why)
+        self._log.log(level, "refused %s", who_and_why)
 
     def _listen_to(
         self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack
@@ -269,9 +269,10 @@ class Reception:
             (lambda users: session.send(wire.format_need(Need(users))))
             if opening.NEED in agreed
             else (lambda users: None),
+            self._log,
         )
         launched: dict = {}
-        signals = Signals(launched, self._counters)
+        signals = Signals(launched, self._counters, self._log)
         session = Session(
             control,
             pool,
@@ -307,7 +308,7 @@ class Reception:
         while current := self._clients.current():
             if not self._config.keyed or current.answers(self._limits.takeover_timeout_s):
                 return current
-            log.warning("client %s answers no ping: another one takes its place", current.stream)
+            self._log.warning("client %s answers no ping: another one takes its place", current.stream)
             current.pool.close()
         return None
 
@@ -338,7 +339,7 @@ class Reception:
         if current:
             caller.decide(f"a second client, while {current.stream} is connected")
             return None
-        pool = AcceptingPool(self._config.max_pool_capacity)
+        pool = AcceptingPool(self._config.max_pool_capacity, log=self._log)
         session = Session(caller.connection, pool, _refuse_speech, ping_interval_s=self._config.report_interval_s)
         client = Client(1, key, caller.connection, session, pool)
         if not caller.decide(client):

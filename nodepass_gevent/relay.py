@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
     a_to_b: int
     b_to_a: int
-    error: Exception | None
+    error: BaseException | None
 
 
 class Pipes:

@@ -19,6 +19,7 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
+from . import log as logs
 from . import net
 from .admission import Admission
 from .clients import Clients
@@ -33,8 +34,6 @@ from .reception import Reception
 from .state import Description
 from .tls_context import ServerCertificate
 from .transport import RawSocket, Stream, reason
-
-log = logging.getLogger(__name__)
 
 DATA_PORTS = range(1024, 8192)  # where the original draws its data port
 PORT_DRAWS = 100  # tries to find a free one
@@ -52,11 +51,12 @@ class Server:
         self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})
         self.exchanges = Crew(config.semaphore_limit)
         self.begun = Event()
-        self._certificate = ServerCertificate(config.crt, config.key, config.ca) if config.tls else None
-        self._clients = Clients(config.limits)
+        self._log = logs.of(config.name)
+        self._certificate = ServerCertificate(config.crt, config.key, config.ca, self._log) if config.tls else None
+        self._clients = Clients(config.limits, self._log)
         self._keys = KeyRing(config)
         self._admission = Admission(config, self.counters)
-        self.penalties = Penalties(config.limits, self._clients.at)
+        self.penalties = Penalties(config.limits, self._clients.at, log=self._log)
         self._reception = Reception(config, self._certificate, self._keys, self._clients, self.penalties, self.counters)
         entrance = self._admission if config.limits.users_per_address else None
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters, entrance)
@@ -147,7 +147,7 @@ class Server:
         ports.append(f"public {self._public.prepare()} ({config.network.replace('both', 'tcp and udp')})")
         self._sockets.close_inherited()
         key = ", with a tunnel key" if config.keyed else ""
-        log.info("listening: %s, tls %d%s", ", ".join(ports), config.tls, key)
+        self._log.info("listening: %s, tls %d%s", ", ".join(ports), config.tls, key)
         self.begun.set()
         return parts
 
@@ -189,7 +189,7 @@ class Server:
     def _paused(self, exc: OSError) -> None:
         warn = self.counters.accept_pauses % PAUSES_PER_WARNING == 0
         self.counters.accept_pauses += 1
-        log.log(logging.WARNING if warn else logging.DEBUG, "accepting pauses: %s", reason(exc))
+        self._log.log(logging.WARNING if warn else logging.DEBUG, "accepting pauses: %s", reason(exc))
 
 
 def _after_those_before() -> int:

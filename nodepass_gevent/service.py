@@ -11,14 +11,13 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
+from . import log as logs
 from .config import Config
 from .crew import Crew
 from .errors import NodePassError, PolicyError, SessionEnded, SessionLost
 from .metrics import Counters
 from .state import Description, Ended
 from .transport import reason
-
-log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
 REPEAT_S = 60.0  # a reason that stays the same is logged that often
@@ -77,6 +76,7 @@ class Service:
 
     def __init__(self, role: Role, draw: Callable[[], float] = random.random) -> None:
         self.role = role
+        self._log = logs.of(role.config.name)
         self._running = Group()
         self._backoff = Backoff(lambda: role.config.service_cooldown_s, draw)
         self._retry_now = Event()
@@ -140,7 +140,7 @@ class Service:
         except (OSError, NodePassError) as exc:
             why = reason(exc)
         except Exception:  # a fault of ours: say so, and go on serving
-            log.exception("%s: unexpected error", self.role)
+            self._log.exception("%s: unexpected error", self.role)
             why = "unexpected error"
         return self._say(level, why, self._backoff.pause_s(lived_s, clean=clean))
 
@@ -153,5 +153,5 @@ class Service:
             level = logging.DEBUG
         else:
             self._said, self._said_at = why, now
-        log.log(level, "%s: %s; trying again %s", self.role, why, f"in {pause_s:g} s" if pause_s else "now")
+        self._log.log(level, "%s: %s; trying again %s", self.role, why, f"in {pause_s:g} s" if pause_s else "now")
         return pause_s

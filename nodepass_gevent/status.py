@@ -3,7 +3,6 @@
 Reads what the roles have counted; knows neither HTTP nor any format but the document of /status.json.
 """
 
-import logging
 import os
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from . import __version__
+from .log import Event
 from .metrics import BOUNDS_S, Counters, Histogram
 from .service import Service
 from .state import Description, Ended
@@ -19,7 +19,6 @@ from .tls_context import EXPIRY_WARNING_DAYS
 
 HISTORY_S = 300  # seconds that are kept, a row each: about 50 KiB
 MINUTE_S = 60
-EVENTS = 100  # log lines that are kept
 HELD_UP_S = 0.5  # a process that was held up for that long says so
 NAMED = 3  # tunnels in a sentence
 WRONG = {  # counters of what goes wrong, and how they are told
@@ -30,26 +29,6 @@ WRONG = {  # counters of what goes wrong, and how they are told
     "accept_pauses": ("pause", "of a listener"),
 }
 DAY_S = 24 * 3600
-
-
-class Event(NamedTuple):
-    """Something that was logged."""
-
-    time: float
-    level: str
-    tunnel: str
-    message: str
-
-
-class Recent(logging.Handler):
-    """The last log lines of INFO and above."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.events: deque[Event] = deque(maxlen=EVENTS)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.events.append(Event(record.created, record.levelname.lower(), "", record.getMessage()))
 
 
 class Row(NamedTuple):

@@ -32,10 +32,11 @@ EXPIRY_WARNING_DAYS = 14
 class ServerCertificate:
     """What a server presents, made in memory or from files, and the authorities of its clients' certificates."""
 
-    def __init__(self, crt: str | None, key: str | None, ca: str | None = None) -> None:
-        self._files = FromFiles(_load_usable, crt, key) if crt and key else None
+    def __init__(self, crt: str | None, key: str | None, ca: str | None = None, log: logging.Logger = log) -> None:
+        self._log = log
+        self._files = FromFiles(_load_usable, crt, key, log=log) if crt and key else None
         self._made = None if self._files else make_certificate()
-        self._authorities = FromFiles(load_authorities, ca) if ca else None
+        self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
         self._ca = ca
         self._announce(True, True)
         self._build()
@@ -65,9 +66,9 @@ class ServerCertificate:
 
     def _announce(self, certificate: bool, authorities: bool) -> None:
         if certificate:
-            _announce_certificate("certificate", self.certificate)
+            _announce_certificate(self._log, "certificate", self.certificate)
         if self._ca and self._authorities and authorities:
-            _announce_authorities("clients need a certificate of", self._ca, self._authorities.value)
+            _announce_authorities(self._log, "clients need a certificate of", self._ca, self._authorities.value)
 
     def _build(self) -> None:
         # A context that has been used cannot change: always new ones, a profile's connections each with their own.
@@ -111,15 +112,17 @@ class ClientPolicy:
         pin: Pins | None = None,
         crt: str | None = None,
         key: str | None = None,
+        log: logging.Logger = log,
     ) -> None:
+        self._log = log
         self._host = host
         # A dot at the end stands in no certificate and in no SNI (RFC 6066), nor does the zone of an address.
         self._name = (sni or host).removesuffix(".").partition("%")[0]
         self._name_from = "sni" if sni else "tls=2"
         self._pin = pin
         self._ca = ca
-        self._certificate = FromFiles(_load_usable, crt, key) if crt and key else None
-        self._authorities = FromFiles(load_authorities, ca) if ca else None
+        self._certificate = FromFiles(_load_usable, crt, key, log=log) if crt and key else None
+        self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
         self._contexts: dict[tuple[int, bytes], ClientContext] = {}
         self._announce(True, True)
 
@@ -144,9 +147,9 @@ class ClientPolicy:
 
     def _announce(self, certificate: bool, authorities: bool) -> None:
         if self._certificate and certificate:
-            _announce_certificate("client certificate", self._certificate.value)
+            _announce_certificate(self._log, "client certificate", self._certificate.value)
         if self._ca and self._authorities and authorities:
-            _announce_authorities("the server needs a certificate of", self._ca, self._authorities.value)
+            _announce_authorities(self._log, "the server needs a certificate of", self._ca, self._authorities.value)
 
     def _make(self, mode: int, alpn: bytes) -> ClientContext:
         context = _context(SSL.TLS_CLIENT_METHOD, alpn)
@@ -206,7 +209,7 @@ def _describe(certificate: Certificate) -> Presented:
     return Presented(certificate.fingerprint, format_pin(certificate.key_digest), certificate.expires.timestamp())
 
 
-def _announce_certificate(which: str, certificate: Certificate) -> None:
+def _announce_certificate(log: logging.Logger, which: str, certificate: Certificate) -> None:
     soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=EXPIRY_WARNING_DAYS)
     log.log(
         logging.WARNING if certificate.expires < soon else logging.INFO,
@@ -215,7 +218,7 @@ def _announce_certificate(which: str, certificate: Certificate) -> None:
     )  # fmt: skip
 
 
-def _announce_authorities(demand: str, path: str, authorities: Sequence[x509.Certificate]) -> None:
+def _announce_authorities(log: logging.Logger, demand: str, path: str, authorities: Sequence[x509.Certificate]) -> None:
     log.info("%s an authority in %r; certificates there: %d", demand, path, len(authorities))
     now = datetime.datetime.now(datetime.timezone.utc)
     ends = [authority.not_valid_after_utc for authority in authorities if authority.not_valid_after_utc < now]

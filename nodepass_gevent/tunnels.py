@@ -1,18 +1,16 @@
 """The tunnels of this process, by name: started, changed, replaced and drained, each for itself."""
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 import gevent
 from gevent.pool import Group
 
+from . import log as logs
 from .config import Config, setting_name
 from .service import Role, Service
 
 BEGUN_POLL_S = 0.5  # another role may come in the place of one that has not begun
-
-log = logging.getLogger(__name__)
 
 MakeRole = Callable[[Config, Role | None], Role]  # the second is the one in whose place it comes
 
@@ -59,9 +57,11 @@ class Tunnels:
         wanted = {config.name: config for config in configs}
         for name in [name for name in self._services if name not in wanted]:
             service = self._services.pop(name)
-            log.info("%s: removed", _title(service.role.config))
+            logs.of(name).info("tunnel removed")
             self._retire(service, service.role.config.shutdown_timeout_s)
         for name, config in wanted.items():
+            if name:  # that without a name has the level of the process
+                logs.set_level(config.log, name)
             if name in self._services:
                 self._change(self._services[name], config)
             else:
@@ -84,7 +84,7 @@ class Tunnels:
             spent_s = time.monotonic() - begun
             cut += service.drain(max(service.role.config.shutdown_timeout_s - spent_s, 0))
         for service in self:
-            log.info("%s: %s", service.role, service.role.counters)
+            logs.of(service.role.config.name).info("%s: %s", service.role, service.role.counters)
         return cut
 
     def _change(self, service: Service, config: Config) -> None:
@@ -93,7 +93,7 @@ class Tunnels:
         changes = before.changes(config)
         if not changes:
             return
-        log.info("%s: changed: %s", _title(config), ", ".join(map(setting_name, changes)))
+        logs.of(config.name).info("settings changed: %s", ", ".join(map(setting_name, changes)))
         if before.adopt(config):
             return
         same_side = config.role == before.role
@@ -112,8 +112,4 @@ class Tunnels:
         cut = service.drain(timeout_s)
         self._leaving.discard(service)
         if cut:
-            log.info("%s: exchanges cut: %d", service.role, cut)
-
-
-def _title(config: Config) -> str:
-    return f"tunnel {config.name}" if config.name else "the tunnel"
+            logs.of(service.role.config.name).info("%s: exchanges cut: %d", service.role, cut)

@@ -31,7 +31,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"log"},
     {"configfile", "descriptors", "keyring", "opening", "penalties", "settings", "transport", "url"},
     {"command_line", "example", "net", "notify", "relay", "udp_relay", "unframed"},
-    {"options", "status_client", "udp", "verification"},
+    {"access", "options", "status_client", "udp", "verification"},
     {"datagrams", "generate", "tls_context"},
     {"tls"},
     {"admission", "authentication", "forward", "pool"},

@@ -107,7 +107,7 @@ def test_levels_and_times_change_in_the_running_tunnel(world, caplog, name):
     assert role.config.limits is limits
     assert role.config.sources == {"x": "y"}
     changed = {"limits": "pool-wait, idle-timeout, dead-intervals, tcp-user-timeout"}
-    assert caplog.messages == [f"tunnel a: changed: {changed.get(name, name.removesuffix('_s').replace('_', '-'))}"]
+    assert caplog.messages == [f"settings changed: {changed.get(name, name.removesuffix('_s').replace('_', '-'))}"]
 
 
 @pytest.mark.parametrize(

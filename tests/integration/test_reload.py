@@ -135,17 +135,17 @@ def test_a_transfer_and_new_users_go_on_through_every_change_of_the_file(site):
             wait_until(lambda: visitors.served > before + 20, START_S, "users are served")
 
         served_more()
-        site.hang_up("tunnel web: changed: log, idle-timeout", web="log = debug\nidle-timeout = 1h")
+        site.hang_up(r"\[web\] settings changed: log, idle-timeout", web="log = debug\nidle-timeout = 1h")
         served_more()
         site.hang_up("listening", web="log = debug\nidle-timeout = 1h", more=other)
         served_more()
         site.hang_up("configuration refused", web="semaphore-limit = many")
         served_more()
-        site.hang_up("tunnel web: changed: log, semaphore-limit, idle-timeout", web="semaphore-limit = 500")
+        site.hang_up(r"\[web\] settings changed: log, semaphore-limit, idle-timeout", web="semaphore-limit = 500")
         served_more()
         site.hang_up("connected to", web="semaphore-limit = 500", into="min-pool-capacity = 3")
         served_more()
-        site.hang_up("tunnel in: changed", web="semaphore-limit = 400", into="min-pool-capacity = 4")
+        site.hang_up(r"\[in\] settings changed", web="semaphore-limit = 400", into="min-pool-capacity = 4")
         served_more()
 
 
@@ -159,12 +159,12 @@ def test_a_file_that_is_wrong_is_refused_with_its_place_and_the_old_one_goes_on(
     os.kill(site.process.pid, signal.SIGHUP)
     site.process.wait_for_line("configuration refused, the old one goes on: config: cannot read the file: No such file")
     visit(site.public)
-    site.hang_up("tunnel web: changed: pool-wait", web="pool-wait = 7s")
+    site.hang_up(r"\[web\] settings changed: pool-wait", web="pool-wait = 7s")
     visit(site.public)
 
 
 def test_a_level_changes_without_a_restart(site):
-    site.hang_up("tunnel web: changed: log", common="log = debug")
+    site.hang_up(r"\[web\] settings changed: log", common="log = debug")
     start = len(site.process.lines)
     visit(site.public)
     site.process.wait_for_line("DEBUG", start=start)
@@ -177,7 +177,7 @@ def test_a_removed_tunnel_closes_its_ports_and_cuts_what_does_not_end_in_time(si
         assert user.recv(1) == b"x"
         site.path.write_text(f"[tunnel in]\nurl = {site.client}\n")
         os.kill(site.process.pid, signal.SIGHUP)
-        site.process.wait_for_line("tunnel web: removed")
+        site.process.wait_for_line(r"\[web\] tunnel removed")
         site.process.wait_for_line("exchanges cut: 1")
         with pytest.raises(ConnectionError):  # a reset, at the latest of what is sent then
             while user.recv(1) or user.send(b"x"):

@@ -1,0 +1,154 @@
+"""The access log: one line per exchange, on both sides, about who was served, how much, and how it ended.
+
+Its level is a setting of the tunnel; a line that nobody will see costs a look at that level. What a line says stands in
+its message, and in fields of their own beside it.
+"""
+
+import errno
+import logging
+import socket
+import time
+from typing import Any
+
+import gevent
+
+from . import log as logs
+from .config import Address, Config
+from .errors import LaunchFailed
+from .relay import Outcome
+from .transport import Transport, reason
+from .udp_relay import UDPRelay
+
+LEVELS = {"off": 0, "debug": logging.DEBUG, "info": logging.INFO}
+CLOSED = 7  # a state of TCP, the first byte of its info: reset, or given up
+
+# How an exchange ended; besides these it is "reset by" the user, the target, or the tunnel between them.
+ENDED = "ended"  # both sides said so
+TIMEOUT = "timeout"
+CUT = "cut"  # by this process, which stops, or needs the place
+NO_DATA_CONNECTION = "no data connection"
+NO_TARGET = "no target"
+REFUSED_BY_PEER = "refused by peer"  # which could not begin it
+UNANSWERED = "unanswered"  # a datagram of profile v1
+FAILED = "failed"
+
+End = tuple[str, str]  # one of these, and more words where there are any
+
+
+class AccessLog:
+    """The lines of one tunnel. Up is from the user to the target; a user is a socket address, None where unknown."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._log = logs.of(config.name)
+        self._sides = ("user", "tunnel") if config.role == "server" else ("tunnel", "target")
+
+    def tcp(
+        self, id: bytes, user: tuple | None, sides: tuple[Transport, Transport], started: float, outcome: Outcome
+    ) -> None:
+        """Tell of an exchange before its ``sides``, towards the user and towards the target, are closed."""
+        if level := self._level():
+            end = self._end_of(outcome.error, sides)
+            counts = {"bytes_up": outcome.a_to_b, "bytes_down": outcome.b_to_a}
+            self._write(level, "tcp", id, user, started, end, counts)
+
+    def session(self, id: bytes, user: tuple | None, session: UDPRelay, started: float) -> None:
+        """Tell of a UDP session that has ended."""
+        if level := self._level():
+            into, out = (session.framed, session.framed_bytes), (session.delivered, session.delivered_bytes)
+            up, down = (into, out) if self._config.role == "server" else (out, into)
+            dropped = session.dropped_queue + session.dropped_size + session.dropped_network
+            counts = _datagrams(up, down) | {"datagrams_dropped": dropped}
+            self._write(level, "udp", id, user, started, _end_of_session(id, session), counts)
+
+    def datagram(
+        self, id: bytes, user: tuple | None, datagram: bytes, answer: bytes, started: float, end: End = (ENDED, "")
+    ) -> None:
+        """Tell of an exchange of profile v1: a datagram and its answer, each empty when there was none."""
+        if level := self._level():
+            up, down = ((int(bool(data)), len(data)) for data in (datagram, answer))
+            self._write(level, "udp", id, user, started, end, _datagrams(up, down))
+
+    def nothing(self, protocol: str, id: bytes, user: tuple | None, started: float, end: End) -> None:
+        """Tell of an exchange that did not begin."""
+        if level := self._level():
+            self._write(level, protocol, id, user, started, end, {"bytes_up": 0, "bytes_down": 0})
+
+    def _level(self) -> int:
+        """Give the level of a line, or 0 when nobody will see it."""
+        level = LEVELS[self._config.access_log]
+        return level if level and self._log.isEnabledFor(level) else 0
+
+    def _end_of(self, error: BaseException | None, sides: tuple[Transport, Transport]) -> End:
+        if error is None:
+            return ENDED, ""
+        if isinstance(error, gevent.GreenletExit):
+            return CUT, ""
+        if isinstance(error, LaunchFailed):
+            return REFUSED_BY_PEER, error.why
+        if isinstance(error, TimeoutError) and error.errno is None:
+            return TIMEOUT, str(error)
+        for name, side in zip(self._sides, sides, strict=True):
+            if isinstance(error, OSError) and _is_closed(side):
+                return (TIMEOUT, name) if error.errno == errno.ETIMEDOUT else (f"reset by {name}", "")
+        return FAILED, reason(error)
+
+    def _write(
+        self,
+        level: int,
+        protocol: str,
+        id: bytes,
+        user: tuple | None,
+        started: float,
+        end: End,
+        counts: dict[str, int],
+    ) -> None:
+        fields: dict[str, Any] = {"event": "exchange", "protocol": protocol}
+        if id:
+            fields["id"] = id.decode()
+        if user:
+            fields["user"] = str(Address(*user[:2]))
+        place = "public" if self._config.role == "server" else "target"
+        fields[place] = str(self._config.target)
+        duration_s = round(time.monotonic() - started, 3)
+        fields |= counts | {"duration_s": duration_s, "end": end[0]}
+        if end[1]:
+            fields["reason"] = end[1]
+        self._log.log(
+            level,
+            "exchange %s: %s %s -> %s: %s after %.3f s, %s",
+            fields.get("id", "-"),
+            protocol,
+            fields.get("user", "-"),
+            fields[place],
+            f"{end[0]} ({end[1]})" if end[1] else end[0],
+            duration_s,
+            ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()),
+            extra=fields,
+        )
+
+
+def _datagrams(up: tuple[int, int], down: tuple[int, int]) -> dict[str, int]:
+    return {"bytes_up": up[1], "bytes_down": down[1], "datagrams_up": up[0], "datagrams_down": down[0]}
+
+
+def _is_closed(side: Transport) -> bool:
+    """Whether the connection broke on this side: an end in good order leaves it in another state."""
+    stream: Any = getattr(side, "stream", side)
+    sock = stream.socket
+    return sock.fileno() >= 0 and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == CLOSED
+
+
+def _end_of_session(id: bytes, session: UDPRelay) -> End:
+    how = session.how
+    if how == ENDED:
+        return ENDED, ""
+    if session.refused:
+        return REFUSED_BY_PEER, how
+    if session.failed:
+        return FAILED, how
+    if how.startswith("idle for"):
+        return TIMEOUT, how
+    if not id and how:
+        return NO_DATA_CONNECTION, how
+    return CUT, how
