@@ -31,6 +31,7 @@ def test_the_defaults_are_those_of_the_original():
     assert texts == {
         "name": "",
         "log": "info",
+        "access-log": "debug",
         "tls": 0,
         "crt": None,
         "key": None,

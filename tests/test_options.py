@@ -81,7 +81,10 @@ TEXTS = {  # a value other than the default, as written and in Config
     "service-cooldown": ("12s", 12),
     "shutdown-timeout": ("0", 0),
     "log": ("warn", "warn"),
+    "access-log": ("off", "off"),
     "log-to": ("stderr", "stderr"),
+    "log-format": ("json", "json"),
+    "log-rate": ("27", 27),
     "status": ("[::1]:9100", Address("::1", 9100)),
     "status-token-file": ("/etc/status.token", "/etc/status.token"),
     "callers": ("13", 13),
@@ -615,6 +618,8 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
     assert parsed.action == "show-config"
     assert options.show(parsed.process, parsed.configs).splitlines() == [
         "log-to = stdout                          # default",
+        "log-format = text                        # default",
+        "log-rate = 1                             # default",
         "# status =                               # default: nowhere",
         "# status-token-file =                    # default: none",
         "",
@@ -644,6 +649,7 @@ def test_every_setting_is_shown_with_its_value_and_source(write):
         "service-cooldown = 5s                    # default",
         "shutdown-timeout = 5s                    # default",
         "log = warn                               # command line",
+        "access-log = debug                       # default",
         "# allow-users =                          # default: all",
         "# deny-users =                           # default: none",
         "users-per-address = 0                    # default",

@@ -53,7 +53,7 @@ def pauses(caplog):
 @pytest.fixture
 def serve(spawn, caplog):
     """Run a role until it works."""
-    caplog.set_level(logging.DEBUG, "nodepass_gevent.service")
+    caplog.set_level(logging.DEBUG, "nodepass_gevent")
 
     def run(role):
         spawn(Service(role, lambda: 0).run)

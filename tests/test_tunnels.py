@@ -88,6 +88,7 @@ def test_a_tunnel_that_is_added_disturbs_no_other(world):
 
 LIVE = {
     "log": "debug",
+    "access_log": "info",
     "service_cooldown_s": 7.0,
     "shutdown_timeout_s": 8.0,
     "udp_read_timeout_s": 9.0,
