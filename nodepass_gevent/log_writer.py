@@ -22,6 +22,7 @@ FLUSH_TIMEOUT_S = 1.0  # how long the end of the process waits for a slow reader
 RETRY_S = 0.01  # a pipe that somebody else has made non-blocking is full
 RECENT = 100  # lines that are kept
 MODE = 0o640
+BATCH = 200  # lines that are written at once: a busy event loop leaves the thread few moments
 
 
 class Event(NamedTuple):
@@ -61,7 +62,7 @@ class Writer(logging.Handler):
         self._slow = self._slow_said = 0
         self._failed = self._failed_said = 0
         self._failing, self._why = False, ""  # to write
-        self.torn = False  # the last line that was written has no end
+        self._torn = False  # the last line that was written has no end
         monkey.get_original("_thread", "start_new_thread")(self._write_for_ever, ())
 
     def dropped(self) -> Dropped:
@@ -118,20 +119,25 @@ class Writer(logging.Handler):
 
     def _write_for_ever(self) -> None:
         while True:
-            try:
-                line = self._queue.get(timeout=self.limit.due_s())
-            except queue.Empty:  # a window has ended
-                self._write_notices()
-                continue
-            if line is not None and not self._write(line):
-                self._failed += 1
-            self._write_notices(everything=line is None)
-            self._done += 1
+            taken = self._take()
+            self._failed += self._write([line for line in taken if line is not None])
+            self._write_notices(everything=None in taken)
+            self._done += len(taken)
+
+    def _take(self) -> list[str | None]:
+        """Wait for a line, and take what is there with it; nothing when a window has ended."""
+        try:
+            taken = [self._queue.get(timeout=self.limit.due_s())]
+        except queue.Empty:
+            return []
+        while len(taken) < BATCH and not self._queue.empty():
+            taken.append(self._queue.get())
+        return taken
 
     def _write_notices(self, *, everything: bool = False) -> None:
         """Write what was held back, and what is missing when lines go out again."""
         for record in self.limit.close(everything=everything):
-            self._write(self._format(record))
+            self._write([self._format(record)])
         slow, failed = self._slow - self._slow_said, self._failed - self._failed_said
         if slow and self._queue.empty() and self._say(slow, "dropped: the reader of the log is too slow"):
             self._slow_said += slow
@@ -142,11 +148,16 @@ class Writer(logging.Handler):
         text, arguments = "%d log lines %s", (lines, what)
         record = logging.LogRecord(str(__package__), logging.WARNING, "", 0, text, arguments, None)
         record.dropped = lines
-        return self._write(self._format(record))
+        return not self._write([self._format(record)])
 
-    def _write(self, line: str) -> bool:
-        whole = (b"\n" if self.torn else b"") + line.encode("utf-8", "backslashreplace")
-        left = whole
+    def _write(self, lines: list[str]) -> int:
+        """Write lines at once, and give the number of those that could not be written."""
+        if not lines:
+            return 0
+        encoded = [line.encode("utf-8", "backslashreplace") for line in lines]
+        if self._torn:
+            encoded[0] = b"\n" + encoded[0]
+        whole = left = memoryview(b"".join(encoded))
         while left:
             try:
                 left = left[os.write(self._fd, left) :]
@@ -154,10 +165,21 @@ class Writer(logging.Handler):
                 monkey.get_original("time", "sleep")(RETRY_S)
             except OSError as exc:  # the tunnel goes on
                 self._failing, self._why = True, (exc.strerror or str(exc)).lower()
-                self.torn = self.torn or left is not whole
-                return False
-        self._failing = self.torn = False
-        return True
+                return self._count_missing(encoded, len(whole) - len(left))
+        self._failing = self._torn = False
+        return 0
+
+    def _count_missing(self, lines: list[bytes], written: int) -> int:
+        """Count the lines that are not among the bytes written, or not whole."""
+        missing = len(lines)
+        for line in lines:
+            if written < len(line):
+                break
+            written -= len(line)
+            missing -= 1
+            self._torn = False
+        self._torn = self._torn or written > 0
+        return missing
 
 
 def _open(to: str) -> int:
