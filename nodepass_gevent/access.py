@@ -123,13 +123,22 @@ class AccessLog:
             fields[place],
             f"{end[0]} ({end[1]})" if end[1] else end[0],
             duration_s,
-            ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()),
+            _amounts(counts),
             extra=fields,
         )
 
 
 def _datagrams(up: tuple[int, int], down: tuple[int, int]) -> dict[str, int]:
     return {"bytes_up": up[1], "bytes_down": down[1], "datagrams_up": up[0], "datagrams_down": down[0]}
+
+
+def _amounts(counts: dict[str, int]) -> str:
+    text = f"{counts['bytes_up']} bytes up, {counts['bytes_down']} down"
+    if "datagrams_up" in counts:
+        text += f", {counts['datagrams_up']} datagrams up, {counts['datagrams_down']} down"
+    if counts.get("datagrams_dropped"):
+        text += f", {counts['datagrams_dropped']} dropped"
+    return text
 
 
 def _is_closed(side: Transport) -> bool:

@@ -20,7 +20,7 @@ class _Window:
 
     def __init__(self, opened: float) -> None:
         self.opened = opened
-        self.lines = 0
+        self.lines = 0  # that were admitted
         self.held = 0
         self.first = ""  # that is held back
 
@@ -45,8 +45,8 @@ class Limit:
             window = self._windows.get(kind)
             if window is None:
                 window = self._windows[kind] = _Window(self._clock())
-            window.lines += 1
-            if window.lines <= self.per_second * WINDOW_S:
+            if window.lines < self.per_second * WINDOW_S:
+                window.lines += 1
                 return True
             if not window.held:
                 window.first = record.getMessage()

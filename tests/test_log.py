@@ -1,78 +1,11 @@
 """Lines as a reader of the process sees them: each test runs a small script of its own."""
 
-import contextlib
-import os
-import pty
+import json
 import re
-import select
-import subprocess
-import sys
+from datetime import datetime
 
-import gevent
 import pytest
-
-LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}  ([A-Z]+)  (.*)")
-PREAMBLE = """
-from gevent import monkey
-monkey.patch_all()
-import logging, os, sys
-from nodepass_gevent import log as logs
-log = logging.getLogger("nodepass_gevent.script")
-"""
-FIVE = """
-logs.setup(sys.argv[1])
-for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
-    log.log(level, "message %d", level)
-logs.flush()
-"""
-FLOOD = """
-logs.setup("info")
-for number in range(5_000):
-    log.info("%0200d", number)
-print("flooded", file=sys.stderr, flush=True)
-"""
-TIMEOUT_S = 30
-
-
-def start(code, *arguments, **options):
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    options["env"] = {name: value for name, value in os.environ.items() if "COLOR" not in name} | options.get("env", {})
-    return subprocess.Popen([sys.executable, "-W", "error", "-c", PREAMBLE + code, *arguments], **options)
-
-
-@contextlib.contextmanager
-def running(code, *arguments, **options):
-    """Run a script; end it, and close its pipes, with the block."""
-    with start(code, *arguments, **options) as process, gevent.Timeout(TIMEOUT_S):
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def output(code, *arguments, **options):
-    """Run a script to its end; give its standard output, and fail when it said anything on stderr."""
-    with running(code, *arguments, **options) as process:
-        out, err = process.communicate()
-        assert (process.returncode, err) == (0, b"")
-        return out.decode()
-
-
-def levels_and_messages(text):
-    return [LINE.fullmatch(line).groups() for line in text.splitlines()]
-
-
-def on_a_terminal(code, *arguments, **options):
-    """Run a script whose standard output is a terminal; give what stood there."""
-    master, terminal = pty.openpty()
-    try:
-        with running(code, *arguments, stdout=terminal, **options) as process:
-            process.communicate()
-        os.set_blocking(master, False)
-        return os.read(master, 65536).decode()
-    finally:
-        os.close(master)
-        os.close(terminal)
+from log_scripts import FIVE, levels_and_messages, on_a_terminal, output
 
 
 def test_a_line_has_the_form_of_the_original():
@@ -135,59 +68,133 @@ def test_no_color_is_obeyed_on_a_terminal():
     assert len(levels_and_messages(text)) == 5
 
 
-def test_a_stalled_reader_never_blocks_who_logs_and_is_told_what_was_dropped():
-    with running(FLOOD + 'sys.stdin.readline()\nlog.info("last")\nlogs.flush()') as process:
-        assert process.stderr.readline() == b"flooded\n"  # and nobody has read a line yet
-        lines = iter(process.stdout.readline, b"")
-        written = [next(lines) for _ in range(2000)]  # all that was kept: the writer has caught up
-        process.stdin.write(b"\n")
-        process.stdin.close()
-        written += lines
-    messages = levels_and_messages(b"".join(written).decode())
-    numbered = [message for level, message in messages if level == "INFO" and message != "last"]
-    dropped = [int(message.partition(" log lines dropped")[0]) for level, message in messages if level == "WARN"]
-    assert ("INFO", "last") in messages[-2:]
-    assert sum(dropped) + len(numbered) == 5_000
-    assert 2000 <= len(numbered) < 4000
+# Tunnels
 
 
-def test_lines_of_a_stalled_reader_do_not_hold_up_the_end_of_the_process():
-    with running(FLOOD) as process:
-        assert process.stderr.readline() == b"flooded\n"
-        assert process.wait() == 0
+TUNNELS = """
+logs.setup("info")
+web, dotted, nameless = (logs.of(name) for name in ("web", "web.inner", ""))
+"""
 
 
-def test_a_closed_pipe_ends_nothing():
-    code = 'logs.setup("info")\nsys.stdin.readline()\nfor n in range(100): log.info("%d", n)\nlogs.flush()'
-    with running(code) as process:
-        process.stdout.close()
-        process.stdin.write(b"\n")
-        process.stdin.close()
-        assert process.stderr.read() == b""
-        assert process.wait() == 0
+def test_a_line_of_a_tunnel_says_which():
+    code = TUNNELS + 'web.info("a")\ndotted.warning("b")\nnameless.info("c")\nlog.info("d")\nlogs.flush()'
+    assert levels_and_messages(output(code)) == [
+        ("INFO", "[web] a"),
+        ("WARN", "[web.inner] b"),
+        ("INFO", "c"),
+        ("INFO", "d"),
+    ]
 
 
-def test_a_full_disk_ends_nothing():
-    with open("/dev/full", "wb") as full, running(FIVE, "debug", stdout=full) as process:
-        _, err = process.communicate()
-        assert (process.returncode, err) == (0, b"")
+def test_each_tunnel_has_a_level_of_its_own_which_changes_while_running():
+    code = (
+        TUNNELS
+        + """
+def all_say(text):
+    for logger in (web, dotted, nameless, log):
+        logger.info(text)
+
+logs.set_level("error", "web")
+logs.set_level("info", "web.inner")
+all_say("a")
+logs.set_level("debug", "web")
+logs.set_level("warn")
+logs.set_level("error", "web.inner")
+all_say("b")
+web.debug("c")
+logs.flush()
+"""
+    )
+    assert levels_and_messages(output(code)) == [
+        ("INFO", "[web.inner] a"),
+        ("INFO", "a"),
+        ("INFO", "a"),
+        ("INFO", "[web] b"),
+        ("DEBUG", "[web] c"),
+    ]
 
 
-def test_a_wrong_log_call_does_not_raise():
-    with running('logs.setup("info")\nlog.info("%d", "x")\nlog.info("next")\nlogs.flush()') as process:
-        out, err = process.communicate()
-    assert b"next" in out
-    assert b"Logging error" in err
+def test_a_tunnel_on_a_terminal_stands_behind_the_coloured_level():
+    line = on_a_terminal('logs.setup("info")\nlogs.of("web").info("a")\nlogs.flush()').rstrip()
+    assert re.fullmatch(r"[0-9 :.-]+  (\x1b\[[0-9;]+m)+INFO\x1b\[0m  \[web\] a", line)
 
 
-def test_text_that_is_not_unicode_does_not_end_the_writer():
-    text = output('logs.setup("info")\nlog.info("\\udcff")\nlog.info("next")\nlogs.flush()')
-    assert levels_and_messages(text) == [("INFO", "\\udcff"), ("INFO", "next")]
+# JSON
 
 
-def test_a_logging_greenlet_does_not_stop_the_others_while_nobody_reads():
-    code = FLOOD + 'import gevent\ngevent.sleep(0.01)\nprint("alive", file=sys.stderr, flush=True)'
-    with running(code) as process:
-        assert process.stderr.readline() == b"flooded\n"
-        assert process.stderr.readline() == b"alive\n"
-        assert not select.select([process.stderr], [], [], 0)[0] or process.stderr.read() == b""
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_is_one_object_per_line_with_the_same_fields_in_each():
+    code = """
+logs.setup("debug", form="json")
+logs.of("web").warning("%s is \\"late\\"\\n%s", "x", "ü\\x1b")
+log.debug("b")
+logs.flush()
+"""
+    first, second = objects(output(code))
+    for each, rest in ((first, ("warn", "web", 'x is "late"\nü\x1b')), (second, ("debug", "", "b"))):
+        assert list(each) == ["time", "level", "tunnel", "message"]
+        assert tuple(each.values())[1:] == rest
+        moment = datetime.fromisoformat(each["time"])
+        assert moment.tzinfo and abs((datetime.now(moment.tzinfo) - moment).total_seconds()) < 30
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", each["time"])
+
+
+def test_json_keeps_the_fields_of_a_line_and_a_traceback_in_one():
+    code = """
+logs.setup("info", form="json")
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("a")
+log.info("b", extra={"bytes_up": 5, "user": "u"})
+logs.flush()
+"""
+    failed, told = objects(output(code))
+    assert list(failed) == ["time", "level", "tunnel", "message", "exception"]
+    assert list(told) == ["time", "level", "tunnel", "message", "bytes_up", "user"]
+    assert failed["exception"].splitlines()[-1] == "ZeroDivisionError: division by zero"
+    assert (told["message"], told["bytes_up"], told["user"]) == ("b", 5, "u")
+
+
+def test_json_on_a_terminal_has_no_colour():
+    text = on_a_terminal('logs.setup("info", form="json")\nlog.info("a")\nlogs.flush()', env={"FORCE_COLOR": "1"})
+    assert objects(text)[0]["message"] == "a"
+
+
+def test_the_form_can_change_while_running():
+    code = 'logs.setup("info")\nlog.info("a")\nlogs.setup("info", form="json")\nlog.info("b")\nlogs.flush()'
+    first, second = output(code).splitlines()
+    assert levels_and_messages(first) == [("INFO", "a")]
+    assert json.loads(second)["message"] == "b"
+
+
+# What others show of it
+
+
+def test_recent_lines_are_kept_but_no_details_and_no_access_lines():
+    code = """
+logs.setup("debug", os.devnull)
+for number in range(200):
+    logs.of("web").info(f"line {number}")
+log.debug("a detail")
+log.info("an exchange", extra={"event": "exchange"})
+log.warning("%d apples", 3)
+events = logs.recent()
+print(len(events), *[(e.level, e.tunnel, e.message) for e in (events[0], *events[-2:])], sep="\\n")
+print(all(0 <= time.time() - e.time < 30 for e in events))
+"""
+    assert output("import time\n" + code).splitlines() == [
+        "100",
+        "('info', 'web', 'line 101')",
+        "('info', 'web', 'line 199')",
+        "('warn', '', '3 apples')",
+        "True",
+    ]
+
+
+def test_without_a_log_there_is_nothing_to_tell():
+    assert output("print(logs.recent(), logs.dropped())") == "[] Dropped(slow=0, failed=0, held_back=0)\n"
