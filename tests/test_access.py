@@ -3,13 +3,14 @@
 import logging
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from exchanges import ID, LIMIT, SHORT_S, address_of
 from support import is_reset, read_all, read_exactly, reset, wait_until
 
+from nodepass_gevent import access, wire
 from nodepass_gevent import log as logs
-from nodepass_gevent import wire
 from nodepass_gevent.errors import LaunchFailed
 from nodepass_gevent.frames import format_frame
 from nodepass_gevent.wire import Kind
@@ -334,3 +335,15 @@ def test_what_nobody_sees_is_not_made(served, lines, caplog, monkeypatch):
     read_all(client)
     client.close()
     assert lines(side) == []
+
+
+# The page about it
+
+
+def test_the_page_has_every_field_and_every_end():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "logs.rst").read_text()
+    ends = {value for name, value in vars(access).items() if name.isupper() and isinstance(value, str)}
+    ends |= {f"reset by {side}" for side in ("user", "tunnel", "target")}
+    fields = {"time", "level", "tunnel", "message", "exception", "held_back", "dropped", "event"} | set(udp("ended"))
+    fields |= {"user", "public", "target", "datagrams_dropped", "duration_s", "reason"}
+    assert [word for word in sorted(ends | fields) if f"\n``{word}`` " not in page] == []
