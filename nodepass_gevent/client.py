@@ -27,6 +27,8 @@ from .transport import Stream, Transport, deadline
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail, Launch, Need, Ping
 
+log = logging.getLogger(__name__)
+
 CHUNK = 1024  # bytes per read while the welcome is awaited
 V1_LEAD_S = 0.03  # a server of ours launches no v1 data connection in the first 5 ms, or more when it is busy
 CALLS = 8  # in a row, while server processes on one port have their clients: the system draws who takes a call
@@ -159,7 +161,7 @@ class Client:
             return opening.FAIL in can and session.send(wire.format_fail(Fail(id, why.encode())))
 
         egress = Egress(pool, self.exchanges, self.config, self.counters, fail, told_users=opening.FROM in can)
-        signals = _Signals(egress, self.counters, self._log, pool.dial_more)
+        signals = _Signals(egress, self.counters, pool.dial_more, self._log)
         silence_s = self.config.limits.dead_intervals * welcome.ping_interval_s
         session = Session(
             transport,
@@ -233,7 +235,7 @@ class Client:
             dial, self.config.min_pool_capacity, self.config.max_pool_capacity, lead_s=V1_LEAD_S, log=self._log
         )
         silence = _Silence(self.config.limits)
-        signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, self._log)
+        signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, log=self._log)
         signals.on_ping = silence.note_ping
         self._miss_source()
         self._log.info(
@@ -296,8 +298,8 @@ class _Signals:
         self,
         egress: Egress,
         counters: Counters,
-        log: logging.Logger,
         on_need: Callable[[int], None] = lambda users: None,
+        log: logging.Logger = log,
     ) -> None:
         self._log = log
         self.on_ping: Callable[[], object] = lambda: None
