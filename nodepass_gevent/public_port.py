@@ -3,7 +3,6 @@
 What becomes of a user is decided in ``forward``. Here is only when users may come, and that none is lost at the end.
 """
 
-import logging
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +10,7 @@ from dataclasses import replace
 
 import gevent
 
+from . import log as logs
 from . import net
 from .admission import Admission
 from .clients import Clients
@@ -19,8 +19,6 @@ from .errors import NoDataConnection
 from .forward import Ingress
 from .transport import RawSocket
 from .udp import PublicSocket
-
-log = logging.getLogger(__name__)
 
 DIVERTED_S = 0.2  # who is in the middle of a TCP handshake is through by then, unless a round trip takes longer
 RETURN_S = 2.0  # a client that was told bye, for new settings, is back by then
@@ -78,6 +76,7 @@ class PublicPort:
         on_pause: Callable[[OSError], None],
     ) -> None:
         self._config = config
+        self._log = logs.of(config.name)
         self._sockets = sockets
         self._clients = clients
         self._ingress = ingress
@@ -117,12 +116,12 @@ class PublicPort:
             while not any(each.ready() for each in self._receivers):
                 client = self._clients.wait(patience_s)
                 if not self._receivers:
-                    log.info("public %s: open", self._open())
+                    self._log.info("public %s: open", self._open())
                 gevent.wait([client.pool.ended, *self._receivers], count=1)
                 patience_s = 0
             return
         self.close(self._config.limits.drain_linger_s)
-        log.info("public %s: closed, no client is here; others on this port take its users", self._config.target)
+        self._log.info("public %s: closed, no client is here; others on this port take its users", self._config.target)
 
     def _open(self) -> Address:
         config, target = self._config, self._config.target
