@@ -264,13 +264,11 @@ class Reception:
         unknown.close()
         agreed = capabilities & CAPABILITIES
         interval_s = math.ceil(self._config.report_interval_s)
-        pool = AcceptingPool(
-            self._config.max_pool_capacity,
-            (lambda users: session.send(wire.format_need(Need(users))))
-            if opening.NEED in agreed
-            else (lambda users: None),
-            self._log,
-        )
+
+        def on_shortage(users: int) -> object:
+            return opening.NEED in agreed and session.send(wire.format_need(Need(users)))
+
+        pool = AcceptingPool(self._config.max_pool_capacity, on_shortage, self._log)
         launched: dict = {}
         signals = Signals(launched, self._counters, self._log)
         session = Session(
