@@ -114,10 +114,10 @@ class Process(Checked):
     """The settings of the whole process, whatever tunnels it runs."""
 
     log_to: str = "stdout"  # stdout, stderr or a file
-    status: Address | None = None  # where it is asked how it is; None: nowhere
-    status_token_file: str | None = None  # whose content who asks must know
     log_format: str = _one_of(*LOG_FORMATS, default="text")
     log_rate: int = _within(0, 1 << 20, 1)  # ten lines in ten seconds show what is wrong, and a flood is no full disk
+    status: Address | None = None  # where it is asked how it is; None: nowhere
+    status_token_file: str | None = None  # whose content who asks must know
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:

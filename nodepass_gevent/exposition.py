@@ -131,7 +131,7 @@ class _Collector(Collector):
         build.add_metric(list(versions.values()), 1)
         yield build
         yield GaugeMetricFamily("nodepass_loop_lag_seconds", "By how much the event loop was late.", snapshot.lag_s)
-        dropped = "Log lines that the reader of the log was too slow for."
+        dropped = "Log lines that were lost: their reader was too slow, or writing failed."
         yield CounterMetricFamily("nodepass_log_lines_dropped", dropped, snapshot.lines_dropped)
         for name, text, value in GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["tunnel"])

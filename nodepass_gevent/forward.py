@@ -141,8 +141,8 @@ class Ingress:
         id, data, link = self._launch(Kind.TCP, end - time.monotonic(), user.peer)
         started = time.monotonic()
         with data:
-            on_answer = partial(_observe_answer, self._counters, came)
             tell = partial(self._access.tcp, id, user.peer, (user, data), started)
+            on_answer = partial(_observe_answer, self._counters, came)
             running = link.launched[id] = Exchange(user, data, limits.half_closed_timeout_s, on_answer)
             try:
                 outcome = _run(running, limits.idle_timeout_s, self._counters, tell)
@@ -282,8 +282,8 @@ class Egress:
                 target.sendall(proxy_protocol.header(self._config.proxy_protocol, self._user(launch), target.peer))
             started = time.monotonic()
             on_answer = partial(_observe_answer, self._counters, launched)
-            tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started)
             running = Exchange(data, target, limits.half_closed_timeout_s, on_answer)
+            tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started)
             outcome = _run(running, limits.idle_timeout_s, self._counters, tell)
             tell(outcome)
             _conclude(data, target, outcome, self._counters)
@@ -329,7 +329,10 @@ def _run(
     """Run an exchange to its end, its bytes being counted all the while."""
     counters.running.add(exchange.traffic)
     try:
-        return exchange.run(idle_timeout_s, on_kill)
+        return exchange.run(idle_timeout_s)
+    except gevent.GreenletExit as exc:
+        on_kill(Outcome(*exchange.traffic()[:2], exc))
+        raise
     finally:
         counters.ended(exchange.traffic)
 
@@ -339,7 +342,7 @@ def _observe_answer(counters: Counters, since: float) -> None:
 
 
 def _conclude(user_side: Transport, target_side: Transport, outcome: Outcome, counters: Counters) -> None:
-    """Pass a failure of one side on to the other as a reset."""
+    """Count a failure, and pass that of one side on to the other as a reset."""
     if outcome.error is not None:
         counters.exchanges_failed += 1
         user_side.reset()

@@ -41,6 +41,11 @@ class Dropped(NamedTuple):
     failed: int = 0  # writing failed: a full disk, a reader that is gone
     held_back: int = 0  # over log-rate
 
+    @property
+    def lost(self) -> int:
+        """Those that were to be written."""
+        return self.slow + self.failed
+
 
 class Writer(logging.Handler):
     """Format records where they are logged; write them to a stream or a file, in a native thread."""

@@ -104,7 +104,7 @@ class _Signals:
         self._tunnels = tunnels
         self._stop = stop
         self._load = load
-        self._status = Status(tunnels, logs.recent, _count_lines_missing)
+        self._status = Status(tunnels, logs.recent, lambda: logs.dropped().lost)
         self._status_server: StatusServer | None = None
         self._served: tuple[Address | None, str | None] = (None, None)  # what it was made with
         self.changing = Semaphore()  # held while tunnels are started and stopped
@@ -164,12 +164,6 @@ class _Signals:
             logs.of(role.config.name).info(
                 "%s: exchanges %d; since the start: %s", role, len(role.exchanges), role.counters
             )
-
-
-def _count_lines_missing() -> int:
-    """Count the lines that should be in the log."""
-    dropped = logs.dropped()
-    return dropped.slow + dropped.failed
 
 
 def _calm_garbage_collection() -> None:

@@ -251,18 +251,24 @@ class Reception:
         current = self._who_stays()
         hurry.close()
         if current:
-            self._turn_away(control, stream, current)
+            try:
+                control.sendall(wire.format_bye(Bye(b"busy")))
+                control.linger(self._limits.drain_linger_s)
+            except ConnectionAbortedError:  # it has to make room
+                raise
+            except OSError:  # it hangs up
+                pass
+            level = logging.DEBUG if self._own_port else logging.WARNING  # where it calls again, for another process
+            self._refuse(f"second client {stream}, while {current.stream} is connected", level)
             return
         unknown.close()
         agreed = capabilities & CAPABILITIES
         interval_s = math.ceil(self._config.report_interval_s)
-        pool = AcceptingPool(
-            self._config.max_pool_capacity,
-            (lambda users: session.send(wire.format_need(Need(users))))
-            if opening.NEED in agreed
-            else (lambda users: None),
-            self._log,
-        )
+
+        def on_shortage(users: int) -> object:
+            return opening.NEED in agreed and session.send(wire.format_need(Need(users)))
+
+        pool = AcceptingPool(self._config.max_pool_capacity, on_shortage, self._log)
         launched: dict = {}
         signals = Signals(launched, self._counters, self._log)
         session = Session(
@@ -283,18 +289,6 @@ class Reception:
         else:
             session.send(opening.format_welcome(welcome))
         self._clients.serve(client, signals.forsake)
-
-    def _turn_away(self, control: Transport, stream: Stream, current: Client) -> None:
-        """Tell a client that another one is connected."""
-        try:
-            control.sendall(wire.format_bye(Bye(b"busy")))
-            control.linger(self._limits.drain_linger_s)
-        except ConnectionAbortedError:  # it has to make room
-            raise
-        except OSError:  # it hangs up
-            pass
-        level = logging.DEBUG if self._own_port else logging.WARNING  # where it calls again, for another process
-        self._refuse(f"second client {stream}, while {current.stream} is connected", level)
 
     def _authenticate(
         self, control: Transport, clear: tuple[bytes, bytes], hello: Hello

@@ -76,7 +76,7 @@ class Pipes:
 pipes = Pipes(MAX_PIPES)
 
 
-def _nobody(_how: object) -> None:
+def _nobody(_error: Exception | None) -> None:
     """Tell nobody: the exchange is over."""
 
 
@@ -308,7 +308,7 @@ class Exchange:
         there, back = self._flows
         return Traffic(there.moved, back.moved)
 
-    def run(self, idle_timeout_s: float, on_kill: Callable[[Outcome], object] = _nobody) -> Outcome:
+    def run(self, idle_timeout_s: float) -> Outcome:
         there, back = self._flows
         idle: _Silences | None = _silences(idle_timeout_s, "idle") if idle_timeout_s else None
         try:
@@ -317,19 +317,12 @@ class Exchange:
             if idle:
                 idle.add(self)
             error = self._ended.get()
-        except gevent.GreenletExit as exc:
-            on_kill(self._outcome(exc))
-            raise
         finally:
             there.stop()
             back.stop()
             self._half_closed.remove(self)
             if idle:
                 idle.remove(self)
-        return self._outcome(error)
-
-    def _outcome(self, error: BaseException | None) -> Outcome:
-        there, back = self._flows
         return Outcome(there.moved, back.moved, error)
 
     @property

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from . import __version__
-from .log_writer import Event
+from .log import Event
 from .metrics import BOUNDS_S, Counters, Histogram
 from .service import Service
 from .state import Description, Ended

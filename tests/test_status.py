@@ -28,7 +28,7 @@ from nodepass_gevent.config import Address, Process
 from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.keyring import read_token
-from nodepass_gevent.log_writer import Event
+from nodepass_gevent.log import Event
 from nodepass_gevent.metrics import BOUNDS_S, NUMBERS, Counters, Histogram, Traffic
 from nodepass_gevent.service import Service
 from nodepass_gevent.state import Description, Ended, Peer, Presented
