@@ -21,7 +21,7 @@ from .net import Endpoint
 from .opening import Data, FirstLine, Hello, Welcome
 from .pool import DialingPool
 from .session import Session
-from .state import Description, Peer
+from .state import Description, Peer, wall_clock
 from .tls_context import OFF, VERIFIED, ClientPolicy
 from .transport import Stream, Transport, deadline
 from .tunnel_key import SessionKeys
@@ -272,7 +272,7 @@ class Client:
     def _serve(self, session: Session, profile: int, control: Stream, pool: DialingPool) -> None:
         """Run a session to its end."""
         self.begun.set()
-        self._session = profile, time.time(), control, pool
+        self._session = profile, wall_clock(), control, pool
         try:
             session.run()
         finally:

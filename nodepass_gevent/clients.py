@@ -15,7 +15,7 @@ from .forward import Abortable
 from .metrics import Counters
 from .pool import AcceptingPool
 from .session import Session
-from .state import Ended, Peer
+from .state import Ended, Peer, wall_clock
 from .transport import Stream
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail, Ping
@@ -36,7 +36,7 @@ class Client:
     capabilities: frozenset[bytes] = frozenset()  # that both sides have
     heard: Event = field(default_factory=Event)  # set by whatever comes on its control channel
     launched: MutableMapping[bytes, Abortable] = field(default_factory=dict)  # exchanges by their connection's id
-    since: float = field(default_factory=time.time)
+    since: float = field(default_factory=wall_clock)
 
     @property
     def alive(self) -> bool:
@@ -171,10 +171,10 @@ class Clients:
         try:
             client.session.run()
         except SessionEnded as exc:
-            self.left = Ended(f"client {client.stream} left: {exc}", time.time())
+            self.left = Ended(f"client {client.stream} left: {exc}")
             self._log.info("%s", self.left.why)
         except SessionLost as exc:
-            self.left = Ended(f"client {client.stream}: {exc}", time.time())
+            self.left = Ended(f"client {client.stream}: {exc}")
             self._log.warning("%s", self.left.why)
             if isinstance(exc, PeerSilent):
                 on_silence()

@@ -4,7 +4,6 @@ The original's client drops a launch that comes right behind its id (protocol v1
 its id is acknowledged, and a moment more. One timer looks after all of them.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -15,8 +14,6 @@ import gevent
 from .errors import PoolClosed
 from .pool import AcceptingPool
 from .transport import Stream, Transport
-
-log = logging.getLogger(__name__)
 
 RIPEN_S = 0.005  # after the acknowledgement (protocol v1)
 GATHER_S = 0.001  # what is ripe within that goes on together

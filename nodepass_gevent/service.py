@@ -16,7 +16,7 @@ from .config import Config
 from .crew import Crew
 from .errors import NodePassError, PolicyError, SessionEnded, SessionLost
 from .metrics import Counters
-from .state import Description, Ended
+from .state import Description, Ended, wall_clock
 from .transport import reason
 
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
@@ -111,7 +111,7 @@ class Service:
             pause_s = self._try()
             self.role.begun.set()
             self._retry_now.clear()
-            self.next_try_at = time.time() + pause_s
+            self.next_try_at = wall_clock() + pause_s
             self._retry_now.wait(pause_s)
 
     def reload(self) -> None:
@@ -148,7 +148,7 @@ class Service:
         """Log why a try ended, the same reason above DEBUG at most every REPEAT_S; give the pause back."""
         now = time.monotonic()
         self.failures += level > logging.INFO
-        self.ended = Ended(why, time.time())
+        self.ended = Ended(why)
         if why == self._said and now - self._said_at < REPEAT_S:
             level = logging.DEBUG
         else:

@@ -1,6 +1,12 @@
 """What a tunnel says of itself to whoever looks: values of one moment. Times are Unix times, in seconds."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+
+
+def wall_clock() -> float:
+    """Give the time to show, which may step: nothing waits by it."""
+    return time.time()
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class Ended:
     """How a session or a listener ended, or the try of one."""
 
     why: str
-    at: float
+    at: float = field(default_factory=wall_clock)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from . import __version__
 from .log import Event
 from .metrics import BOUNDS_S, Counters, Histogram
 from .service import Service
-from .state import Description, Ended
+from .state import Description, Ended, wall_clock
 from .tls_context import EXPIRY_WARNING_DAYS
 
 HISTORY_S = 300  # seconds that are kept, a row each: about 50 KiB
@@ -106,7 +106,7 @@ class Status:
         self._services = services
         self._recent = recent
         self._lines_dropped = lines_dropped
-        self._started = time.time()
+        self._started = wall_clock()
         self._tracks: dict[str, _Track] = {}
         self._rows: deque[Row] = deque(maxlen=HISTORY_S)
         self._lags: deque[float] = deque([0.0], maxlen=MINUTE_S)
@@ -140,12 +140,12 @@ class Status:
         begun = sums["tcp_exchanges"] + sums["udp_exchanges"] + sums["udp_sessions"]
         up, down = (round(max(sums[key], 0) / elapsed_s) for key in ("bytes_up", "bytes_down"))
         mean_s = round(firsts_s / sum(firsts), 6) if sum(firsts) else None
-        row = Row(round(time.time(), 3), up, down, exchanges, begun, errors, mean_s, quantile(firsts, 0.95), ready)
+        row = Row(round(wall_clock(), 3), up, down, exchanges, begun, errors, mean_s, quantile(firsts, 0.95), ready)
         self._rows.append(row)
 
     def snapshot(self) -> Snapshot:
         """Give what there is now."""
-        now = time.time()
+        now = wall_clock()
         tunnels = tuple(self._look(service, now) for service in self._services)
         worst_lag_s = max(self._lags)
         words = _all_words(tunnels, now)
