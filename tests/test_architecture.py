@@ -49,7 +49,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
 )
 LAYER_OF = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 SANS_IO = {
-    "config", "errors", "frames", "metrics", "opening", "proxy_protocol", "state", "tunnel_key", "url", "values",
+    "config", "errors", "frames", "metrics", "opening", "proxy_protocol", "tunnel_key", "url", "values",
     "wire",
 }  # fmt: skip
 KNOW_WATCHERS = {"crew", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay"}  # may use the loop
