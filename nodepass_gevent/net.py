@@ -4,6 +4,7 @@ import array
 import errno
 import ipaddress
 import os
+import random
 import socket
 import struct
 import time
@@ -93,9 +94,19 @@ def set_options(sock: RawSocket, limits: Limits) -> None:
     """Send small writes at once and notice a dead peer; on a listener, its connections inherit it."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(limits.keepalive_idle_s))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(limits.keepalive_interval_s))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, limits.keepalive_count)
+    scatter_keepalives(sock, limits)
+
+
+def scatter_keepalives(sock: RawSocket, limits: Limits) -> None:
+    """Draw when a silent peer is asked, from half the time on: a crowd that came together is not asked together.
+
+    A kernel drops what exceeds its queue (``netdev_max_backlog``, 1,000 packets): of thousands of keepalives in one
+    tick the same ones each time, until peers that live count as dead.
+    """
+    longest_s = {socket.TCP_KEEPIDLE: limits.keepalive_idle_s, socket.TCP_KEEPINTVL: limits.keepalive_interval_s}
+    for option, seconds in longest_s.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, random.randint((seconds + 1) // 2, seconds))
 
 
 def bind(address: Address, kind: int, *, shared: bool = False) -> RawSocket:
@@ -158,6 +169,7 @@ def serve(
     with closing(hub.loop.io(listener.fileno(), READ)) as arrival:  # for all waits: a new one costs a system call
         while True:
             hub.wait(arrival)
+            scatter_keepalives(listener, limits)  # of those who come next
             try:
                 for _ in range(min(room(), ACCEPT_BATCH)):
                     handle(_accept(listener))

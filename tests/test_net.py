@@ -19,8 +19,6 @@ SO_GET_FILTER = 26  # <asm-generic/socket.h>
 KEEPALIVE = {
     (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE): LIMITS.keepalive_idle_s,
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): LIMITS.keepalive_interval_s,
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): LIMITS.keepalive_count,
 }
 
@@ -323,13 +321,29 @@ def test_accepted_and_connected_sockets_notice_a_dead_peer(listener, accepted, s
             assert {option: sock.getsockopt(*option) for option in KEEPALIVE} == KEEPALIVE
 
 
+def keepalives(sock):
+    return tuple(sock.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL))
+
+
 def test_keepalives_follow_the_settings(no_leaks):
     limits = replace(LIMITS, keepalive_idle_s=7, keepalive_interval_s=6, keepalive_count=5)
-    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
     with closing(net.listen(LOOPBACK, limits)) as listener:
         with net.connect([endpoint_of(listener)], 5, limits) as stream:
             for sock in (listener, stream.socket):
-                assert [sock.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [7, 6, 5]
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 5
+                idle_s, interval_s = keepalives(sock)
+                assert 4 <= idle_s <= 7 and 3 <= interval_s <= 6
+
+
+def test_the_keepalives_of_a_crowd_do_not_come_all_at_once(listener, accepted, spawn):
+    spawn(net.serve, listener, accepted.append, refuse_to_pause)
+    with ExitStack() as users:
+        dialled = []
+        for _ in range(50):  # in more than one batch
+            dialled.append(users.enter_context(net.connect([endpoint_of(listener)], 5, LIMITS)))
+            wait_until(lambda: len(accepted) == len(dialled))
+        for streams in (dialled, accepted):
+            assert len({keepalives(stream.socket) for stream in streams}) > 10
 
 
 def test_whoever_speaks_first_is_accepted_with_what_it_says(listener):

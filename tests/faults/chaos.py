@@ -124,9 +124,8 @@ class Relay:
             self._wait(link)
             if self.passes_ends:
                 sink.shutdown(socket.SHUT_WR)
-        except ConnectionResetError:
-            link.cut()
         except OSError:
+            self._wait(link)  # what is held tells nobody of an end
             link.cut()
 
     def _wait(self, link):

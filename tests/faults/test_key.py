@@ -33,7 +33,7 @@ def kept(target, tmp_path_factory):
     """A tunnel with a key that all rows here share. Its client calls through a relay; its server has room for more."""
     path = tmp_path_factory.mktemp("key") / "tunnel.key"
     write(path, KEY)
-    query = f"log=debug&tunnel-key-file={path}"
+    query = f"log=debug&log-rate=0&tunnel-key-file={path}"
     tunnel = Tunnel(target.address, 1, query, limits=WAITS, forbidden=NOT_EVEN_THE_KEY)
     tunnel.server_env = {"MAX_POOL_CAPACITY": "64"}
     with ManInTheMiddle(tunnel.tunnel_port) as relay:

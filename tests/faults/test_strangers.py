@@ -182,4 +182,5 @@ def test_a_thousand_strangers_on_the_public_port_are_users_and_are_served(tunnel
     with standing(tunnels(1), grown_kib=64 * 1024) as tunnel, contextlib.ExitStack() as stack:
         for number in range(STRANGERS - 100):
             stack.enter_context(dial(tunnel.public_port, SOURCES[number]))
+        tunnel.recovers(20)
         assert tunnel.served(100) == 100
