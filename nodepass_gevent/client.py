@@ -154,7 +154,8 @@ class Client:
         endpoint = Endpoint(control.socket.family, (host, own_port or port, *scope))
         dial = partial(self._dial_v2, endpoint, first.tls, Data(welcome.session), keys)
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
-        pool = DialingPool(dial, min(self.config.min_pool_capacity, most), most, log=self._log)
+        least, timeout_s = min(self.config.min_pool_capacity, most), self.config.limits.tcp_user_timeout_s
+        pool = DialingPool(dial, least, most, log=self._log, user_timeout_s=timeout_s)
         can &= welcome.capabilities
 
         def fail(id: bytes, why: str) -> bool:
@@ -232,7 +233,12 @@ class Client:
         endpoint = Endpoint(control.socket.family, (host, first.port, *scope))
         dial = partial(self._dial_v1, endpoint, first.tls)
         pool = DialingPool(
-            dial, self.config.min_pool_capacity, self.config.max_pool_capacity, lead_s=V1_LEAD_S, log=self._log
+            dial,
+            self.config.min_pool_capacity,
+            self.config.max_pool_capacity,
+            lead_s=V1_LEAD_S,
+            log=self._log,
+            user_timeout_s=self.config.limits.tcp_user_timeout_s,
         )
         silence = _Silence(self.config.limits)
         signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, log=self._log)

@@ -28,8 +28,9 @@ RETRY_MIN_S, RETRY_MAX_S = (0.05, 5.0)  # pause after a failed dial, doubled for
 class _Idle:
     """The idle connections by id, oldest first, each watched for what arrives on it."""
 
-    def __init__(self, on_arrival: Callable[[bytes, Transport], None]) -> None:
+    def __init__(self, on_arrival: Callable[[bytes, Transport], None], user_timeout_s: float) -> None:
         self._on_arrival = on_arrival
+        self._user_timeout_s = user_timeout_s
         self._by_id: dict[bytes, Transport] = {}
 
     def __len__(self) -> int:
@@ -40,6 +41,7 @@ class _Idle:
 
     def add(self, id: bytes, transport: Transport) -> None:
         self._by_id[id] = transport
+        transport.fail_when_unacknowledged(self._user_timeout_s)
         transport.watch(self._on_arrival, id, transport)
 
     def ignore(self, id: bytes) -> None:
@@ -48,6 +50,7 @@ class _Idle:
 
     def pop(self, id: bytes) -> Transport:
         transport = self._by_id.pop(id)
+        transport.fail_when_unacknowledged(0)  # an exchange may wait for a slow line as long as TCP does
         transport.watch(transport.unwatch)  # once: its taker watches next, and to go on costs no system call
         return transport
 
@@ -72,12 +75,13 @@ class AcceptingPool:
         capacity: int,
         on_shortage: Callable[[int], object] = lambda takers: None,
         log: logging.Logger = log,
+        user_timeout_s: float = 0,
     ) -> None:
         self.capacity = capacity
         self._log = log
         self._on_shortage = on_shortage  # told, once a turn of the event loop, how many more takers have to wait
         self._short = 0
-        self._idle = _Idle(self._drop)
+        self._idle = _Idle(self._drop, user_timeout_s)
         self._takers: deque[AsyncResult] = deque()
         self._closed = Event()
 
@@ -192,6 +196,7 @@ class DialingPool:
         sleep: Callable[[float], object] = gevent.sleep,
         lead_s: float = 0.0,
         log: logging.Logger = log,
+        user_timeout_s: float = 0,
     ) -> None:
         self.capacity = self._minimum = minimum
         self._maximum = maximum
@@ -208,7 +213,7 @@ class DialingPool:
         self._gathering = gevent.get_hub().loop.timer(lead_s / 6 or GATHER_S, ref=False)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
-        self._idle = _Idle(self._look)
+        self._idle = _Idle(self._look, user_timeout_s)
         self._ended: dict[bytes, Transport] = {}  # end of stream has come, in this round
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before
         self._takers: dict[bytes, AsyncResult] = {}

@@ -268,7 +268,7 @@ class Reception:
         def on_shortage(users: int) -> object:
             return opening.NEED in agreed and session.send(wire.format_need(Need(users)))
 
-        pool = AcceptingPool(self._config.max_pool_capacity, on_shortage, self._log)
+        pool = AcceptingPool(self._config.max_pool_capacity, on_shortage, self._log, self._limits.tcp_user_timeout_s)
         launched: dict = {}
         signals = Signals(launched, self._counters, self._log)
         session = Session(
@@ -337,7 +337,9 @@ class Reception:
         if current:
             caller.decide(f"a second client, while {current.stream} is connected")
             return None
-        pool = AcceptingPool(self._config.max_pool_capacity, log=self._log)
+        pool = AcceptingPool(
+            self._config.max_pool_capacity, log=self._log, user_timeout_s=self._limits.tcp_user_timeout_s
+        )
         session = Session(caller.connection, pool, _refuse_speech, ping_interval_s=self._config.report_interval_s)
         client = Client(1, key, caller.connection, session, pool)
         if not caller.decide(client):

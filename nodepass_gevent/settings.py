@@ -184,7 +184,7 @@ SETTINGS = (
     Setting("keepalive_count", "NODEPASS_KEEPALIVE_COUNT", parse_integer, "N", _SOCKETS,
             "TCP keepalives without an answer that end a connection"),
     Setting("tcp_user_timeout_s", "NODEPASS_TCP_USER_TIMEOUT", parse_duration, "TIME", _SOCKETS,
-            "bytes of a control channel without an acknowledgement end it"),
+            "no acknowledgement for that long ends a control channel, and an idle data connection"),
 )
 # fmt: on
 BY_NAME = {setting.name: setting for setting in SETTINGS}

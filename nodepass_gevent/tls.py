@@ -163,6 +163,9 @@ class TLSStream(Transport):
     def fileno(self) -> int:
         return self.stream.fileno()
 
+    def fail_when_unacknowledged(self, seconds: float) -> None:
+        self.stream.fail_when_unacknowledged(seconds)
+
     def watch(self, callback: Callable[..., None], *args: object) -> None:
         self.stream.watch(callback, *args)
 

@@ -104,6 +104,10 @@ class Transport(ABC):
         """Wait until bytes or an end are there."""
 
     @abstractmethod
+    def fail_when_unacknowledged(self, seconds: float) -> None:
+        """Let sent bytes, or keepalives, without an acknowledgement for ``seconds`` end the connection (RFC 5482)."""
+
+    @abstractmethod
     def close(self) -> None:
         """Close with FIN; more than once does no harm."""
 
@@ -295,5 +299,4 @@ class Stream(Transport):
         return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
 
     def fail_when_unacknowledged(self, seconds: float) -> None:
-        """Let sent bytes without an acknowledgement for ``seconds`` end the connection (RFC 5482)."""
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))

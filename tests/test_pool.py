@@ -1,3 +1,5 @@
+import socket
+
 import gevent
 import pytest
 from support import is_reset, read_all, reset, wait_until
@@ -145,3 +147,16 @@ def test_takers_that_have_to_wait_are_told_once_a_turn(spawn):
     gevent.idle()
     assert told == [3, 1]
     pool.close()
+
+
+def test_a_connection_has_a_deadline_for_acknowledgements_while_it_is_idle(pair):
+    accepting = AcceptingPool(4, user_timeout_s=20)
+    stream, _ = pair()
+
+    def deadline_ms():
+        return stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+    accepting.add(b"00000001", stream)
+    assert deadline_ms() == 20_000
+    assert accepting.take(0) == (b"00000001", stream)
+    assert deadline_ms() == 0

@@ -1,4 +1,5 @@
 import logging
+import socket
 
 import gevent
 import pytest
@@ -492,3 +493,19 @@ def test_no_more_is_dialled_than_the_peer_takes(dialler, dialing):
     pool.dial_more(100)
     wait_until(lambda: len(pool) == 4)
     assert len(dialler.ids) == 4
+
+
+def test_a_dialled_connection_has_a_deadline_for_acknowledgements_until_it_is_launched(pair, spawn):
+    stream, _ = pair()
+    dialled = [(b"00000001", stream)]
+    pool = DialingPool(lambda: dialled.pop() if dialled else Event().wait(), 1, 1, user_timeout_s=20)
+    spawn(pool.run)
+    wait_until(lambda: len(pool) == 1)
+
+    def deadline_ms():
+        return stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+
+    assert deadline_ms() == 20_000
+    assert pool.take(b"00000001", 0) is stream
+    assert deadline_ms() == 0
+    pool.close()
