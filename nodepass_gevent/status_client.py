@@ -2,11 +2,13 @@
 
 import http.client
 import json
+import signal
 import sys
 import time
 from typing import Any
 
 import gevent
+from gevent.event import Event
 
 from .config import Process
 from .errors import ConfigError
@@ -22,23 +24,23 @@ CLEAR = "\x1b[H\x1b[2J"
 
 
 def status(process: Process, flags: frozenset[str]) -> int:
-    """Print how the process is, once or again and again; 1 when it cannot be asked."""
-    watched, ended = "watch" in flags, 0
-    try:
-        while True:
-            code, body = _ask(process, "/status.json" if "json" in flags else "/status.json?since=1e12")
+    """Print how the process is, once, or again and again until SIGINT or SIGTERM; 1 when it cannot be asked."""
+    watched, stop = "watch" in flags, Event()
+    for number in (signal.SIGINT, signal.SIGTERM) if watched else ():
+        gevent.signal_handler(number, stop.set)  # a KeyboardInterrupt may come where nobody passes it on
+    while True:
+        code, body = _ask(process, "/status.json" if "json" in flags else "/status.json?since=1e12")
+        try:
             if watched and sys.stdout.isatty():
                 print(end=CLEAR)
             if code != http.client.OK:
                 print(f"nodepass: error: {body}", file=sys.stderr)
             else:
                 print(body.rstrip() if "json" in flags else _format(json.loads(body)), flush=True)
-            ended = int(code != http.client.OK)
-            if not watched:
-                return ended
-            gevent.sleep(WATCH_S)
-    except (KeyboardInterrupt, BrokenPipeError):
-        return ended
+        except BrokenPipeError:
+            watched = False
+        if not watched or stop.wait(WATCH_S):
+            return int(code != http.client.OK)
 
 
 def health(process: Process, flags: frozenset[str]) -> int:
