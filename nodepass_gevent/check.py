@@ -59,7 +59,7 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
         findings.append(Finding(ERROR, "", "there is no tunnel: name one by a URL or in a file"))
     for config in configs:
         findings += [Finding(level, config.name, text) for level, text in _look_at(config)]
-    return [*dict.fromkeys(findings), *_count_descriptors(configs)]
+    return [*dict.fromkeys(findings), *_find_clashes(configs), *_count_descriptors(configs)]
 
 
 def report(findings: Iterable[Finding], *, as_json: bool) -> tuple[str, bool]:
@@ -134,6 +134,17 @@ def _ports(config: Config) -> Iterator[tuple[str, Address, int]]:
         yield "public port, TCP", config.target, socket.SOCK_STREAM
     if config.network != "tcp":
         yield "public port, UDP", config.target, socket.SOCK_DGRAM
+
+
+def _find_clashes(configs: Iterable[Config]) -> Iterator[Finding]:
+    """Find addresses that two listeners of one process ask for; the second would wait for ever."""
+    first: dict[tuple[Address, int], str] = {}
+    for config in configs:
+        for what, address, kind in _ports(config) if config.role == "server" else ():
+            if (address, kind) in first and address.port:
+                text = f"{what}: {address} is asked for twice; first as the {first[address, kind]}"
+                yield Finding(ERROR, config.name, text)
+            first.setdefault((address, kind), f"{what}{f' of [{config.name}]' if config.name else ''}")
 
 
 def _bind(what: str, address: Address, kind: int) -> tuple[str, str]:

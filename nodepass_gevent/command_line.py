@@ -156,6 +156,8 @@ def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
     if values["show_config"] and action == "run":
         action = "show-config"
     if values["positional"] is not None:
+        if command.of_process and "://" not in values["positional"]:
+            raise ConfigError(f"{action}: whom to ask says --status HOST:PORT, or --config FILE [from {SOURCE}]")
         _refuse_command(values["positional"])
         if values["url"] is not None:
             raise ConfigError(f"url: given twice, as an argument and as --url [from {SOURCE}]")
@@ -166,7 +168,12 @@ def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
     unknown = unknown or [f"--{name}" for name in sorted(alien)]
     if unknown:
         word = unknown[0].partition("=")[0]
-        hint = did_you_mean(word, [f"--{name}" for name in (*BY_NAME, *LINE_ONLY, *command.flags, *command.options)])
+        owners = [name for name, each in COMMANDS.items() if word.removeprefix("--") in {*each.flags, *each.options}]
+        hint = (
+            f", which belongs to {' and '.join(owners)}"
+            if owners
+            else did_you_mean(word, [f"--{name}" for name in (*BY_NAME, *LINE_ONLY, *command.flags, *command.options)])
+        )
         raise ConfigError(f"unknown option or argument {shown(word)}{hint} [from {SOURCE}]")
     texts = {name: values[name] for name in BY_NAME if values[name] is not None}
     given = {name: Entry(name, text, SOURCE) for name, text in texts.items()}
@@ -181,5 +188,5 @@ def _refuse_command(word: str) -> None:
     if "://" not in word:
         address = ":" in word and not word.startswith(("server:", "client:"))
         hint = "an address stands behind server:// or client://" if address else f"a tunnel is {FORMS}"
-        hint = did_you_mean(word, _FIRST_WORDS) or f"; {hint}"
+        hint = "; --help shows all" if word == "help" else did_you_mean(word, _FIRST_WORDS) or f"; {hint}"
         raise ConfigError(f"unknown command {shown(word)}{hint} [from {SOURCE}]")

@@ -68,6 +68,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> P
             if of_process:
                 continue
             if not line.files:
+                if line.action.startswith("generate "):
+                    raise ConfigError(f"{line.action}: no tunnel is named; a URL or --config FILE does")
                 return Parsed("usage")
             raise ConfigError(f"url: no tunnel is named; allowed: url = {FORMS} [from {_names(line.files)}]")
         url = _read_url(given["url"])

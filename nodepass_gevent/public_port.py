@@ -58,9 +58,12 @@ class Sockets:
             self._inherited.popitem()[1].close()
 
     def duplicate(self) -> dict[Bound, RawSocket]:
-        """Hand all over, as duplicates: who calls meanwhile waits for the one that gets them."""
+        """Hand all over, as duplicates: who calls meanwhile waits for the one that gets them.
+
+        Those that were inherited and are not open yet are among them: two changes may come in quick succession.
+        """
         self.handed_over = True
-        return {key: net.duplicate(sock) for key, sock in self._open.items()}
+        return {key: net.duplicate(sock) for key, sock in (self._inherited | self._open).items()}
 
 
 class PublicPort:

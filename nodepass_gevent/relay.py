@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import sys
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -251,13 +252,13 @@ class _Silences:
 
     def __init__(self, timeout_s: float, what: str) -> None:
         self._what = f"{what} for {timeout_s:g} s"
-        self._looked_at: dict[Exchange, tuple[int, int]] = {}  # bytes moved, and looks since they last did
+        self._looked_at: dict[Exchange, tuple[int, int]] = {}  # bytes delivered, and looks since that was less
         self._timer = gevent.get_hub().loop.timer(timeout_s / LOOKS, timeout_s / LOOKS, ref=False)
 
     def add(self, exchange: "Exchange") -> None:
         if not self._looked_at:
             self._timer.start(self._look)
-        self._looked_at[exchange] = exchange.moved, 0
+        self._looked_at[exchange] = exchange.delivered, 0
 
     def remove(self, exchange: "Exchange") -> None:
         self._looked_at.pop(exchange, None)
@@ -266,11 +267,18 @@ class _Silences:
         if not self._looked_at:
             self._timer.stop()
         for exchange, (moved_before, looks) in list(self._looked_at.items()):
-            moved = exchange.moved
+            moved = exchange.delivered
             looks = looks + 1 if moved == moved_before else 0
             self._looked_at[exchange] = moved, looks
             if looks > LOOKS:  # the first may have come right after the last byte
                 exchange.end(TimeoutError(self._what))
+
+
+def _on_the_way(sink: Transport) -> int:
+    """Give the number of bytes that the kernel keeps because the other end has not acknowledged them."""
+    with suppress(OSError):
+        return int.from_bytes(fcntl.ioctl(sink.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    return 0
 
 
 _silences = lru_cache(64)(_Silences)  # by timeout
@@ -298,10 +306,15 @@ class Exchange:
         self._half_closed: _Silences = _silences(half_closed_timeout_s, "half-closed and idle")
 
     @property
-    def moved(self) -> int:
-        """Bytes moved in both directions."""
+    def delivered(self) -> int:
+        """Bytes that have come to the other ends: a slow reader takes what was moved a minute ago."""
+        return sum(flow.moved - _on_the_way(flow.sink) for flow in self._flows)
+
+    @property
+    def complete(self) -> tuple[bool, bool]:
+        """Whether ``a``, and ``b``, was sent all that there is for it, and the end of stream behind it."""
         there, back = self._flows
-        return there.moved + back.moved
+        return back.ended, there.ended
 
     def traffic(self) -> Traffic:
         """Give the bytes that have moved so far; ``a`` is the user's side."""

@@ -89,11 +89,13 @@ class Server:
 
     def retire(self) -> None:
         """End the UDP sessions: the public socket is another one's now, and the next datagram opens a session there."""
+        self._sockets.close_inherited()  # it may have had no time to open them
         self._ingress.udp.end("the tunnel is given new settings")
 
     def run(self) -> None:
         """Listen and serve; raises OSError or ConnectError when an address cannot be had."""
         with ExitStack() as stack:
+            stack.callback(self._sockets.close_inherited)  # also where another address cannot be had
             self._clients.open()
             parts = self._open(stack)
             stack.callback(self._reception.close)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import signal
 import sys
 import time
@@ -36,7 +37,8 @@ def status(process: Process, flags: frozenset[str]) -> int:
             if code != http.client.OK:
                 print(f"nodepass: error: {body}", file=sys.stderr)
             else:
-                print(body.rstrip() if "json" in flags else _format(json.loads(body)), flush=True)
+                text = body.rstrip() if "json" in flags else _format(json.loads(body))
+                print(fit(text) if watched and sys.stdout.isatty() else text, flush=True)
         except BrokenPipeError:
             watched = False
         if not watched or stop.wait(WATCH_S):
@@ -55,7 +57,7 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
     """Give the code and the text of an answer, or 0 and why there is none; ConfigError when nobody is named."""
     if process.status is None:
         raise ConfigError(
-            "status: nobody is named; give --status, NODEPASS_STATUS, or --config with the file of the process"
+            "status: whom to ask is not said; give --status, NODEPASS_STATUS, or --config with the file of the process"
         )
     token = read_token(process)
     address = process.status
@@ -75,12 +77,22 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
 
 def _format(document: dict[str, Any]) -> str:
     """Format what /status.json says for a terminal."""
-    lines = [document["words"], ""]
+    lines = [
+        document["words"],
+        f"process {document['pid']} since {_clock(document['started'])}, {_clock(document['now'])} now",
+        "",
+    ]
     for tunnel in document["tunnels"]:
         lines += _format_tunnel(tunnel)
     events = list(map(_format_event, document["events"][-8:]))
     lines += ["recent events:", *events] if events else []
     return "\n".join(printable(line, MAX_LINE) for line in lines)
+
+
+def fit(text: str) -> str:
+    """Leave out what the terminal has no room for, so that the first line stays in sight."""
+    columns, rows = shutil.get_terminal_size()
+    return "\n".join(line[:columns] for line in text.split("\n")[: rows - 1])
 
 
 def _format_event(event: dict[str, Any]) -> str:
@@ -104,7 +116,7 @@ def _format_tunnel(tunnel: dict[str, Any]) -> list[str]:
     if tunnel["certificate"]:
         lines.append(f"  certificate until {time.strftime('%Y-%m-%d', time.gmtime(tunnel['certificate']['expires']))}")
     if tunnel["ended"]:
-        lines.append(f"  {_clock(tunnel['ended']['at'])}: {tunnel['ended']['why']}")
+        lines.append(f"  last failure or end {_clock(tunnel['ended']['at'])}: {tunnel['ended']['why']}")
     return [*lines, ""]
 
 
@@ -113,8 +125,8 @@ def _clock(at: float) -> str:
 
 
 def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
             return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} TiB"
+        number /= 1000
+    return f"{number:.4g} TB"

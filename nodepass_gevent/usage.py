@@ -10,6 +10,7 @@ examples:
   SEMAPHORE_LIMIT=4096 nodepass 'server://[::1]:10101/:8443?tls=2&crt=/etc/nodepass/cert.pem&key=/etc/nodepass/key.pem'
   nodepass --config /etc/nodepass/nodepass.conf --show-config
   nodepass check --config /etc/nodepass/conf.d    # what would go wrong with these tunnels
+  nodepass status --status 127.0.0.1:9100 --watch    # how the process with status=127.0.0.1:9100 is
   nodepass generate supervisor web 'server://:10101/:8080' > /etc/supervisor/conf.d/web.conf
   nodepass genkey > tunnel.key    # a key for tunnel-key-file; umask 077 keeps others out
 """
@@ -18,6 +19,8 @@ nodepass [options] 'server://<tunnel_addr>/<target_addr>[?key=value&...]'
        nodepass [options] 'client://<tunnel_addr>/<target_addr>[?key=value&...]'
        nodepass [options] --config FILE|DIRECTORY [--only NAME]
        nodepass check [options] [URL] [--json]
+       nodepass status [--watch] [--json] --status HOST:PORT|--config FILE
+       nodepass health [--ready] --status HOST:PORT|--config FILE
        nodepass genkey
        nodepass generate supervisor|systemd NAME [options] URL|--config FILE
        nodepass generate config|systemd-template"""

@@ -64,6 +64,16 @@ def test_a_taken_port_is_a_warning_as_the_service_itself_may_have_it(ports):
     assert finding.text.startswith(f"tunnel port: address already in use: 127.0.0.1:{ports[0]}; fine if")
 
 
+def test_a_port_that_two_tunnels_ask_for_is_found(ports, tmp_path):
+    path = tmp_path / "t.conf"
+    one, two = (SERVER.format(*each) for each in (ports, (ports[1], 0)))
+    path.write_text(f"network = tcp\n[tunnel a]\nurl = {one}\n[tunnel b]\nurl = {two}\n[tunnel c]\nurl = {two}\n")
+    assert [(each.level, each.tunnel, each.text) for each in worst(check(["--config", str(path)], {}))] == [
+        (ERROR, name, f"tunnel port: 127.0.0.1:{ports[1]} is asked for twice; first as the public port, TCP of [a]")
+        for name in "bc"
+    ]
+
+
 def test_an_address_of_another_machine_cannot_be_bound(ports):
     (finding,) = worst(check([f"server://192.0.2.1:{ports[0]}/127.0.0.1:{ports[1]}"], {}))
     assert finding == Finding(ERROR, "", f"tunnel port: cannot assign requested address: 192.0.2.1:{ports[0]}")

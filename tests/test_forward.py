@@ -68,6 +68,17 @@ def test_an_exchange_that_is_silent_for_the_time_that_is_set_is_reset(ingress, l
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
+def test_a_slow_user_gets_all_of_an_answer_whose_exchange_is_over_for_its_silence(ingress):
+    side = ingress(half_closed_timeout_s=SHORT_S)
+    client, user = side.add_data(), side.user()
+    wait_until(lambda: side.link.sent)
+    client.sendall(bytes(200_000))
+    client.shutdown(1)
+    assert is_reset(client)
+    assert read_all(user) == bytes(200_000)
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1, "bytes_down": 200_000}
+
+
 def test_a_reset_of_the_user_is_a_reset_for_the_client(ingress):
     side = ingress()
     client, user = side.add_data(), side.user()

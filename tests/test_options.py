@@ -234,7 +234,7 @@ def test_every_example_of_the_documentation_parses():
 
 def test_every_example_of_the_help_parses():
     quoted = re.findall(r"nodepass '(\S+)'", EXAMPLES)
-    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 7
+    assert len(re.findall("^  .*nodepass ", EXAMPLES, re.MULTILINE)) == 8
     assert [parse_one(url).role for url in quoted] == ["server", "client", "server"]
     (generated,) = re.findall(r"nodepass (generate .*) > ", EXAMPLES)
     assert options.parse(shlex.split(generated), {}).line.words == ("web",)
@@ -372,9 +372,13 @@ def test_a_key_of_a_later_release_is_named_as_such(key):
         ),
         (
             ["generate", "systemd", "x", URL, "--numprocs", "2"],
-            "unknown option or argument '--numprocs'",
+            "unknown option or argument '--numprocs', which belongs to generate supervisor",
         ),
         ([URL, "--log-dir=/x"], "unknown option or argument '--log-dir'"),
+        (["health", "--json"], "unknown option or argument '--json', which belongs to check and status"),
+        (["status", "127.0.0.1:9100"], "status: whom to ask says --status HOST:PORT, or --config FILE"),
+        (["generate", "systemd", "x"], "generate systemd: no tunnel is named; a URL or --config FILE does"),
+        (["help"], "unknown command 'help'; --help shows all"),
         ([URL, "generate"], "unknown option or argument 'generate'"),
         (["localhost:10101/127.0.0.1:80"], "an address stands behind server:// or client://"),
         ([":10101/:80", "--log", "debug"], "an address stands behind server:// or client://"),

@@ -3,6 +3,7 @@
 import re
 import socket
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import gevent
@@ -190,6 +191,28 @@ def test_an_open_port_that_is_handed_over_is_closed_when_no_client_comes_back(se
     spawn(successor.run)
     assert is_open(running)
     wait_until(lambda: not is_open(running))
+
+
+def test_an_address_that_is_taken_does_not_keep_the_former_port_open(serve):
+    running = serve(target=free_address())
+    with closing(net.listen(Address("127.0.0.1", 0), LIMITS)) as taken:
+        target = Address("127.0.0.1", taken.getsockname()[1])
+        successor = Server(replace(running.server.config, target=target), running.server)
+        running.greenlet.kill()
+        with pytest.raises(OSError, match="in use"):
+            successor.run()
+        assert not is_open(running)
+
+
+def test_ports_go_through_one_that_had_no_time_to_open_them_and_are_closed_behind_it(serve):
+    running = serve(target=free_address())
+    between = Server(running.server.config, running.server)
+    last = Server(running.server.config, between)
+    running.greenlet.kill()
+    between.retire()
+    assert is_open(running)
+    last.retire()
+    assert not is_open(running)
 
 
 def test_udp_sessions_do_not_keep_the_shared_port_of_a_process_without_a_client(serve, said):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from support import BOUND_S, LOOPBACK, read_all, wait_until
 
-from nodepass_gevent import cli, exposition, options, status_server
+from nodepass_gevent import cli, exposition, options, status_client, status_server
 from nodepass_gevent.config import Address, Process
 from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import ConfigError
@@ -564,7 +564,7 @@ def test_the_commands_need_no_tunnel(source, tmp_path):
 def test_who_is_not_told_whom_to_ask_says_so(capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     assert cli.main(["status"]) == 2
-    assert capsys.readouterr().err.startswith("nodepass: error: status: nobody is named; give --status, NODE")
+    assert capsys.readouterr().err.startswith("nodepass: error: status: whom to ask is not said; give --status, NODE")
 
 
 def test_status_tells_it_in_words(ask, capsys):
@@ -576,10 +576,22 @@ def test_status_tells_it_in_words(ask, capsys):
     assert cli.main(["status", "--status", f"127.0.0.1:{request.server.port}"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Serving: 1 client connected, no exchanges; nothing wrong in the last minute")
-    for part in ("web: serving", "peer 192.0.2.7:4711", "5 data connections ready", "certificate until 2096-10-02"):
+    for part in (
+        "web: serving",
+        "peer 192.0.2.7:4711",
+        "5 data connections ready",
+        "certificate until 2096-10-02",
+        "\nprocess ",
+    ):
         assert part in out
     assert r"warn  something \x1b[31m happened" in out
     assert "\x1b" not in out
+
+
+def test_a_watched_status_keeps_to_the_room_of_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "5")
+    monkeypatch.setenv("LINES", "3")
+    assert status_client.fit("Serving\nweb\nevents") == "Servi\nweb"
 
 
 def test_status_as_json_is_what_the_address_says(ask, capsys):
