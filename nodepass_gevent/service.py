@@ -76,6 +76,7 @@ class Service:
 
     def __init__(self, role: Role, draw: Callable[[], float] = random.random) -> None:
         self.role = role
+        self.former: set[Service] = set()  # in whose place it has come, while their exchanges go on
         self._log = logs.of(role.config.name)
         self._running = Group()
         self._backoff = Backoff(lambda: role.config.service_cooldown_s, draw)
@@ -85,6 +86,11 @@ class Service:
         self.failures = 0  # tries that did not end in good order
         self.ended: Ended | None = None  # how the last try ended
         self.next_try_at: float | None = None  # Unix time; None while the role runs
+
+    @property
+    def exchanges(self) -> int:
+        """Count the exchanges, with those that began under former settings."""
+        return len(self.role.exchanges) + sum(len(former.role.exchanges) for former in self.former)
 
     def start(self) -> None:
         """Run the role, and look at its files, in greenlets."""

@@ -133,7 +133,7 @@ class Status:
             firsts_s += sum_s - before.first_bytes_s
             wrong = [numbers[key] - before.numbers[key] for key in WRONG]
             errors += sum(wrong)
-            exchanges += len(role.exchanges)
+            exchanges += service.exchanges
             ready += sum(peer.ready for peer in role.describe().peers)
             self._tracks[name] = _Track(counters, numbers, counts, sum_s, before.wrong)
             before.wrong.append(wrong)
@@ -194,7 +194,7 @@ class Status:
             condition=condition,
             words="",
             description=description,
-            exchanges=len(role.exchanges),
+            exchanges=service.exchanges,
             limit=config.semaphore_limit,
             numbers=role.counters.total(),
             first_bytes=role.counters.first_bytes,

@@ -98,7 +98,10 @@ class Tunnels:
             return
         same_side = config.role == before.role
         new = self._services[config.name] = Service(self._make(config, service.role if same_side else None))
+        new.former = service.former | {service}
         self._retire(service, None)
+        if len(service.role.exchanges):
+            logs.of(config.name).info("exchanges that go on under the former settings: %d", len(service.role.exchanges))
         new.start()
 
     def _retire(self, service: Service, timeout_s: float | None) -> None:
@@ -111,5 +114,7 @@ class Tunnels:
     def _drain(self, service: Service, timeout_s: float | None) -> None:
         cut = service.drain(timeout_s)
         self._leaving.discard(service)
+        for other in self:
+            other.former.discard(service)
         if cut:
             logs.of(service.role.config.name).info("%s: exchanges cut: %d", service.role, cut)

@@ -147,10 +147,13 @@ def test_exchanges_of_a_replaced_tunnel_go_on_for_as_long_as_they_like(world):
     go_on = Event()
     old.exchanges.spawn(go_on.wait)
     world.apply(replace(config, semaphore_limit=7))
+    world.apply(replace(config, semaphore_limit=8))
     gevent.sleep(0.05)  # longer than a removed one would be given
-    assert world.tunnels.exchanges() == 1
+    (service,) = world.tunnels
+    assert (world.tunnels.exchanges(), service.exchanges, len(service.role.exchanges)) == (1, 1, 0)
     go_on.set()
     wait_until(lambda: world.tunnels.exchanges() == 0)
+    wait_until(lambda: not service.former)
 
 
 def test_a_tunnel_that_is_removed_is_drained_within_its_shutdown_timeout(world, caplog):
