@@ -71,9 +71,10 @@ def wait_for_fds(process, count):
 class Crowd:
     """Users who come one after the other in `size` rows, and come again after a failure, until the block ends."""
 
-    def __init__(self, public, size=4):
+    def __init__(self, public, size=4, timeout=5.0):
         self.served = 0
-        self._public = public
+        self.errors = []
+        self._public, self._timeout = public, timeout
         self._stopped = threading.Event()
         self._rows = [threading.Thread(target=self._come_and_go, daemon=True) for _ in range(size)]
 
@@ -81,9 +82,10 @@ class Crowd:
         word = b"w" * 20_000
         while not self._stopped.is_set():
             try:
-                if talk(self._public, word, timeout=5.0) == word:
+                if talk(self._public, word, timeout=self._timeout) == word:
                     self.served += 1
-            except OSError:
+            except OSError as exc:
+                self.errors.append(exc)
                 self._stopped.wait(PAUSE_S)
 
     def __enter__(self):

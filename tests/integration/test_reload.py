@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from .harness import START_S, Process, Target, free_port, wait_until
-from .load import ask, datagram_user, visit
+from .load import Crowd, ask, datagram_user, visit
 from .users import comes_back
 
 
@@ -96,43 +96,13 @@ class Transfer(threading.Thread):
         assert self.received.digest() == self.sent.digest()
 
 
-class Visitors:
-    """Short users, one after the other in some rows, until the block ends; nobody may be refused or reset."""
-
-    def __init__(self, public, rows=3):
-        self.served, self.errors = 0, []
-        self._public = public
-        self._stopped = threading.Event()
-        self._rows = [threading.Thread(target=self._come, daemon=True) for _ in range(rows)]
-
-    def _come(self):
-        while not self._stopped.is_set():
-            try:
-                visit(self._public, timeout=20.0)
-                self.served += 1
-            except OSError as exc:
-                self.errors.append(exc)
-
-    def __enter__(self):
-        for row in self._rows:
-            row.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stopped.set()
-        for row in self._rows:
-            row.join(30)
-        assert not self.errors
-        assert self.served
-
-
 def test_a_transfer_and_new_users_go_on_through_every_change_of_the_file(site):
     other = f"[tunnel other]\nurl = server://127.0.0.1:{free_port()}/127.0.0.1:{free_port('both')}"
-    with Transfer(site.public), Visitors(site.public) as visitors:
+    with Transfer(site.public), Crowd(site.public, size=3, timeout=20.0) as crowd:
 
         def served_more():
-            before = visitors.served
-            wait_until(lambda: visitors.served > before + 20, START_S, "users are served")
+            before = crowd.served
+            wait_until(lambda: crowd.served > before + 20, START_S, "users are served")
 
         served_more()
         site.hang_up(r"\[web\] settings changed: log, idle-timeout", web="log = debug\nidle-timeout = 1h")
@@ -147,6 +117,7 @@ def test_a_transfer_and_new_users_go_on_through_every_change_of_the_file(site):
         served_more()
         site.hang_up(r"\[in\] settings changed", web="semaphore-limit = 400", into="min-pool-capacity = 4")
         served_more()
+    assert not crowd.errors
 
 
 def test_a_file_that_is_wrong_is_refused_with_its_place_and_the_old_one_goes_on(site):
