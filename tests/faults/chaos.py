@@ -38,6 +38,7 @@ class Link:
             with contextlib.suppress(OSError):
                 if reset:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    sock.shutdown(socket.SHUT_RD)  # wakes the thread that reads: while it does nothing is closed
                 else:
                     sock.shutdown(socket.SHUT_RDWR)
             sock.close()

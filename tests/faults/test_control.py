@@ -208,8 +208,8 @@ def test_every_connection_killed_by_the_kernel_is_replaced():
 @pytest.mark.fault(39)
 def test_data_connections_that_the_network_forgets_in_silence_are_replaced_before_users_come():
     """No FIN and no RST: packets of theirs vanish, both ways; those of the control channel pass."""
-    often = {"keepalive_idle_s": 1, "keepalive_interval_s": 1}
-    with apart(limits=often, env={"NODEPASS_KEEPALIVE_COUNT": "1"}) as (network, tunnel), standing(tunnel):
+    soon = {"keepalive_idle_s": 1, "keepalive_interval_s": 1, "tcp_user_timeout_s": 2}
+    with apart(limits=soon) as (network, tunnel), standing(tunnel):
         control = tunnel.server.wait_for_line(r"client 127.0.0.1:(\d+) connected")[1]
 
         def pooled():
