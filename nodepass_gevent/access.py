@@ -22,6 +22,8 @@ from .udp_relay import UDPRelay
 LEVELS = {"off": 0, "debug": logging.DEBUG, "info": logging.INFO}
 CLOSED = 7  # a state of TCP, the first byte of its info: reset, or given up
 
+PUBLIC, TARGET = "public", "target"  # where an exchange leaves the tunnel: at its ingress, at its egress
+
 # How an exchange ended; besides these it is "reset by" the user, the target, or the tunnel between them.
 ENDED = "ended"  # both sides said so
 TIMEOUT = "timeout"
@@ -36,12 +38,16 @@ End = tuple[str, str]  # one of these, and more words where there are any
 
 
 class AccessLog:
-    """The lines of one tunnel. Up is from the user to the target; a user is a socket address, None where unknown."""
+    """The lines of one tunnel's ingress (``place`` PUBLIC) or egress (TARGET).
 
-    def __init__(self, config: Config) -> None:
+    Up is from the user to the target; a user is a socket address, None where unknown.
+    """
+
+    def __init__(self, config: Config, place: str) -> None:
+        self._place = place
         self._config = config
         self._log = logs.of(config.name)
-        self._sides = ("user", "tunnel") if config.role == "server" else ("tunnel", "target")
+        self._sides = ("user", "tunnel") if place == PUBLIC else ("tunnel", "target")
 
     def tcp(
         self, id: bytes, user: tuple | None, sides: tuple[Transport, Transport], started: float, outcome: Outcome
@@ -56,7 +62,7 @@ class AccessLog:
         """Tell of a UDP session that has ended."""
         if level := self._level():
             into, out = (session.framed, session.framed_bytes), (session.delivered, session.delivered_bytes)
-            up, down = (into, out) if self._config.role == "server" else (out, into)
+            up, down = (into, out) if self._place == PUBLIC else (out, into)
             dropped = session.dropped_queue + session.dropped_size + session.dropped_network
             counts = _datagrams(up, down) | {"datagrams_dropped": dropped}
             self._write(level, "udp", id, user, started, _end_of_session(id, session), counts)
@@ -108,8 +114,7 @@ class AccessLog:
             fields["id"] = id.decode()
         if user:
             fields["user"] = str(Address(*user[:2]))
-        place = "public" if self._config.role == "server" else "target"
-        fields[place] = str(self._config.target)
+        fields[self._place] = str(self._config.target)
         duration_s = round(time.monotonic() - started, 3)
         fields |= counts | {"duration_s": duration_s, "end": end[0]}
         if end[1]:
@@ -120,7 +125,7 @@ class AccessLog:
             fields.get("id", "-"),
             protocol,
             fields.get("user", "-"),
-            fields[place],
+            fields[self._place],
             f"{end[0]} ({end[1]})" if end[1] else end[0],
             duration_s,
             _amounts(counts),

@@ -67,7 +67,7 @@ class DatagramIngress:
         self._counters = counters
         self._entrance = entrance  # None: all may come
         self._log = logs.of(config.name)
-        self._access = AccessLog(config)
+        self._access = AccessLog(config, access.PUBLIC)
         self._limit = max(config.semaphore_limit // 2, 1)
         self._asking = 0  # exchanges of one datagram
         self._sessions: dict[Reply, UDPRelay] = {}  # by user
@@ -260,7 +260,7 @@ class DatagramEgress:
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
-        self._access = AccessLog(config)
+        self._access = AccessLog(config, access.TARGET)
 
     def session(self, launch: Launch, data: Transport) -> None:
         """Carry a session over ``data``, framed, to and from a socket of its own, until a side ends or it is idle."""

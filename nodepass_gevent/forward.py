@@ -91,7 +91,7 @@ class Ingress:
         self._launching = 0  # that wait for a peer or a data connection
         self._settled = Event()  # set when none of them is left
         self._log = logs.of(config.name)
-        self._access = AccessLog(config)
+        self._access = AccessLog(config, access.PUBLIC)
         self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters, entrance)
 
     def room(self) -> int:
@@ -223,7 +223,7 @@ class Egress:
         self._config = config
         self._counters = counters
         self._log = logs.of(config.name)
-        self._access = AccessLog(config)
+        self._access = AccessLog(config, access.TARGET)
         self._waiting = Pool(config.max_pool_capacity)  # launches that wait for a slot, each in its greenlet
         self._endpoints: list[Endpoint] = []
         udp = DatagramEgress(self._target, self._forget_target, self._refuse, self._user, exchanges, config, counters)
