@@ -8,7 +8,8 @@ import pytest
 
 from nodepass_gevent import options
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, PACKAGE = ROOT / "docs", ROOT / "nodepass_gevent"
 PAGES = sorted(path for path in DOCS.rglob("*.rst"))
 
 
@@ -62,3 +63,8 @@ def test_the_pages_build_without_a_warning(tmp_path):
     done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "index.html").exists()
+
+
+@pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("[a-z]*.py")))
+def test_each_module_stands_on_the_page_about_the_code(module):
+    assert re.search(rf"\b{module}\b", (DOCS / "internals.rst").read_text())
