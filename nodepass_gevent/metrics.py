@@ -70,8 +70,11 @@ class Counters:
     def ended(self, traffic: Callable[[], Traffic]) -> None:
         """Count what an exchange has carried, once: it runs no more."""
         self.running.discard(traffic)
-        for name, value in traffic()._asdict().items():
-            setattr(self, name, getattr(self, name) + value)
+        bytes_up, bytes_down, datagrams_up, datagrams_down = traffic()
+        self.bytes_up += bytes_up
+        self.bytes_down += bytes_down
+        self.datagrams_up += datagrams_up
+        self.datagrams_down += datagrams_down
 
     def total(self) -> dict[str, int]:
         """Give every number by its name, with the traffic of what still runs."""

@@ -106,7 +106,8 @@ def scatter_keepalives(sock: RawSocket, limits: Limits) -> None:
     """
     longest_s = {socket.TCP_KEEPIDLE: limits.keepalive_idle_s, socket.TCP_KEEPINTVL: limits.keepalive_interval_s}
     for option, seconds in longest_s.items():
-        sock.setsockopt(socket.IPPROTO_TCP, option, random.randint((seconds + 1) // 2, seconds))
+        earlier_s = int(random.random() * (seconds // 2 + 1))
+        sock.setsockopt(socket.IPPROTO_TCP, option, seconds - earlier_s)
 
 
 def bind(address: Address, kind: int, *, shared: bool = False) -> RawSocket:
@@ -167,12 +168,16 @@ def serve(
     pause_s = limits.accept_pause_s
     hub = gevent.get_hub()
     with closing(hub.loop.io(listener.fileno(), READ)) as arrival:  # for all waits: a new one costs a system call
+        alike = 0  # connections whose keepalives fall together
         while True:
             hub.wait(arrival)
-            scatter_keepalives(listener, limits)  # of those who come next
+            if alike >= ACCEPT_BATCH:
+                scatter_keepalives(listener, limits)
+                alike = 0
             try:
                 for _ in range(min(room(), ACCEPT_BATCH)):
                     handle(_accept(listener))
+                    alike += 1
             except (BlockingIOError, ConnectionAbortedError):  # all accepted; or the caller is gone again
                 pass
             except OSError as exc:

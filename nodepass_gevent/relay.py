@@ -30,6 +30,7 @@ SMALL, SMALL_IN_A_ROW = (16384, 16)  # bytes and moves after which a bulky flow 
 LOOKS = 4  # at the counters within the time that an exchange may be silent: bytes cost no timer
 MAX_PIPES = 64  # kept ready: 128 descriptors and, while they hold bytes, 16 MiB
 
+_NEVER_LOOKED_AT = (-1, 0)  # most exchanges end before the first look
 _buffer = memoryview(bytearray(BUFFER))
 _SPLICE_FLAGS = getattr(os, "SPLICE_F_MOVE", 0) | getattr(os, "SPLICE_F_NONBLOCK", 0)
 
@@ -258,7 +259,7 @@ class _Silences:
     def add(self, exchange: "Exchange") -> None:
         if not self._looked_at:
             self._timer.start(self._look)
-        self._looked_at[exchange] = exchange.delivered, 0
+        self._looked_at[exchange] = _NEVER_LOOKED_AT
 
     def remove(self, exchange: "Exchange") -> None:
         self._looked_at.pop(exchange, None)
@@ -270,7 +271,7 @@ class _Silences:
             moved = exchange.delivered
             looks = looks + 1 if moved == moved_before else 0
             self._looked_at[exchange] = moved, looks
-            if looks > LOOKS:  # the first may have come right after the last byte
+            if looks >= LOOKS:
                 exchange.end(TimeoutError(self._what))
 
 

@@ -335,7 +335,8 @@ def test_keepalives_follow_the_settings(no_leaks):
                 assert 4 <= idle_s <= 7 and 3 <= interval_s <= 6
 
 
-def test_the_keepalives_of_a_crowd_do_not_come_all_at_once(listener, accepted, spawn):
+def test_the_keepalives_of_a_crowd_do_not_come_all_at_once(listener, accepted, spawn, monkeypatch):
+    monkeypatch.setattr(net, "ACCEPT_BATCH", 2)
     spawn(net.serve, listener, accepted.append, refuse_to_pause)
     with ExitStack() as users:
         dialled = []

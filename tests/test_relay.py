@@ -277,14 +277,14 @@ def test_half_closed_and_moving_an_exchange_goes_on(start):
 
 def test_half_closed_an_exchange_goes_on_while_a_slow_reader_takes_what_was_moved_before(start, spawn):
     exchange = start(half_closed_timeout_s=0.2)
-    exchange.user.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    exchange.user.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
     exchange.a.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * len(LATE))
     spawn(send_and_end, exchange.target, LATE).join()
     silent = start(half_closed_timeout_s=0.2)
     silent.target.shutdown_write()
     received = bytearray()
     while not silent.greenlet.ready():
-        received += exchange.user.recv(4096)
+        received += exchange.user.recv(8192)
         gevent.sleep(0.01)
     assert len(received) < len(LATE)
     assert not exchange.greenlet.ready()
