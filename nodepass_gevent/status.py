@@ -8,9 +8,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from . import __version__
+from .config import LOG_LEVELS
 from .log import Event
 from .metrics import BOUNDS_S, Counters, Histogram
 from .service import Service
@@ -21,6 +23,8 @@ HISTORY_S = 300  # seconds that are kept, a row each: about 50 KiB
 MINUTE_S = 60
 HELD_UP_S = 0.5  # a process that was held up for that long says so
 NAMED = 3  # tunnels in a sentence
+WARNINGS = LOG_LEVELS[LOG_LEVELS.index("warn") :]
+MAX_WARNING = 200  # characters of one in a sentence
 WRONG = {  # counters of what goes wrong, and how they are told
     "exchanges_failed": ("exchange", "failed"),
     "launches_lost": ("launch", "lost"),
@@ -66,6 +70,7 @@ class Tunnel:
     ended: Ended | None
     next_try_at: float | None
     wrong: dict[str, int]  # in the last minute, by counter
+    warning: str  # the last one in the log, of the last minute
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,13 @@ class Status:
             ended=ended,
             next_try_at=service.next_try_at,
             wrong=dict(zip(WRONG, sums, strict=True)),
+            warning=self._last_warning(config.name, now),
         )
         return replace(tunnel, words=_words(tunnel, now))
+
+    def _last_warning(self, name: str, now: float) -> str:
+        warnings = [event for event in self._recent() if event.tunnel == name and event.level in WARNINGS]
+        return warnings[-1].message if warnings and now - warnings[-1].time < MINUTE_S else ""
 
 
 def quantile(counts: list[int], share: float) -> float | None:
@@ -317,6 +327,8 @@ def _condition_words(tunnel: Tunnel, now: float) -> str:
 def _last_minute(tunnel: Tunnel, now: float) -> list[str]:
     """Say what went wrong in the last minute, and is not the case now."""
     said = _wrong_words(tunnel.wrong)
+    if said and tunnel.warning:
+        said.append(f"last warning: {shorten(tunnel.warning, MAX_WARNING, placeholder=' …')}")
     if tunnel.ended and tunnel.condition != "failing" and now - tunnel.ended.at < MINUTE_S:
         said.append(f"{now - tunnel.ended.at:.0f} s ago: {tunnel.ended.why}")
     return said

@@ -148,6 +148,35 @@ def test_what_went_wrong_in_the_last_minute_is_told_with_its_number():
     assert status.snapshot().words.endswith("; nothing wrong in the last minute.")
 
 
+def test_beside_what_went_wrong_stands_the_last_warning_of_that_tunnel():
+    each, now = service(name="web"), time.time()
+    status = state(
+        each,
+        events=[
+            Event(now - 5, "warn", "web", "before"),
+            Event(now - 4, "error", "web", "target 192.0.2.1:80: connection refused " + 300 * "x "),
+            Event(now - 3, "info", "web", "no warning"),
+            Event(now - 2, "warn", "other", "of another tunnel"),
+        ],
+    )
+    assert status.snapshot().words.endswith("; nothing wrong in the last minute.")
+    status.sample(0)
+    each.role.counters.exchanges_failed += 1
+    status.sample(0)
+    told = status.snapshot().words
+    assert "; 1 exchange failed in the last minute; last warning: target 192.0.2.1:80: connection refused x" in told
+    assert told.endswith("x ….") and len(told) < 400
+
+
+def test_a_warning_of_more_than_a_minute_ago_is_not_told():
+    each = service(name="web")
+    status = state(each, events=[Event(time.time() - 61, "warn", "web", "long ago")])
+    status.sample(0)
+    each.role.counters.exchanges_failed += 1
+    status.sample(0)
+    assert status.snapshot().words.endswith("; 1 exchange failed in the last minute.")
+
+
 @pytest.mark.parametrize(("days", "told"), [(20, ""), (13, "expires in 12 days"), (1.5, "1 day."), (-1, "has expired")])
 def test_a_certificate_that_expires_soon_is_told(days, told):
     each = service()
