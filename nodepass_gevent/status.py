@@ -32,6 +32,7 @@ WRONG = {  # counters of what goes wrong, and how they are told
     "signals_malformed": ("signal", "malformed"),
     "accept_pauses": ("pause", "of a listener"),
 }
+DIRECTIONS = ("bytes_up", "bytes_down")
 DAY_S = 24 * 3600
 
 
@@ -71,6 +72,7 @@ class Tunnel:
     next_try_at: float | None
     wrong: dict[str, int]  # in the last minute, by counter
     warning: str  # the last one in the log, of the last minute
+    rates: Mapping[str, int]  # bytes per second, by direction, in the last second
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class _Track:
     first_bytes: list[int]
     first_bytes_s: float
     wrong: deque[list[int]] = field(default_factory=lambda: deque(maxlen=MINUTE_S))  # per second, as WRONG has them
+    rates: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(DIRECTIONS, 0))  # of bytes, per second
 
 
 class Status:
@@ -123,7 +126,7 @@ class Status:
         elapsed_s, self._sampled_at = max(now - self._sampled_at, 0.001), now
         self._lags.append(lag_s)
         tracks, self._tracks = self._tracks, {}
-        sums = dict.fromkeys(("bytes_up", "bytes_down", "tcp_exchanges", "udp_exchanges", "udp_sessions"), 0)
+        sums = dict.fromkeys((*DIRECTIONS, "tcp_exchanges", "udp_exchanges", "udp_sessions"), 0)
         firsts, firsts_s, errors, exchanges, ready = [0] * (len(BOUNDS_S) + 1), 0.0, 0, 0, 0
         for service in self._services:
             role, name = service.role, _name(service)
@@ -140,10 +143,11 @@ class Status:
             errors += sum(wrong)
             exchanges += service.exchanges
             ready += sum(peer.ready for peer in role.describe().peers)
-            self._tracks[name] = _Track(counters, numbers, counts, sum_s, before.wrong)
+            rates = {key: round(max(numbers[key] - before.numbers[key], 0) / elapsed_s) for key in DIRECTIONS}
+            self._tracks[name] = _Track(counters, numbers, counts, sum_s, before.wrong, rates)
             before.wrong.append(wrong)
         begun = sums["tcp_exchanges"] + sums["udp_exchanges"] + sums["udp_sessions"]
-        up, down = (round(max(sums[key], 0) / elapsed_s) for key in ("bytes_up", "bytes_down"))
+        up, down = (round(max(sums[key], 0) / elapsed_s) for key in DIRECTIONS)
         mean_s = round(firsts_s / sum(firsts), 6) if sum(firsts) else None
         row = Row(round(wall_clock(), 3), up, down, exchanges, begun, errors, mean_s, quantile(firsts, 0.95), ready)
         self._rows.append(row)
@@ -208,6 +212,7 @@ class Status:
             next_try_at=service.next_try_at,
             wrong=dict(zip(WRONG, sums, strict=True)),
             warning=self._last_warning(config.name, now),
+            rates=track.rates if track else dict.fromkeys(DIRECTIONS, 0),
         )
         return replace(tunnel, words=_words(tunnel, now))
 
@@ -256,6 +261,7 @@ def _tunnel_document(tunnel: Tunnel) -> dict[str, Any]:
         "next_try_at": tunnel.next_try_at,
         "wrong_in_last_minute": tunnel.wrong,
         "counters": tunnel.numbers,
+        "per_second": tunnel.rates,
         "first_byte_s": {
             "count": sum(tunnel.first_bytes.counts),
             "sum": round(tunnel.first_bytes.sum_s, 6),

@@ -108,7 +108,8 @@ def _format_tunnel(tunnel: dict[str, Any]) -> list[str]:
         pool = f"{peer['ready']} data connections ready"
         lines.append(f"  peer {peer['address']} since {_clock(peer['since'])}, profile v{peer['profile']}, {pool}")
     lines.append(f"  exchanges {tunnel['exchanges']} of {tunnel['exchanges_limit']}")
-    lines.append(f"  bytes {_size(counters['bytes_up'])} up, {_size(counters['bytes_down'])} down")
+    for what, numbers in (("bytes", counters), ("per second", tunnel["per_second"])):
+        lines.append(f"  {what} {_size(numbers['bytes_up'])} up, {_size(numbers['bytes_down'])} down")
     if first_byte["count"]:
         lines.append(
             f"  first byte after {first_byte['p50'] * 1000:.1f} ms (half), {first_byte['p95'] * 1000:.1f} ms (95 %)"

@@ -223,12 +223,14 @@ def test_a_row_says_what_happened_in_its_second():
     counters.first_bytes.observe(0.002)
     gevent.sleep(0.02)
     status.sample(0)
-    history = status.document()["history"]
+    document = status.document()
+    history, (tunnel,) = document["history"], document["tunnels"]
     first, second = (dict(zip(history["fields"], row, strict=True)) for row in history["rows"])
     assert (first["begun"], first["first_byte_mean_s"], first["pool_ready"]) == (0, None, 5)
     assert (second["begun"], second["errors"], second["first_byte_mean_s"]) == (2, 1, 0.003)
     assert 0 < second["bytes_up"] <= 1000 / 0.02
     assert second["bytes_down"] == pytest.approx(3 * second["bytes_up"], abs=2)
+    assert tunnel["per_second"] == {key: second[key] for key in ("bytes_up", "bytes_down")}
     assert status.document(since=first["time"])["history"]["rows"] == [tuple(second.values())]
 
 
@@ -610,6 +612,7 @@ def test_status_tells_it_in_words(ask, capsys):
         "peer 192.0.2.7:4711",
         "5 data connections ready",
         "certificate until 2096-10-02",
+        "\n  bytes 0 B up, 0 B down\n  per second 0 B up, 0 B down\n",
         "\nprocess ",
     ):
         assert part in out
