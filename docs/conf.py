@@ -10,5 +10,5 @@ version = release = re.search(
 )[1]
 html_theme = "furo"
 html_title = f"nodepass-gevent {version}"
-exclude_patterns = ["performance-*.rst"]  # parts of performance.rst
+exclude_patterns = ["performance-*.rst", "README.*.rst"]  # parts of performance.rst; the README in other languages
 nitpicky = True
