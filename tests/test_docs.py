@@ -4,6 +4,8 @@ That commands do what is said of them shows tests/integration/test_doc_commands.
 """
 
 import ast
+import functools
+import importlib
 import os
 import re
 import shlex
@@ -20,6 +22,7 @@ from nodepass_gevent import options
 from nodepass_gevent.settings import SETTINGS
 
 PACKAGE = ROOT / "nodepass_gevent"
+INTERNALS = (DOCS / "internals.rst").read_text()
 URLS = sorted({url for page in PAGES for url in re.findall(r'"((?:server|client)://[^"$]*)"', page.read_text())})
 FILES = [(pages.name(page), block.text) for page in PAGES for block in pages.blocks(page) if block.language == "ini"]
 
@@ -200,7 +203,19 @@ def test_the_readme_is_plain_restructured_text(page):
 
 @pytest.mark.parametrize("module", sorted(path.stem for path in PACKAGE.glob("[a-z]*.py")))
 def test_each_module_stands_on_the_page_about_the_code(module):
-    assert re.search(rf"\b{module}\b", (DOCS / "internals.rst").read_text())
+    assert re.search(rf"\b{module}\b", INTERNALS)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"``(\w+\.\w+(?:\.\w+)*)``", INTERNALS))))
+def test_each_name_on_that_page_is_one_of_the_code(name):
+    module, *names = name.split(".")
+    if names != ["rst"]:
+        assert functools.reduce(getattr, names, importlib.import_module(f"nodepass_gevent.{module}"))
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\b(?:docs|scripts|tests)/[\w./-]*\w", INTERNALS))))
+def test_each_file_on_that_page_is_there(path):
+    assert (ROOT / path).exists()
 
 
 def test_the_pictures_are_those_that_the_script_draws(tmp_path):
