@@ -25,6 +25,7 @@ from nodepass_gevent.tunnel_key import format_key
 
 from .harness import Process, certificates, free_port, wait_until
 from .targets import EchoUDP
+from .test_supervisord import CONFIGURATION as SUPERVISORD
 
 COMMAND_S = 60.0
 READY_S = 30.0
@@ -39,6 +40,7 @@ EXCEPTIONS = {  # beginnings of commands that are not run, and why
     "supervisorctl": "needs a supervisord; tests/integration/test_supervisord.py has a real one",
     "systemctl": "needs systemd as the first process; tests/integration/test_systemd.py has what can be run",
     "journalctl": "needs the journal of systemd",
+    "scp": "needs an account on another machine",
     "ssh": "needs an account on another machine; tests/integration/test_programs.py has SSH through a tunnel",
 }
 MACHINES = ("server.example.com", "hub.example.com", "db.example.com", "site-a.internal", "192.0.2.10", "192.0.2.11")
@@ -278,6 +280,32 @@ def test_every_command_of_a_page_does_what_the_page_says(page, tmp_path):
                 if not excepted(command):
                     here.run(command)
         here.close()
+    finally:
+        here.kill()
+
+
+def test_the_lines_of_the_readme_run_under_supervisord(tmp_path):
+    here = Page(pages.README, tmp_path)
+    commands = [command for command in pages.commands(pages.README) if not excepted(command)]
+    (generate,) = [command for command in commands if " generate supervisor web " in command]
+    made = ("openssl", "(umask", "install", "own=", "python3 -m http.server")
+    try:
+        here.prepare()
+        for command in [command for command in commands if command.startswith(made)]:
+            here.run(command)
+        for name in ("web", "client"):
+            here.run(
+                next(command for command in commands if command.startswith(f'url="{name.replace("web", "server")}:'))
+            )
+            here.run(generate.replace(" web ", f" {name} --log-dir {tmp_path} ").replace("web.conf", f"{name}.conf"))
+        configuration = tmp_path / "supervisord.conf"
+        include = f"files={tmp_path}/etc/supervisor/conf.d/*.conf"
+        own = SUPERVISORD if os.getuid() == 0 else SUPERVISORD.replace("user=root\n", "")
+        configuration.write_text(own.format(tmp_path).replace(f"files={tmp_path}/conf.d/*.conf", include))
+        argv = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(configuration)]
+        with Process(argv, env=here.env, name="supervisord") as supervisord:
+            wait_until(lambda: answers(here.ports["8080"]), READY_S, "an answer through both programs")
+            assert supervisord.stop() == 0
     finally:
         here.kill()
 
