@@ -69,14 +69,14 @@ class Page:
 
     def __init__(self, page, directory):
         self.name, self.directory = pages.name(page), directory
-        self.blocks, self.stack = pages.blocks(page), contextlib.ExitStack()
+        self.text, self.blocks, self.stack = page.read_text(), pages.blocks(page), contextlib.ExitStack()
         self.ports: dict[str, int] = {}  # as the page has them: as they are here
         self.targets: dict[str, int] = {}
         self.running: list[Running] = []
         path = f"{directory}/opt/nodepass/bin:{os.environ['PATH']}:/usr/sbin"
         self.env = {"HOME": str(directory / "home"), "PATH": path, "NO_PROXY": "*", "PYTHONPATH": str(pages.ROOT)}
         self.env["SSL_CERT_FILE"] = certificates("localhost").ca  # in the place of the public authorities
-        self.served = re.findall(r"http\.server (\d+)", page.read_text())  # by a command of the page itself
+        self.served = re.findall(r"http\.server (\d+)", self.text)  # by a command of the page itself
 
     def prepare(self):
         """Make the folders, and the files that were made on another page."""
@@ -126,11 +126,20 @@ class Page:
     def _port(self, text):
         if text in map(str, {*self.ports.values(), *self.targets.values()}):
             return text  # it is one of ours already
-        return self.ports.setdefault(text, free_port("both"))
+        if text not in self.ports:
+            self.ports[text] = self._free_port()
+        return self.ports[text]
+
+    def _free_port(self):
+        """Find a port that is neither taken, nor ours already, nor one of the page's own numbers."""
+        while True:
+            port = free_port("both")
+            if str(port) not in self.text and port not in {*self.ports.values(), *self.targets.values()}:
+                return port
 
     def _target(self, text):
         if text not in self.targets:
-            self.targets[text] = port = free_port("both")
+            self.targets[text] = port = self._free_port()
             self.stack.callback(EchoUDP(port=port).stop)
             if text not in self.served:
                 server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Service)
@@ -183,8 +192,7 @@ class Page:
         words = shlex.split(self._expanded(text), comments=True)
         if words[0] != "nodepass" or words[1] == "status":
             return ()
-        with contextlib.chdir(self.directory):
-            return options.parse(words[1:], {}).configs
+        return options.parse(words[1:], {}).configs
 
     def _expanded(self, text):
         for name, value in self.env.items():
@@ -194,7 +202,8 @@ class Page:
     def _use(self, client):
         """Be a user of a tunnel, by TCP or UDP as it carries."""
         servers = [config for running in self.running for config in running.configs if config.role == "server"]
-        (server,) = [config for config in servers if config.tunnel.port == client.tunnel.port]
+        server = next((config for config in servers if config.tunnel.port == client.tunnel.port), None)
+        assert server, f"{self.name} has no server for {client.url}"
         ask = answers_a_datagram if server.network == "udp" else answers
         wait_until(lambda: ask(server.target.port), READY_S, f"an answer through {server.url}, {self.name}")
 
