@@ -24,6 +24,7 @@ from nodepass_gevent import options
 from nodepass_gevent.tunnel_key import format_key
 
 from .harness import Process, certificates, free_port, wait_until
+from .programs import require
 from .targets import EchoUDP
 from .test_supervisord import CONFIGURATION as SUPERVISORD
 
@@ -43,6 +44,7 @@ EXCEPTIONS = {  # beginnings of commands that are not run, and why
     "scp": "needs an account on another machine",
     "ssh": "needs an account on another machine; tests/integration/test_programs.py has SSH through a tunnel",
 }
+PROGRAMS = ("curl ", "haproxy ", "jq ", "openssl ")  # others are on every machine
 MACHINES = ("server.example.com", "hub.example.com", "db.example.com", "site-a.internal", "192.0.2.10", "192.0.2.11")
 HERE = re.compile("|".join(map(re.escape, MACHINES)))
 FOLDERS = re.compile(r"(?<![\w./%-])/(?=(?:etc|opt|var|run)/)")
@@ -157,6 +159,8 @@ class Page:
 
     def run(self, command):
         """Do what a command does: for ever, until it ends, or to the variables of the shell."""
+        for program in filter(command.__contains__, PROGRAMS):
+            require(program.strip())
         text = self.here(command)
         if match := re.match(r"([a-z]+)=", text):
             self.env[match[1]] = self._output(f'{text}\nprintf %s "${match[1]}"')
