@@ -251,6 +251,9 @@ def test_a_directory_that_others_can_write_is_never_used(user):
     assert not list(cache.iterdir())
     cache.chmod(0o700)
     assert user.call("--version", env=env).returncode == 0
+    os.chown(cache, 1, 1)
+    cache.chmod(0o755)
+    assert user.call("--version", env=env).returncode == 1
 
 
 def test_half_a_file_runs_nothing_and_leaves_nothing(user):
