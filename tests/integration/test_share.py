@@ -44,6 +44,17 @@ def test_what_is_shipped_is_what_the_script_makes(tmp_path):
     assert made == shipped, "run scripts/share"
 
 
+def test_the_links_that_the_page_about_installing_shows_lead_to_all_of_them(tmp_path):
+    page = (ROOT / "docs" / "install.rst").read_text()
+    (block,) = re.findall(r"\.\. code-block:: sh\n\n((?:    .*\n)+)", page)
+    for there, here in (("/opt/nodepass/share", SHARE), ("/usr/local", tmp_path / "local"), ("/etc", tmp_path / "etc")):
+        assert there in block
+        block = block.replace(there, str(here))
+    subprocess.run(["sh", "-euc", block], check=True, timeout=START_S)
+    links = {path.resolve() for path in tmp_path.rglob("*") if path.is_symlink()}
+    assert links == {PAGE, *FILES.values()}
+
+
 # The man page
 
 
