@@ -44,7 +44,9 @@ COMMANDS: Mapping[str, Command] = {
         },
         numbered=True,
     ),
-    "generate systemd": Command(words=("NAME",)),
+    "generate systemd": Command(
+        words=("NAME",), flags={"user": "generate systemd: a unit for a user's own systemd, systemctl --user"}
+    ),
     "generate systemd-template": Command(alone=True),
     "status": Command(
         flags={"json": "status: print /status.json", "watch": "status: again and again, until Ctrl-C"}, of_process=True

@@ -141,6 +141,11 @@ def systemd(parsed: Parsed, command: Command) -> str:
     """Give the unit for the tunnels of a command line; ConfigError."""
     name = _name(parsed.line)
     _check(parsed)
+    if "user" in parsed.line.flags:
+        start = " ".join(map(systemd_word, [*command.words, *_arguments(parsed.line)]))
+        return _USER_UNIT.format(
+            name=name, start=start, stop_s=_stop_s(parsed.configs), first=_directory(command), filters=_FILTERS
+        )
     if parsed.process.log_to not in ("stdout", "stderr"):
         raise parsed.process.fault("log_to", "cannot be written by the unit; its log goes to the journal")
     for path in map(os.path.abspath, parsed.line.files):
@@ -159,14 +164,14 @@ def systemd(parsed: Parsed, command: Command) -> str:
                 extra.append(f"LoadCredential={setting}:{_doubled(path)}")
     low = any(address.port < FIRST_FREE_PORT for config in parsed.configs for address in _listening(config))
     start = " ".join(systemd_word(word) for word in words)
-    return _unit(name, start, _stop_s(parsed.configs), command.directory, extra, low)
+    return _unit(name, start, _stop_s(parsed.configs), command, extra, low)
 
 
 def systemd_template(command: Command) -> str:
     """Give the template unit nodepass@.service, whose instance NAME has the file /etc/nodepass/NAME.conf."""
     start = " ".join([*map(systemd_word, command.words), "--config=/etc/nodepass/%i.conf"])
     extra = ["EnvironmentFile=-/etc/nodepass/%i.env"]
-    return _unit("%i", start, _stop_s(()), command.directory, extra, low_ports=True)
+    return _unit("%i", start, _stop_s(()), command, extra, low_ports=True)
 
 
 def systemd_word(word: str) -> str:
@@ -180,23 +185,22 @@ def systemd_word(word: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _unit(name: str, start: str, stop_s: int, directory: str | None, extra: Iterable[str], low_ports: bool) -> str:
+def _unit(name: str, start: str, stop_s: int, command: Command, extra: Iterable[str], low_ports: bool) -> str:
     if start.lstrip('"').startswith(HOMES):
         why = "homes are hidden from the unit; install it elsewhere, such as in /opt/nodepass"
         raise ConfigError(f"the command is {shown(start.split()[0])}, and {why}")
     ports = _LOW_PORTS if low_ports else _NO_LOW_PORTS
-    first = "\n".join([*([f"WorkingDirectory={_doubled(directory)}"] if directory else []), *extra, ""])
-    return _UNIT.format(name=name, start=start, stop_s=stop_s, first=first, ports=ports)
+    first = _directory(command) + "".join(f"{line}\n" for line in extra)
+    return _UNIT.format(name=name, start=start, stop_s=stop_s, first=first, ports=ports, filters=_FILTERS)
+
+
+def _directory(command: Command) -> str:
+    return f"WorkingDirectory={_doubled(command.directory)}\n" if command.directory else ""
 
 
 _LOW_PORTS = "AmbientCapabilities=CAP_NET_BIND_SERVICE\nCapabilityBoundingSet=CAP_NET_BIND_SERVICE"
 _NO_LOW_PORTS = "CapabilityBoundingSet=\nPrivateUsers=yes"
-_UNIT = """\
-[Unit]
-Description=NodePass tunnel {name}
-Wants=network-online.target
-After=network-online.target
-
+_SERVICE = """\
 [Service]
 Type=notify
 NotifyAccess=main
@@ -209,10 +213,29 @@ RestartPreventExitStatus=2
 # the process itself asks for more when its tunnels have a longer SHUTDOWN_TIMEOUT
 TimeoutStopSec={stop_s}s
 LimitNOFILE=65536
-
-DynamicUser=yes
-{ports}
+"""
+_FILTERS = """\
 NoNewPrivileges=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+UMask=0077
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+"""
+_UNIT = f"""\
+[Unit]
+Description=NodePass tunnel {{name}}
+Wants=network-online.target
+After=network-online.target
+
+{_SERVICE}
+DynamicUser=yes
+{{ports}}
 ProtectSystem=strict
 ProtectHome=yes
 ProtectProc=invisible
@@ -226,21 +249,21 @@ ProtectControlGroups=yes
 PrivateTmp=yes
 PrivateDevices=yes
 PrivateIPC=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-LockPersonality=yes
 RemoveIPC=yes
 KeyringMode=private
-UMask=0077
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallFilter=~@privileged @resources
-SystemCallErrorNumber=EPERM
-
+{{filters}}
 [Install]
 WantedBy=multi-user.target
+"""
+_USER_UNIT = f"""\
+# For a user's own systemd, as ~/.config/systemd/user/nodepass-{{name}}.service
+[Unit]
+Description=NodePass tunnel {{name}}
+
+{_SERVICE}
+{{filters}}
+[Install]
+WantedBy=default.target
 """
 
 

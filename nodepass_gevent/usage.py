@@ -22,5 +22,6 @@ nodepass [options] 'server://<tunnel_addr>/<target_addr>[?key=value&...]'
        nodepass status [--watch] [--json] --status HOST:PORT|--config FILE
        nodepass health [--ready] --status HOST:PORT|--config FILE
        nodepass genkey
-       nodepass generate supervisor|systemd NAME [options] URL|--config FILE
+       nodepass generate supervisor NAME [--numprocs N] [options] URL|--config FILE
+       nodepass generate systemd NAME [--user] [options] URL|--config FILE
        nodepass generate config|systemd-template"""

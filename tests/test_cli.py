@@ -155,7 +155,7 @@ def test_without_arguments_a_short_usage_goes_to_stderr(world, capsys):
     assert out == ""
     assert err.startswith("usage: nodepass [options] 'server://")
     assert err.endswith("nodepass --help shows all options\n")
-    assert err.count("\n") == 10
+    assert err.count("\n") == 11
     assert world.ran is None
 
 

@@ -1,6 +1,7 @@
 import configparser
 import dataclasses
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -285,6 +286,19 @@ def test_words_are_quoted_for_systemd(word, text):
     assert systemd_word(word) == text
 
 
+def test_a_unit_for_a_users_own_systemd_has_what_that_allows_and_reads_files_where_they_are():
+    home = Command(("/home/me/.local/bin/nodepass",))
+    text = systemd("web", f"{SERVER}?tls=1&crt=/home/me/c&key=/home/me/k", "--user", command=home)
+    unit = unit_of(text)
+    assert unit["ExecStart"] == f"/home/me/.local/bin/nodepass {SERVER}?tls=1&crt=/home/me/c&key=/home/me/k"
+    assert unit["Type"] == "notify" and unit["NoNewPrivileges"] == "yes" and unit["WantedBy"] == "default.target"
+    assert not re.search("DynamicUser|Capability|Credential|Protect|Private|network-online", text)
+
+
+def test_a_unit_for_a_users_own_systemd_may_log_to_a_file():
+    assert "--log-to=/home/me/l" in systemd("web", SERVER, "--log-to=/home/me/l", "--user")
+
+
 def units():
     """Units of every kind, by file name, with a command that exists."""
     command = Command(("/bin/sh", "-m", "nodepass_gevent"), "/tmp")
@@ -294,6 +308,19 @@ def units():
         "nodepass-low.service": systemd("low", "server://:10101/:443?tunnel-key-file=/k&tls=1", command=command),
         "nodepass@.service": generate.systemd_template(command),
     }
+
+
+def test_a_unit_for_a_users_own_systemd_passes_systemd_analyze(tmp_path):
+    path = tmp_path / "nodepass-web.service"
+    path.write_text(systemd("web", SERVER, "--user", command=Command(("/bin/sh",))))
+    done = subprocess.run(
+        [require("systemd-analyze"), "--user", "verify", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("name", ["nodepass-web.service", "nodepass-low.service", "nodepass@.service"])
