@@ -73,7 +73,7 @@ make_dir() { # make_dir DIR: which of its parents are new is kept, for remove
     done
     [ ${#missing[@]} -gt 0 ] || return 0
     change mkdir -p -- "$1" || fail 1 "$1: cannot be made"
-    dry || printf '%s\n' "${missing[@]}" >>"$prefix/directories"
+    dry || printf '%s\n' "${missing[@]}" >>"$etc/directories"
 }
 put() { # put FILE MODE TEXT: whole or not at all
     local temporary
@@ -124,8 +124,8 @@ find_conf() { # find_conf CANDIDATE...: sets conf, and where it takes programs f
     if [ -n "${given[supervisord-conf]-}" ]; then
         conf=$(absolute "${given[supervisord-conf]}")
         [ -f "$conf" ] || misuse "--supervisord-conf: $(shown "$conf") is no file"
-    elif [ -f "$prefix/supervisord-conf" ]; then
-        conf=$(<"$prefix/supervisord-conf")
+    elif [ -f "$etc/supervisord-conf" ]; then
+        conf=$(<"$etc/supervisord-conf")
     fi
     for candidate; do
         [ -n "$conf" ] || [ ! -f "$candidate" ] || conf=$candidate
@@ -223,12 +223,11 @@ build() { # build TARGET: an environment with what from holds; TARGET is gone wh
     fi
     printf '%s\n' "$from" >"$1/complete"
 }
-bare() { # bare COMMAND...: without the settings that the environment of this shell may have
-    env -i "PATH=$PATH" "HOME=${HOME-/}" "LANG=${LANG-C.UTF-8}" "$@"
-}
+# before a command: without the settings that the environment of this shell may have
+readonly BARE=(env -i "PATH=$PATH" "HOME=${HOME-/}" "LANG=${LANG-C.UTF-8}")
 starts() { # starts PROGRAM: does it open a tunnel, and end when it is told?
     local pid code=0
-    bare "$1" server://127.0.0.1:0/127.0.0.1:0 >"$work/output" 2>&1 9<&- &
+    "${BARE[@]}" "$1" server://127.0.0.1:0/127.0.0.1:0 >"$work/output" 2>&1 9<&- &
     pid=$!
     for _ in {1..300}; do
         ! grep -q listening "$work/output" || break
@@ -270,23 +269,14 @@ command_install() {
     fi
     ! installed || [ "$(readlink -- "$current")" = "versions/$digest" ] ||
         fail 2 "$("$program" --version) is installed; nodepass.sh update puts another one in its place"
-    make_prefix
+    make_dir "$etc"
+    make_dir "$prefix/versions"
     lock
     build "$prefix/versions/$digest"
     activate "$digest"
     dry || echo "installed: $("$program" --version), as $base/bin/nodepass"
     case :$PATH: in *":$base/bin:"*) ;; *) [ -n "$root" ] || echo "note: $base/bin is not on your PATH" ;; esac
 }
-make_prefix() { # the list of directories lies in it, so its own parents are noted late
-    local dir=$prefix missing=()
-    while [ ! -d "$dir" ]; do
-        missing=("$dir" "${missing[@]}")
-        dir=${dir%/*}
-    done
-    change mkdir -p -- "$prefix/versions" || fail 1 "$prefix: cannot be made"
-    dry || [ ${#missing[@]} = 0 ] || printf '%s\n' "${missing[@]}" >>"$prefix/directories"
-}
-
 command_update() {
     local old names=() restarted=() name
     [ $# = 0 ] || misuse "update is followed by options only, not by $(shown "$1")"
@@ -331,7 +321,7 @@ refuse_unless_sound() { # refuse_unless_sound VERSION NAME...: nothing is touche
     for name; do
         [ -n "$why" ] && break
         read_record "$name"
-        bare "$new/bin/nodepass" check "${record[@]}" >"$work/output" 2>&1 ||
+        "${BARE[@]}" "$new/bin/nodepass" check "${record[@]}" >"$work/output" 2>&1 ||
             why="refuses $name: $(grep -m 1 ^error "$work/output" || last_line "$work/output")"
     done
     [ -n "$why" ] || return 0
@@ -409,9 +399,13 @@ need_manager() {
     fi
     [ -n "$conf" ] || fail 2 "supervisord: its configuration was not found; name it with --supervisord-conf FILE"
     [ -n "$sections" ] || fail 2 "$conf: [include] must say files = DIR/*.conf, for the programs of tunnels"
-    command -v supervisorctl >/dev/null || fail 1 "supervisord: there is no supervisorctl on the PATH"
-    [[ $(supervisord_ pid 2>&1) =~ ^[0-9]+$ ]] || fail 1 "supervisord does not answer; is it started, with $conf?"
+    need_supervisorctl
+    supervisord_answers || fail 1 "supervisord does not answer; is it started, with $conf?"
 }
+need_supervisorctl() {
+    command -v supervisorctl >/dev/null || fail 1 "supervisord: there is no supervisorctl on the PATH"
+}
+supervisord_answers() { [[ $(supervisord_ pid 2>&1) =~ ^[0-9]+$ ]]; }
 supervisord_() { supervisorctl -c "$conf" "$@"; }
 systemd_() { if [ "$scope" = user ]; then systemctl --user "$@"; else systemctl "$@"; fi; }
 
@@ -540,7 +534,7 @@ generate() { # the program section or unit; nothing is printed when nodepass ref
 check_settings() { # with the key where it is now
     local each=("${words[@]}")
     [ -z "$key" ] || each[-1]=--tunnel-key-file=$key
-    if ! bare "$program" check "${each[@]}" >"$work/output" 2>&1; then
+    if ! "${BARE[@]}" "$program" check "${each[@]}" >"$work/output" 2>&1; then
         grep ^error "$work/output" >&2 || cat "$work/output" >&2
         fail 2 "$name: is not added, for what nodepass check says above"
     fi
@@ -562,7 +556,7 @@ write_tunnel() {
     if [ "$manager" = supervisord ]; then
         make_dir "$logs"
         make_dir "$sections"
-        dry || printf '%s\n' "$conf" >"$prefix/supervisord-conf"
+        dry || printf '%s\n' "$conf" >"$etc/supervisord-conf"
     else
         make_dir "$units"
     fi
@@ -690,8 +684,13 @@ delete_tunnel() { # what has to be known to add it again is kept
         change rm -f -- "$(file_of systemd "$1")"
         quietly systemd_ daemon-reload || true
     else
+        need_supervisorctl
         change rm -f -- "$(file_of supervisord "$1")"
-        quietly supervisord_ update "$1" || echo "nodepass.sh: supervisord was not told that $1 is gone" >&2
+        if ! supervisord_answers; then
+            echo "supervisord does not answer, and so runs no $1"
+        elif ! quietly supervisord_ update "$1"; then
+            fail 1 "$1: supervisord did not let go of it"
+        fi
     fi
 }
 purge_tunnel() {
@@ -713,7 +712,7 @@ command_delete() {
     [ -z "${given[purge]-}" ] || purge_tunnel "$name"
 }
 command_remove() {
-    local name path dirs=() answer='' number
+    local name path dirs=() answer='' number kept=''
     [ $# = 0 ] || misuse "remove is followed by options only, not by $(shown "$1")"
     if [ ! -d "$prefix" ] && { [ -z "${given[purge]-}" ] || [ ! -d "$etc" ]; }; then
         echo "nodepass is not installed in $prefix: nothing to remove"
@@ -728,23 +727,24 @@ command_remove() {
     while read -r name; do
         delete_tunnel "$name"
     done < <(tunnels)
-    if [ -n "${given[purge]-}" ]; then
-        for path in "$etc"/*.tunnel; do
-            name=${path##*/}
-            purge_tunnel "${name%.tunnel}"
-        done
-    fi
+    for path in "$etc"/*.tunnel; do
+        kept=1
+        [ -n "${given[purge]-}" ] || break
+        name=${path##*/}
+        purge_tunnel "${name%.tunnel}"
+        kept=''
+    done
     while read -r name; do
         ! is_our_link "$name" || change rm -f -- "$base/$name"
     done < <(links)
-    [ ! -f "$prefix/directories" ] || readarray -t dirs <"$prefix/directories"
-    change rm -rf -- "$prefix/versions" "$current" "$prefix/directories" "$prefix/supervisord-conf"
+    change rm -rf -- "$prefix/versions" "$current"
+    [ ! -f "$etc/directories" ] || readarray -t dirs <"$etc/directories"
+    [ -n "$kept" ] || change rm -f -- "$etc/directories" "$etc/supervisord-conf"
     for ((number = ${#dirs[@]} - 1; number >= 0; number--)); do # those that hold nothing else
         dry || rmdir -- "${dirs[number]}" 2>/dev/null || true
     done
-    [ -z "${given[purge]-}" ] || dry || rmdir -- "$etc" "$logs" 2>/dev/null || true
     dry || echo "removed"
-    [ -n "${given[purge]-}" ] || [ ! -d "$etc" ] || echo "kept: $etc, with settings and keys, and logs; remove --purge takes them"
+    [ -z "$kept" ] || echo "kept: $etc, with settings and keys, and logs; remove --purge takes them"
 }
 
 # The menu calls this script again for each choice, so that a failure ends the choice alone
