@@ -212,7 +212,7 @@ build() { # build TARGET: an environment with what from holds; TARGET is gone wh
         (cd -- "$from" && files_of . | tar --null -T - -cf -) | tar -C "$source" -xf -
     fi
     if ! { quietly "$python" -m venv "$1" &&
-        quietly "$1/bin/python" -m pip --disable-pip-version-check --no-input install --quiet "$source"; }; then
+        quietly "$1/bin/python" -m pip --disable-pip-version-check --no-input install --use-pep517 --quiet "$source"; }; then
         rm -rf -- "$1"
         fail 1 "$(shown "$from"): cannot be installed, for the reason above; nothing is changed"
     fi
