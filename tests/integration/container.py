@@ -1,4 +1,4 @@
-"""The Dockerfile without an engine: its instructions, read, and their steps in a Debian root: ``scripts/container-steps``.
+"""The Dockerfile without an engine: its instructions, and their steps in a Debian root: ``scripts/container-steps``.
 
 The base image is replaced by Debian of the same release, whose Python is /usr/bin/python3, not /usr/local/bin/python3.
 What runs in it has the user, environment, health check and stop signal of the Dockerfile, the command lines, the file
@@ -94,14 +94,15 @@ def read_dockerfile(text: str) -> list[Stage]:
 
 def is_ignored(path: str, patterns: Sequence[str]) -> bool:
     """Say whether .dockerignore keeps a file of the context away: the last pattern that fits it or a parent decides."""
-    ways = [path, *map(str, Path(path).parents)][:-1] if path.count("/") else [path]
+    ways = [path, *map(str, Path(path).parents)][: path.count("/") + 1]
     ignored = False
     for pattern in patterns:
         wanted = pattern.removeprefix("!")
-        names = [way.rpartition("/")[2] for way in ways] if wanted.startswith("**/") else ways
-        if any(
-            fnmatch.fnmatchcase(name, wanted.removeprefix("**/")) for name in names if "/" not in name or "/" in wanted
-        ):
+        if wanted.startswith("**/"):
+            fits = any(fnmatch.fnmatchcase(way.rpartition("/")[2], wanted[3:]) for way in ways)
+        else:
+            fits = any(way.count("/") == wanted.count("/") and fnmatch.fnmatchcase(way, wanted) for way in ways)
+        if fits:
             ignored = not pattern.startswith("!")
     return ignored
 
@@ -213,10 +214,7 @@ def compose() -> dict:
 
 def here(words: Sequence[str]) -> list[str]:
     """Give a command line of compose.yaml with this machine in place of its services' names."""
-    return [
-        re.sub("//(server):|/(service):", lambda match: match[0].replace(match[1] or match[2], "127.0.0.1"), word)
-        for word in words
-    ]
+    return [re.sub("/(server|service):", "/127.0.0.1:", word) for word in words]
 
 
 @contextlib.contextmanager
@@ -283,7 +281,8 @@ def try_out(root: Path) -> None:
             user.sendall(b"\r\n")
             answer = b"".join(iter(lambda: user.recv(65536), b""))
         assert answer.endswith((root / "usr/share/common-licenses/GPL-3").read_bytes())
-        assert server.stop(timeout=20) == 0 and client.stop(timeout=20) == 0
+        wait_until(lambda: server.returncode is not None, 20, "the server ends")
+        assert (server.returncode, client.stop(timeout=20)) == (0, 0), server.tail() + client.tail()
         assert "exchanges cut: 0" in server.lines[-1]
         say("its stop signal lets an exchange end, and the end is 0")
 
