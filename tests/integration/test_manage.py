@@ -3,6 +3,7 @@
 Only the whole life installs with pip; all else finds a program in place, which runs the code of this checkout.
 """
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -15,6 +16,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 from pathlib import Path
 
@@ -88,13 +90,23 @@ class Site:
 
     def put_program(self):
         """Have an installation without pip."""
-        program = self.prefix / "versions" / "here" / "bin" / "nodepass"
-        program.parent.mkdir(parents=True)
-        program.write_text(PROGRAM)
-        program.chmod(0o755)
-        (self.prefix / "versions" / "here" / "complete").write_text("here\n")
+        self._put("here", PROGRAM)
         (self.prefix / "current").symlink_to("versions/here")
         return self
+
+    def put_version(self, source, first=""):
+        """Have what an update from a source would make, but with some lines that run first."""
+        said = self.run("update", "--from", str(source), "--dry-run")
+        digest = re.search("/versions/([0-9a-f]{12}),", said)[1]
+        self._put(digest, PROGRAM.replace("import sys\n", f"import sys\n{first}"))
+        return digest
+
+    def _put(self, version, text):
+        program = self.prefix / "versions" / version / "bin" / "nodepass"
+        program.parent.mkdir(parents=True)
+        program.write_text(text)
+        program.chmod(0o755)
+        (program.parents[1] / "complete").write_text("here\n")
 
     def argv(self, *words):
         return [require("bash"), str(SCRIPT), *self.options, *words]
@@ -156,26 +168,28 @@ def without_a_module(package):
     (package / "values.py").unlink()
 
 
-def failing_under_supervisord(package):
-    main = package / "__main__.py"
-    main.write_text("import os, sys\nif 'SUPERVISOR_ENABLED' in os.environ:\n    sys.exit('boom')\n" + main.read_text())
+@contextlib.contextmanager
+def supervisord(conf, control):
+    """Run supervisord, with the code that is installed and not with this."""
+    argv = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(conf)]
+    process = Process(argv, name="supervisord", env={"PYTHONPATH": ""})
+    try:
+        wait_until(control.exists, START_S, "supervisord is there")
+        yield
+    finally:
+        assert process.stop(timeout=60) == 0
 
 
 @pytest.fixture
 def supervised(tmp_path):
     """A site with a supervisord that runs."""
-    site = Site(tmp_path)
     conf = tmp_path / "etc" / "supervisor" / "supervisord.conf"
     (conf.parent / "conf.d").mkdir(parents=True)
     text = CONFIGURATION.format(tmp_path / "run").replace("user=root\n" * (os.getuid() != 0), "")
     conf.write_text(text.replace(f"{tmp_path}/run/conf.d", "conf.d"))
-    argv = [sys.executable, "-m", "supervisor.supervisord", "-n", "-c", str(conf)]
-    supervisord = Process(argv, name="supervisord", env={"PYTHONPATH": ""})  # the code that is installed, not this
-    try:
-        wait_until((tmp_path / "run" / "control").exists, START_S, "supervisord is there")
+    site = Site(tmp_path)
+    with supervisord(conf, tmp_path / "run" / "control"):
         yield site
-    finally:
-        assert supervisord.stop(timeout=60) == 0
 
 
 @pytest.mark.timeout(360)
@@ -225,7 +239,8 @@ def test_the_whole_life_under_supervisord(supervised, tmp_path_factory):
         broken = source(elsewhere / "broken", "0.2.0", without_a_module)
         said = site.refusal("update", "--from", broken, code=1)
         assert "is no nodepass-gevent that runs: ModuleNotFoundError: No module named" in said
-        failing = source(elsewhere / "failing", "0.2.0", failing_under_supervisord)
+        failing = source(elsewhere / "failing", "0.2.0")
+        site.put_version(failing, "import os\nif 'SUPERVISOR_ENABLED' in os.environ:\n    sys.exit('boom')\n")
         said = site.run("update", "--from", failing, code=1)
         assert said.endswith("does not run every tunnel; the old version is back\n") and ": boom" in said
         assert site.run("status", code=1).startswith("nodepass-gevent 0.1.0,")
@@ -248,6 +263,18 @@ def test_the_whole_life_under_supervisord(supervised, tmp_path_factory):
         assert site.run("remove", "--yes", "--purge") == "removed\n"
     own.unlink()
     assert tree(site.root) == before
+
+
+def test_a_user_has_a_supervisord_as_the_page_about_it_has_it(users):
+    page = (ROOT / "docs/howto/supervisord.rst").read_text()
+    text = page.partition("# ~/.config/supervisor/supervisord.conf\n")[2].partition("\n\n")[0]
+    conf = users.home / ".config/supervisor/supervisord.conf"
+    (conf.parent / "conf.d").mkdir(parents=True)
+    conf.write_text(textwrap.dedent(text).replace("[supervisord]\n", "[supervisord]\nuser=root\n" * (os.getuid() == 0)))
+    with supervisord(conf, conf.parent / "control"):
+        url = f"server://127.0.0.1:{free_port()}/127.0.0.1:{free_port('both')}"
+        assert "added: web, run by supervisord" in users.run("add", "web", url)
+        assert "listening: " in users.run("log", "web")
 
 
 def test_what_does_not_run_is_not_added(supervised):
@@ -332,6 +359,61 @@ def test_a_deleted_tunnel_is_added_again_by_its_name_alone(site):
     assert site.run("list") == "" and not unit.exists()
     site.run("add", "web", *SYSTEMD)
     assert unit.read_text() == text and (site.etc / "web.tunnel-key").read_text() == key
+
+
+def current(site):
+    return (site.prefix / "current").readlink().name
+
+
+@pytest.fixture
+def newer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("newer")
+    (path / "setup.py").write_text("newer")
+    return path
+
+
+def test_an_update_restarts_what_runs_and_leaves_what_is_stopped(site, newer):
+    for name in ("idle", "web"):
+        site.run("add", name, SERVER, *SYSTEMD)
+    site.run("stop", "idle")
+    site.calls.unlink()
+    digest = site.put_version(newer)
+    assert "restarted: web" in site.run("update", "--from", str(newer))
+    calls = site.calls.read_text().splitlines()
+    assert [call for call in calls if "is-active" not in call] == ["restart nodepass-web.service"]
+    assert current(site) == digest and os.listdir(site.prefix / "versions") == [digest]
+
+
+@pytest.mark.parametrize(
+    ("first", "text"),
+    [
+        ("if sys.argv[-1].endswith(':0'):\n    sys.exit('boom')\n", "does not start: boom"),
+        ("if 'check' in sys.argv:\n    sys.exit('error boom')\n", "refuses web: error boom"),
+    ],
+)
+def test_a_version_that_does_not_start_or_refuses_a_tunnel_is_not_taken(site, newer, first, text):
+    site.run("add", "web", SERVER, *SYSTEMD)
+    site.put_version(newer, first)
+    site.calls.unlink()
+    said = site.run("update", "--from", str(newer), code=1)
+    assert said.endswith(f"{text}; the old version stays\n")
+    assert current(site) == "here" and os.listdir(site.prefix / "versions") == ["here"]
+    assert not site.calls.exists()
+
+
+def test_a_version_that_does_not_run_a_tunnel_is_taken_back(site, newer):
+    site.run("add", "web", SERVER, *SYSTEMD)
+    site.put_version(newer)
+    (site.root / "run/broken").touch()
+    assert site.run("update", "--from", str(newer), code=1).endswith("the old version is back\n")
+    assert current(site) == "here" and os.listdir(site.prefix / "versions") == ["here"]
+
+
+def test_settings_of_the_callers_environment_reach_no_tunnel(site, newer):
+    site.run("add", "web", SERVER, *SYSTEMD)
+    site.put_version(newer)
+    site.run("update", "--from", str(newer), NODEPASS_TLS="nonsense")
+    assert "the service has another environment" in site.refusal("add", "in", CLIENT, *SYSTEMD, NODEPASS_TLS="1")
 
 
 def test_a_unit_that_somebody_wrote_is_left_alone(site):
