@@ -33,7 +33,7 @@ take() {
 }
 unpack() {
     part=$1/$id.part
-    rm -rf "$1"/*.part && mkdir "$part" &&
+    rm -rf "$part" && mkdir "$part" && # of a start that was killed
         tail -n "+$start" "$self" | gzip -dc | tar -xmof - -C "$part" &&
         is_whole "$part" &&
         (run "$part" --version) >/dev/null && # it may be executed there, and finds its libraries
@@ -41,7 +41,7 @@ unpack() {
     rm -rf "$part"
     return 1
 }
-remove_others() { # versions of which no process runs
+remove_others() { # versions of which no process runs, and parts of them
     for other in "$1"/*/; do
         [ "$other" = "$1/$id/" ] || flock -n "$other" rm -rf "$other" || :
     done

@@ -132,7 +132,7 @@ def test_scripts_of_the_sdist_can_be_executed_as_in_the_repository(unpacked):
 
 def test_tests_of_the_sdist_pass_there(unpacked):
     """A few that need files of every kind: vectors, pages, the example."""
-    tests = [f"tests/test_{name}.py" for name in ("example", "readme", "tunnel_key", "url", "wire")]
+    tests = [f"tests/test_{name}.py" for name in ("example", "tunnel_key", "url", "wire")]
     argv = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     said = run(*argv, cwd=unpacked, PYTHONPATH=str(unpacked))
     assert re.search(r"^\d{3,} passed", said, re.MULTILINE), said

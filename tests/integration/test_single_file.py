@@ -214,8 +214,14 @@ def test_what_was_cut_off_or_cleaned_away_is_unpacked_again(user):
     (directory,) = (path for path in user.cache.iterdir() if path.is_dir())
     before = user.on_disk()
     (directory / "_internal" / "base_library.zip").unlink()
-    (user.cache / "0123.part").mkdir()
-    user.own(user.cache / "0123.part")
+    for part in (
+        user.cache / "0123.part",
+        user.cache / f"{directory.name}.part",
+        user.cache / f"{directory.name}.part" / "a",
+    ):
+        part.mkdir()
+        (part / "cut off").touch()
+        user.own(part)
     assert user.call("--version").returncode == 0
     assert user.on_disk() == before
 
