@@ -101,10 +101,10 @@ def test_the_page_has_signals_exit_codes_and_files(page):
 
 
 @contextlib.contextmanager
-def terminal(*argv, **env):
+def terminal(home, *argv, **env):
     """Give a function that types keys and waits for a pattern in what a shell on a terminal shows from then on."""
     ours, its = pty.openpty()
-    variables = {"PATH": os.environ["PATH"], "TERM": "dumb", "HOME": "/nonexistent", "LC_ALL": "C", **env}
+    variables = {"PATH": os.environ["PATH"], "TERM": "dumb", "HOME": str(home), "LC_ALL": "C", **env}
     with subprocess.Popen(argv, stdin=its, stdout=its, stderr=its, env=variables, start_new_session=True) as shell:
         os.close(its)
 
@@ -123,22 +123,26 @@ def terminal(*argv, **env):
 
 
 @pytest.fixture(scope="module")
-def bash():
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def bash(home):
     """Give bash as bash-completion sets it up: it finds our script by the command's name."""
     require("bash")
     rest = Path("/usr/share/bash-completion/bash_completion")
     if not rest.exists():
         require("bash-completion")
-    with terminal("bash", "--norc", "--noprofile", "-i", XDG_DATA_DIRS=str(SHARE)) as press:
+    with terminal(home, "bash", "--norc", "--noprofile", "-i", XDG_DATA_DIRS=str(SHARE)) as press:
         press(f". {rest}; bind 'set show-all-if-ambiguous on'; PS1=ready'> '\n", "ready> $")
         yield press
 
 
 @pytest.fixture(scope="module")
-def zsh(tmp_path_factory):
+def zsh(home):
     require("zsh")
-    home = str(tmp_path_factory.mktemp("zsh"))
-    with terminal("zsh", "-f", "-i", ZDOTDIR=home, HOME=home) as press:
+    with terminal(home, "zsh", "-f", "-i", ZDOTDIR=str(home)) as press:
         functions = FILES["zsh"].parent
         press(
             f"fpath=({functions} $fpath); autoload -Uz compinit; compinit -u -D; LISTMAX=1000; PS1=ready'> '\n",
@@ -168,11 +172,11 @@ def test_a_shell_on_a_terminal_completes(shell, keys, pattern, request):
 
 
 @pytest.fixture(scope="module")
-def fish():
+def fish(home):
     """Give what fish would list for each of some lines."""
 
     def complete(*lines):
-        env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "LC_ALL": "C.UTF-8"}
+        env = {"PATH": os.environ["PATH"], "HOME": str(home), "LC_ALL": "C.UTF-8"}  # it makes directories there
         calls = "; ".join(f"complete -C '{line}'; echo ===" for line in lines)
         argv = [require("fish"), "--no-config", "-c", f"source {FILES['fish']}; {calls}"]
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=START_S, check=True)
