@@ -4,6 +4,7 @@ Plain sockets, threads and subprocesses, so it works in a patched and in an unpa
 """
 
 import atexit
+import collections
 import contextlib
 import os
 import random
@@ -28,20 +29,25 @@ from .users import Probe, ends_cleanly
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / "tests" / "peers"
-PORTS = range(10000, 32000)  # above the random data ports, below the kernel's ephemeral ones
+FIRST_PORT = int(os.environ.get("TEST_PORTS_FROM", "10000"))  # two runs at once take different ones
+PORTS = range(FIRST_PORT, FIRST_PORT + 11000)  # above the random data ports, below the kernel's ephemeral ones
+_given: collections.deque[int] = collections.deque(maxlen=1000)
 START_S = 30.0
 STOP_S = 15.0
 KINDS = {"tcp": (socket.SOCK_STREAM,), "udp": (socket.SOCK_DGRAM,), "both": (socket.SOCK_STREAM, socket.SOCK_DGRAM)}
 
 
 def free_port(kind: str = "tcp") -> int:
-    """Return a loopback port that is free for "tcp", "udp" or "both"."""
+    """Return a loopback port that is free for "tcp", "udp" or "both", and none of the last ones."""
     while True:
         port = random.choice(PORTS)
+        if port in _given:  # and perhaps not bound yet
+            continue
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for socket_type in KINDS[kind]:
                 sock = stack.enter_context(socket.socket(socket.AF_INET, socket_type))
                 sock.bind(("127.0.0.1", port))
+            _given.append(port)
             return port
 
 
