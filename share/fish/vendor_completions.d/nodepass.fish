@@ -332,6 +332,7 @@ complete -c nodepass -n '_shtab_nodepass_using generate systemd' -l keepalive-co
 complete -c nodepass -n '_shtab_nodepass_using generate systemd' -l tcp-user-timeout -x -d 'no acknowledgement for that long ends a control channel, and an idle data connection'
 complete -c nodepass -n '_shtab_nodepass_using generate systemd' -s c -l config -xka "(__fish_complete_path (commandline -ct))" -d 'read a file, or all *.conf of a directory; repeatable'
 complete -c nodepass -n '_shtab_nodepass_using generate systemd' -l only -x -d 'run this [tunnel NAME] alone'
+complete -c nodepass -n '_shtab_nodepass_using generate systemd' -l user -d 'generate systemd: a unit for a user'"'"'s own systemd, systemctl --user'
 complete -c nodepass -n '_shtab_nodepass_using generate; and test $_shtab_nodepass_npos -eq 0' -a systemd-template -d 'print a template unit for systemd, nodepass@.service'
 complete -c nodepass -n '_shtab_nodepass_using; and test $_shtab_nodepass_npos -eq 0' -a status -d 'tell how a running process is'
 complete -c nodepass -n '_shtab_nodepass_using status' -l log-to -xka "(__fish_complete_path (commandline -ct))" -d 'where log lines go'
