@@ -11,7 +11,7 @@ from typing import Any
 from .config import Config, Limits, Process, setting_name, setting_text
 from .errors import ConfigError
 from .tunnel_key import parse_key
-from .values import Address, Networks, Pins, parse_duration, shown
+from .values import Address, Networks, Pins, parse_duration, parse_seconds, shown
 
 
 def parse_integer(text: str) -> int:
@@ -177,9 +177,9 @@ SETTINGS = (
             "server: and no longer than that"),
     Setting("descriptor_reserve", "NODEPASS_DESCRIPTOR_RESERVE", parse_integer, "N", _SOCKETS,
             "open files that neither users nor peers may take"),
-    Setting("keepalive_idle_s", "NODEPASS_KEEPALIVE_IDLE", parse_duration, "TIME", _SOCKETS,
+    Setting("keepalive_idle_s", "NODEPASS_KEEPALIVE_IDLE", parse_seconds, "TIME", _SOCKETS,
             "silence before the first TCP keepalive"),
-    Setting("keepalive_interval_s", "NODEPASS_KEEPALIVE_INTERVAL", parse_duration, "TIME", _SOCKETS,
+    Setting("keepalive_interval_s", "NODEPASS_KEEPALIVE_INTERVAL", parse_seconds, "TIME", _SOCKETS,
             "between two TCP keepalives without an answer"),
     Setting("keepalive_count", "NODEPASS_KEEPALIVE_COUNT", parse_integer, "N", _SOCKETS,
             "TCP keepalives without an answer that end a connection"),

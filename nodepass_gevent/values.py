@@ -236,6 +236,12 @@ def parse_duration(text: str) -> float:
     return (-total_ns if negative else total_ns) / 10**9
 
 
+def parse_seconds(text: str) -> float:
+    """Parse a duration; an integer when these are whole seconds, for who takes no others."""
+    seconds = parse_duration(text)
+    return int(seconds) if seconds.is_integer() else seconds
+
+
 def _fraction_ns(digits: str, unit_ns: int) -> int:
     """Round as Go does: digits past 63 bits are dropped, then one product of floats is cut off."""
     number, scale = 0, 1.0
