@@ -103,8 +103,7 @@ class Client:
                 self._log.warning(
                     "%s took the call and is silent: is it the tunnel port of a NodePass 1.0 server?", control
                 )
-            with deadline(limits.first_line_timeout_s, "first line"):
-                line = control.read_line(opening.MAX_FIRST_LINE)
+            line = self._first_line(control)
             first = opening.parse_first_line(line)
             self._check_key(first)
             least, setting = config.tls_demanded
@@ -115,6 +114,14 @@ class Client:
                 self._run_v2(control, first, line)
             else:
                 self._run_v1(control, first)
+
+    def _first_line(self, control: Stream) -> bytes:
+        try:
+            with deadline(self.config.limits.first_line_timeout_s, "first line"):
+                return control.read_line(opening.MAX_FIRST_LINE)
+        except ConnectionError as exc:
+            why = "the server hung up before its first line; perhaps it keeps this address out: its log says"
+            raise ConnectionAbortedError(why) from exc
 
     def _check_key(self, first: FirstLine) -> None:
         """Make sure that both sides have a tunnel key or neither has: with one there is no way without it."""
