@@ -160,7 +160,8 @@ def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
     if values["positional"] is not None:
         if command.of_process and "://" not in values["positional"]:
             raise ConfigError(f"{action}: whom to ask says --status HOST:PORT, or --config FILE [from {SOURCE}]")
-        _refuse_command(values["positional"])
+        if not any(word.startswith("--") for word in unknown):  # whose value this may be
+            _refuse_command(values["positional"])
         if values["url"] is not None:
             raise ConfigError(f"url: given twice, as an argument and as --url [from {SOURCE}]")
         values["url"] = values["positional"]

@@ -100,7 +100,7 @@ class Checked:
     def _check_field(self, name: str, rule: Mapping[str, Any]) -> None:
         value = self.value(name)
         if "choices" in rule and value not in rule["choices"]:
-            hint = did_you_mean(value, rule["choices"]) if isinstance(value, str) else ""
+            hint = did_you_mean(value, map(str, rule["choices"])) if isinstance(value, str) else ""
             raise self.fault(name, f"is not one of {', '.join(map(str, rule['choices']))}{hint}")
         if "range" in rule and value is not None and not rule["range"][0] <= value <= rule["range"][1]:
             low, high = (setting_text(name, bound) for bound in rule["range"])

@@ -21,6 +21,11 @@ def parse_integer(text: str) -> int:
     return int(text)
 
 
+def parse_choice(text: str) -> int | str:
+    """Parse one of a few numbers; what is no number is left to be refused with the list of these."""
+    return int(text) if re.fullmatch("[0-9]{1,3}", text) else text
+
+
 _FIELDS = {each.name: each for each in (*fields(Config), *fields(Limits), *fields(Process))}
 
 
@@ -80,13 +85,13 @@ SETTINGS = (
     Setting("url", "NODEPASS_URL", str, "URL", _ADDRESSES, "the tunnel, like the argument URL"),
     Setting("network", "NODEPASS_NETWORK", str, "", _ADDRESSES, "what the tunnel carries"),
     Setting("protocol", "NODEPASS_PROTOCOL", str, "", _ADDRESSES, "profile of the wire protocol"),
-    Setting("proxy_protocol", "NODEPASS_PROXY_PROTOCOL", parse_integer, "", _ADDRESSES,
+    Setting("proxy_protocol", "NODEPASS_PROXY_PROTOCOL", parse_choice, "", _ADDRESSES,
             "client: version of the PROXY protocol by which the target is told the user's address, 0 for none"),
     Setting("data_port", "NODEPASS_DATA_PORT", parse_integer, "PORT", _ADDRESSES,
             "server: port of v1 data connections", unset="any free one"),
-    Setting("reuse_port", "NODEPASS_REUSE_PORT", parse_integer, "", _ADDRESSES,
+    Setting("reuse_port", "NODEPASS_REUSE_PORT", parse_choice, "", _ADDRESSES,
             "server: 1 lets several processes share the tunnel port and the public port"),
-    Setting("tls", "NODEPASS_TLS", parse_integer, "", _TLS,
+    Setting("tls", "NODEPASS_TLS", parse_choice, "", _TLS,
             "0 plain, 1 encrypted, 2 with a certificate that is verified; client: the least it accepts"),
     Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "own certificate and its chain, PEM"),
     Setting("key", "NODEPASS_KEY", str, "FILE", _TLS, "the private key that fits it, PEM"),
