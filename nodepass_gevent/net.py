@@ -168,12 +168,12 @@ def serve(
     pause_s = limits.accept_pause_s
     hub = gevent.get_hub()
     with closing(hub.loop.io(listener.fileno(), READ)) as arrival:  # for all waits: a new one costs a system call
-        alike = 0  # connections whose keepalives fall together
+        alike = ACCEPT_BATCH  # connections whose keepalives fall together; at first those of former settings
         while True:
-            hub.wait(arrival)
             if alike >= ACCEPT_BATCH:
                 scatter_keepalives(listener, limits)
                 alike = 0
+            hub.wait(arrival)
             try:
                 for _ in range(min(room(), ACCEPT_BATCH)):
                     handle(_accept(listener))

@@ -335,6 +335,16 @@ def test_keepalives_follow_the_settings(no_leaks):
                 assert 4 <= idle_s <= 7 and 3 <= interval_s <= 6
 
 
+def test_the_first_connection_of_an_inherited_listener_has_the_keepalives_of_now(listener, accepted, spawn):
+    now = replace(LIMITS, keepalive_idle_s=400, keepalive_interval_s=300)
+    spawn(net.serve, listener, accepted.append, refuse_to_pause, lambda: 1, now)
+    gevent.sleep(0)  # it begins
+    with net.connect([endpoint_of(listener)], 5, LIMITS):
+        wait_until(lambda: accepted)
+        idle_s, interval_s = keepalives(accepted[0].socket)
+        assert idle_s >= 200 and interval_s >= 150
+
+
 def test_the_keepalives_of_a_crowd_do_not_come_all_at_once(listener, accepted, spawn, monkeypatch):
     monkeypatch.setattr(net, "ACCEPT_BATCH", 2)
     spawn(net.serve, listener, accepted.append, refuse_to_pause)
