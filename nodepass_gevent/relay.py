@@ -30,7 +30,7 @@ SMALL, SMALL_IN_A_ROW = (16384, 16)  # bytes and moves after which a bulky flow 
 LOOKS = 4  # at the counters within the time that an exchange may be silent: bytes cost no timer
 MAX_PIPES = 64  # kept ready: 128 descriptors and, while they hold bytes, 16 MiB
 
-_NEVER_LOOKED_AT = (-1, 0)  # most exchanges end before the first look
+_NEVER_LOOKED_AT = (None, 0)  # most exchanges end before the first look
 _buffer = memoryview(bytearray(BUFFER))
 _SPLICE_FLAGS = getattr(os, "SPLICE_F_MOVE", 0) | getattr(os, "SPLICE_F_NONBLOCK", 0)
 
@@ -253,7 +253,7 @@ class _Silences:
 
     def __init__(self, timeout_s: float, what: str) -> None:
         self._what = f"{what} for {timeout_s:g} s"
-        self._looked_at: dict[Exchange, tuple[int, int]] = {}  # bytes delivered, and looks since that was less
+        self._looked_at: dict[Exchange, tuple[int | None, int]] = {}  # bytes delivered, and looks since that was less
         self._timer = gevent.get_hub().loop.timer(timeout_s / LOOKS, timeout_s / LOOKS, ref=False)
 
     def add(self, exchange: "Exchange") -> None:
