@@ -154,19 +154,20 @@ def test_a_target_that_restarts_is_asked_again_by_the_same_user(tls):
 
 def test_idle_sessions_leave_nothing_behind(tls, echo):
     with (
-        tunnel(echo.address, tls, NODEPASS_UDP_SESSION_TIMEOUT="1s", **FIXED_POOL) as both,
+        tunnel(echo.address, tls, NODEPASS_UDP_SESSION_TIMEOUT="5s", **FIXED_POOL) as both,
         contextlib.ExitStack() as stack,
     ):
         counts = [steady_fds(process) for process in (both.server, both.client)]
-        for number in range(50):
-            user = stack.enter_context(datagram_user(both.public))
+        users = [stack.enter_context(datagram_user(both.public)) for _ in range(50)]
+        for number, user in enumerate(users):  # all at once: the first must not be idle before the last is there
             user.send(b"%d" % number)
+        for number, user in enumerate(users):
             assert user.recv(100) == b"%d" % number
         assert both.server.fds() >= counts[0] + 50
         for process, count in zip((both.server, both.client), counts, strict=True):
             wait_for_fds(process, count)
-        user.send(b"again")
-        assert user.recv(100) == b"again"
+        users[0].send(b"again")
+        assert users[0].recv(100) == b"again"
 
 
 def stop(process):
