@@ -198,6 +198,8 @@ PermitRootLogin yes
 
 
 def _ssh(place: Place) -> tuple[list[str], ...]:
+    if os.geteuid() == 0:
+        os.makedirs("/run/sshd", mode=0o755, exist_ok=True)  # root's sshd insists; the start of a system makes it, too
     for name in ("host", "user"):
         _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(place.directory / name))
     port, config = free_port(), place.directory / "sshd_config"
