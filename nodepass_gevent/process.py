@@ -53,6 +53,7 @@ def run(plan: Plan, load: Callable[[], Plan], make: MakeRole) -> int:
     if not monkey.is_module_patched("socket"):
         raise RuntimeError("gevent.monkey.patch_all() must run before a service starts")
     _calm_garbage_collection()
+    gevent.config.track_greenlet_tree = False  # who spawned whom is for debuggers, and costs as much as a greenlet
     gevent.get_hub().print_exception = _log_exception
     tunnels = Tunnels(make)
     stop = Event()
