@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gevent
 from gevent.socket import wait_read, wait_write
@@ -23,6 +23,7 @@ from .transport import READ, RawSocket, Stream, deadline, reason
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 ACCEPT_BATCH = 64  # connections per wake-up, then everybody else has a turn
 RESOLVE_TIMEOUT_S = 5.0
+LASTS_S = 1.0  # who is there then, or a moment later, is no short request any more
 DEFAULT_LIMITS = Limits()
 
 _NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
@@ -90,9 +91,13 @@ def peer_key(host: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-def set_options(sock: RawSocket, limits: Limits) -> None:
-    """Send small writes at once and notice a dead peer; on a listener, its connections inherit it."""
+def _send_at_once(sock: RawSocket) -> None:
+    """Let small writes not wait for acknowledgements; on a listener, its connections inherit it."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _keep_alive(sock: RawSocket, limits: Limits) -> None:
+    """Notice a dead peer; on a listener, its connections inherit it."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, limits.keepalive_count)
     scatter_keepalives(sock, limits)
@@ -108,6 +113,31 @@ def scatter_keepalives(sock: RawSocket, limits: Limits) -> None:
     for option, seconds in longest_s.items():
         earlier_s = int(random.random() * (seconds // 2 + 1))
         sock.setsockopt(socket.IPPROTO_TCP, option, seconds - earlier_s)
+
+
+class _Dialled:
+    """Connections that were dialled lately. Those that last are given keepalives: most end before, and cost nothing."""
+
+    def __init__(self) -> None:
+        self._lately: list[tuple[RawSocket, Limits]] = []
+        self._timer: Any = None  # for all of them
+
+    def add(self, sock: RawSocket, limits: Limits) -> None:
+        if not self._lately:
+            if self._timer is None:
+                self._timer = gevent.get_hub().loop.timer(LASTS_S, ref=False)
+            self._timer.start(self._look)
+        self._lately.append((sock, limits))
+
+    def _look(self) -> None:
+        lately, self._lately = self._lately, []
+        for sock, limits in lately:
+            if sock.fileno() >= 0:
+                with suppress(OSError):  # it is broken: who uses it will see
+                    _keep_alive(sock, limits)
+
+
+_dialled = _Dialled()
 
 
 def bind(address: Address, kind: int, *, shared: bool = False) -> RawSocket:
@@ -141,7 +171,8 @@ def bind(address: Address, kind: int, *, shared: bool = False) -> RawSocket:
 def listen(address: Address, limits: Limits, *, shared: bool = False) -> RawSocket:
     """Listen on ``address``; see ``bind`` for the errors."""
     sock = bind(address, socket.SOCK_STREAM, shared=shared)
-    set_options(sock, limits)
+    _send_at_once(sock)
+    _keep_alive(sock, limits)
     sock.listen(BACKLOG)
     return sock
 
@@ -249,10 +280,11 @@ def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, 
     for endpoint in endpoints:
         sock = RawSocket(endpoint.family, _NONBLOCKING)
         try:
-            set_options(sock, limits)  # before: what is to be sent follows the handshake at once
+            _send_at_once(sock)  # before: what is to be sent follows the handshake at once
             if speaks_first:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
             _connect(sock, endpoint, share_s)
+            _dialled.add(sock, limits)
             return Stream(sock, endpoint.sockaddr)
         except OSError as exc:
             sock.close()

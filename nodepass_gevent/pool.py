@@ -26,12 +26,17 @@ RETRY_MIN_S, RETRY_MAX_S = (0.05, 5.0)  # pause after a failed dial, doubled for
 
 
 class _Idle:
-    """The idle connections by id, oldest first, each watched for what arrives on it."""
+    """The idle connections by id, oldest first, each watched for what arrives on it.
+
+    Those that are left idle for a round get a deadline for acknowledgements; others are used before, and spared that.
+    """
 
     def __init__(self, on_arrival: Callable[[bytes, Transport], None], user_timeout_s: float) -> None:
         self._on_arrival = on_arrival
         self._user_timeout_s = user_timeout_s
         self._by_id: dict[bytes, Transport] = {}
+        self._bounded: set[bytes] = set()  # that have a deadline
+        self._round = gevent.get_hub().loop.timer(ROUND_S, ref=False)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -41,8 +46,14 @@ class _Idle:
 
     def add(self, id: bytes, transport: Transport) -> None:
         self._by_id[id] = transport
-        transport.fail_when_unacknowledged(self._user_timeout_s)
         transport.watch(self._on_arrival, id, transport)
+        if not self._round.active:
+            self._round.start(self._bound)
+
+    def _bound(self) -> None:
+        for id in self._by_id.keys() - self._bounded:
+            self._by_id[id].fail_when_unacknowledged(self._user_timeout_s)
+            self._bounded.add(id)
 
     def ignore(self, id: bytes) -> None:
         """Stop watching a connection that stays: what arrived on it is for whoever takes it."""
@@ -50,7 +61,9 @@ class _Idle:
 
     def pop(self, id: bytes) -> Transport:
         transport = self._by_id.pop(id)
-        transport.fail_when_unacknowledged(0)  # an exchange may wait for a slow line as long as TCP does
+        if id in self._bounded:
+            self._bounded.remove(id)
+            transport.fail_when_unacknowledged(0)  # an exchange may wait for a slow line as long as TCP does
         transport.watch(transport.unwatch)  # once: its taker watches next, and to go on costs no system call
         return transport
 
@@ -62,7 +75,9 @@ class _Idle:
         id = next(reversed(self._by_id))
         return id, self.pop(id)
 
-    def reset_all(self) -> None:
+    def close(self) -> None:
+        """Reset all."""
+        self._round.close()
         while self._by_id:
             self.pop_oldest()[1].reset()
 
@@ -173,7 +188,7 @@ class AcceptingPool:
     def close(self) -> None:
         """Reset what is idle; whoever waits is told PoolClosed."""
         self._closed.set()
-        self._idle.reset_all()
+        self._idle.close()
         while self._takers:
             self._takers.popleft().set_exception(PoolClosed("the session has ended"))
 
@@ -281,7 +296,7 @@ class DialingPool:
         self._gathering.stop()
         self._gathering.close()
         self._dials.kill(block=False)
-        self._idle.reset_all()
+        self._idle.close()
         self._forget_ended()
         self._forget_ended()
         for taker in self._takers.values():

@@ -17,7 +17,6 @@ from nodepass_gevent.errors import ConnectError
 needs_ipv6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
 SO_GET_FILTER = 26  # <asm-generic/socket.h>
 KEEPALIVE = {
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): LIMITS.keepalive_count,
 }
@@ -318,7 +317,19 @@ def test_accepted_and_connected_sockets_notice_a_dead_peer(listener, accepted, s
         assert stream.peer == listener.getsockname()
         wait_until(lambda: accepted)
         for sock in (stream.socket, accepted[0].socket):
-            assert {option: sock.getsockopt(*option) for option in KEEPALIVE} == KEEPALIVE
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+            wait_until(lambda sock=sock: keeps_alive(sock))
+
+
+def keeps_alive(sock):
+    return all(sock.getsockopt(*option) == value for option, value in KEEPALIVE.items())
+
+
+def test_a_connection_that_ends_before_it_is_given_keepalives_does_not_disturb_the_others(listener):
+    endpoint = endpoint_of(listener)
+    with net.connect([endpoint], 5, LIMITS) as short, net.connect([endpoint], 5, LIMITS) as lasting:
+        short.close()
+        wait_until(lambda: keeps_alive(lasting.socket))
 
 
 def keepalives(sock):
@@ -330,7 +341,7 @@ def test_keepalives_follow_the_settings(no_leaks):
     with closing(net.listen(LOOPBACK, limits)) as listener:
         with net.connect([endpoint_of(listener)], 5, limits) as stream:
             for sock in (listener, stream.socket):
-                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 5
+                wait_until(lambda sock=sock: sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 5)
                 idle_s, interval_s = keepalives(sock)
                 assert 4 <= idle_s <= 7 and 3 <= interval_s <= 6
 
@@ -354,6 +365,7 @@ def test_the_keepalives_of_a_crowd_do_not_come_all_at_once(listener, accepted, s
             dialled.append(users.enter_context(net.connect([endpoint_of(listener)], 5, LIMITS)))
             wait_until(lambda: len(accepted) == len(dialled))
         for streams in (dialled, accepted):
+            wait_until(lambda streams=streams: all(keeps_alive(stream.socket) for stream in streams))
             assert len({keepalives(stream.socket) for stream in streams}) > 10
 
 

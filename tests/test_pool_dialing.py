@@ -495,7 +495,7 @@ def test_no_more_is_dialled_than_the_peer_takes(dialler, dialing):
     assert len(dialler.ids) == 4
 
 
-def test_a_dialled_connection_has_a_deadline_for_acknowledgements_until_it_is_launched(pair, spawn):
+def test_a_connection_that_stays_idle_has_a_deadline_for_acknowledgements_until_it_is_launched(pair, spawn):
     stream, _ = pair()
     dialled = [(b"00000001", stream)]
     pool = DialingPool(lambda: dialled.pop() if dialled else Event().wait(), 1, 1, user_timeout_s=20)
@@ -505,7 +505,7 @@ def test_a_dialled_connection_has_a_deadline_for_acknowledgements_until_it_is_la
     def deadline_ms():
         return stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
-    assert deadline_ms() == 20_000
+    wait_until(lambda: deadline_ms() == 20_000)  # not sooner than in a round: most are launched before
     assert pool.take(b"00000001", 0) is stream
     assert deadline_ms() == 0
     pool.close()
