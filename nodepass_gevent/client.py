@@ -216,10 +216,9 @@ class Client:
                 if mode == OFF:
                     stream.sendall(line)
                     stream.wait_for_arrival()
-                    stream.read_line(opening.MAX_FIRST_LINE)
-                    ready: Transport = stream
-                else:
-                    ready = self._secure(stream, mode, opening.ALPN_DATA, line)
+                    id = stream.read_behind_line(opening.MAX_FIRST_LINE, wire.ID_LENGTH)
+                    return wire.parse_id(id), stream
+                ready = self._secure(stream, mode, opening.ALPN_DATA, line)
                 if keys:
                     assert isinstance(ready, tls.TLSStream), "a tunnel key needs TLS"
                     return authentication.prove_data(ready, keys), ready

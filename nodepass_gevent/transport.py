@@ -291,6 +291,15 @@ class Stream(Transport):
             if len(line) >= limit:
                 raise ProtocolError(f"a line of more than {limit} bytes")
 
+    def read_behind_line(self, limit: int, size: int) -> bytes:
+        """Wait for a line of less than ``limit`` bytes and ``size`` bytes behind it; give these, and take no more."""
+        seen = self.seen(limit + size)
+        whole = seen.find(b"\n") + 1 + size
+        if size < whole <= len(seen):  # all of it is here, as a rule
+            return self.socket.recv(whole)[-size:]
+        self.read_line(limit)
+        return self.recv_exactly(size)
+
     def __str__(self) -> str:
         return str(Address(*self.peer[:2]))
 

@@ -46,6 +46,28 @@ def test_read_line_needs_the_newline_before_the_end(pair):
         stream.read_line(1024)
 
 
+@pytest.mark.parametrize(
+    "pieces", [[b"//4321#1\n0a1b2c3dxyz"], [b"//43", b"21#1\n0a1", b"b2c3dxyz"]], ids=["whole", "pieces"]
+)
+def test_what_stands_behind_a_line_is_read_and_not_a_byte_more(pieces, pair, spawn):
+    stream, peer = pair()
+    reading = spawn(stream.read_behind_line, 1024, 8)
+    for piece in pieces:
+        peer.sendall(piece)
+        gevent.sleep(0)
+    assert reading.get(timeout=5) == b"0a1b2c3d"
+    with bounded():
+        assert stream.recv(100) == b"xyz"
+
+
+@pytest.mark.parametrize("line", [b"a" * 16 + b"\n", b"a" * 20 + b"\n"])
+def test_what_stands_behind_a_line_over_the_limit_is_not_read(line, pair):
+    stream, peer = pair()
+    peer.sendall(line + b"0a1b2c3d")
+    with bounded(), pytest.raises(ProtocolError, match="more than 16 bytes"):
+        stream.read_behind_line(16, 8)
+
+
 def test_recv_exactly_waits_for_the_last_byte(pair, spawn):
     stream, peer = pair()
     reading = spawn(stream.recv_exactly, 8)
