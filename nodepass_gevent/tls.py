@@ -191,8 +191,11 @@ class TLSStream(Transport):
 
     def _feed(self, count: int) -> None:
         """Give OpenSSL the cipher text that has come, and count the records that are whole now (RFC 8446, 5.1)."""
-        self._connection.bio_write(_raw[:count])
         text: memoryview | bytes = _raw[:count]
+        self._connection.bio_write(text)
+        if not self._lacking and not self._header and count == HEADER + (_raw[3] << 8 | _raw[4]):
+            self._records += 1  # just one, as of most requests and answers
+            return
         if self._header:
             text = self._header + bytes(text)
             self._header = b""
@@ -238,12 +241,11 @@ class TLSStream(Transport):
             raise ConnectionAbortedError("TLS: the peer asks for key updates and reads none of the answers")
 
     def push(self, data: memoryview | bytes) -> int:
-        if not self.flush():
+        if self._backlog and not self.flush():
             return 0
-        data = memoryview(data)[:BATCH]
-        taken = 0
+        taken, most = 0, min(len(data), BATCH)
         try:
-            while taken < len(data):
+            while taken < most:
                 taken += self._connection.send(data[taken : taken + RECORD])
         except SSL.Error as exc:
             raise _translate(exc) from exc
