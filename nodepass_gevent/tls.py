@@ -119,7 +119,7 @@ class TLSStream(Transport):
         """Answer the peer until the handshake is done; ``before``, in clear, goes out with the first answer."""
         done = False
         while not done:
-            count = self.stream.recv_into(_raw)
+            count = self.stream.recv_into(_raw[:RECORD])
             if not count:
                 raise ConnectionAbortedError("the peer closed during the TLS handshake")
             self._feed(count)
@@ -179,36 +179,46 @@ class TLSStream(Transport):
         return str(self.stream)
 
     def pull(self, buffer: memoryview) -> int:
-        if not self.buffered:
+        if self.buffered:
+            filled = self._decrypt(buffer)
+        else:
             count = self.stream.pull(_raw)
             if not count:
                 raise ConnectionAbortedError("the TLS stream was cut off")
-            self._feed(count)
-        filled = self._decrypt(buffer)
+            filled = begin = 0
+            for end in self._ends_of_records(count):  # one by one: OpenSSL's buffers grow, and never shrink again
+                self._connection.bio_write(_raw[begin:end])
+                self._records += 1
+                filled += self._decrypt(buffer[filled:])
+                begin = end
+            if begin < count:
+                self._connection.bio_write(_raw[begin:count])
         if filled or self._ended:
             return filled
         raise BlockingIOError  # a part of a record; more may wait in the socket, but first others have their turn
 
     def _feed(self, count: int) -> None:
-        """Give OpenSSL the cipher text that has come, and count the records that are whole now (RFC 8446, 5.1)."""
-        text: memoryview | bytes = _raw[:count]
-        self._connection.bio_write(text)
+        """Give OpenSSL the cipher text that has come, whatever it is."""
+        self._connection.bio_write(_raw[:count])
+        self._records += len(self._ends_of_records(count))
+
+    def _ends_of_records(self, count: int) -> list[int]:
+        """Find where records end in the cipher text that has come (RFC 8446, 5.1)."""
         if not self._lacking and not self._header and count == HEADER + (_raw[3] << 8 | _raw[4]):
-            self._records += 1  # just one, as of most requests and answers
-            return
-        if self._header:
-            text = self._header + bytes(text)
-            self._header = b""
-        end = self._lacking
+            return [count]  # just one, as of most requests and answers
+        before = len(self._header)
+        text = self._header + bytes(_raw[:count]) if before else _raw[:count]
+        self._header, ends, end = b"", [], self._lacking
         while end <= len(text):
             if end:
-                self._records += 1
+                ends.append(end - before)
             if len(text) - end < HEADER:
                 self._header = bytes(text[end:])
                 end = len(text)
                 break
             end += HEADER + (text[end + 3] << 8 | text[end + 4])
         self._lacking = end - len(text)
+        return ends
 
     def _decrypt(self, buffer: memoryview) -> int:
         """Empty OpenSSL into ``buffer``, record by record; to ask for more than it has would cost an exception."""
@@ -244,12 +254,14 @@ class TLSStream(Transport):
         if self._backlog and not self.flush():
             return 0
         taken, most = 0, min(len(data), BATCH)
+        records = []
         try:
             while taken < most:
                 taken += self._connection.send(data[taken : taken + RECORD])
+                records.append(self._output(RECORD + OVERHEAD))
         except SSL.Error as exc:
             raise _translate(exc) from exc
-        self._backlog = self._output(taken + OVERHEAD) if taken else b""
+        self._backlog = b"".join(records)
         self.flush()
         return taken
 
@@ -277,7 +289,7 @@ class TLSStream(Transport):
     def peek(self) -> bool | None:
         try:
             if not self.buffered:
-                count = self.stream.pull(_raw)
+                count = self.stream.pull(_raw[:RECORD])
                 if not count:
                     return False
                 self._feed(count)

@@ -53,6 +53,23 @@ def serve(public, user, connections, datagrams):
         ask(user)
 
 
+def test_exchanges_that_were_busy_rest_on_little_memory(target):
+    with tunnel(target.address, 1, **FIXED_POOL) as both, contextlib.ExitStack() as stack:
+        users = [stack.enter_context(socket.create_connection(both.public, timeout=30)) for _ in range(100)]
+        sending = stack.enter_context(ThreadPoolExecutor(1))
+
+        def all_ask(question):
+            for user in users:
+                sending.submit(user.sendall, question)
+                assert read_exactly(user, len(question)) == question
+
+        all_ask(b"question")
+        resting = {process: process.rss_kib() for process in (both.server, both.client)}
+        all_ask(HALF)
+        for process, kib in resting.items():
+            assert (process.rss_kib() - kib) / len(users) < 96, "KiB more for each; four records both ways are 128"
+
+
 @pytest.mark.parametrize("tls", [0, 1], ids="tls={}".format)
 def test_three_hundred_users_at_once_are_served_from_a_small_pool(target, tls):
     everybody = threading.Barrier(300)
