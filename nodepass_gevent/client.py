@@ -159,7 +159,7 @@ class Client:
             raise _refusal(welcome)
         host, port, *scope = control.peer
         endpoint = Endpoint(control.socket.family, (host, own_port or port, *scope))
-        dial = partial(self._dial_v2, endpoint, first.tls, Data(welcome.session), keys)
+        dial = partial(self._dial_v2, endpoint, first.tls, opening.format_data(Data(welcome.session)), keys)
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
         least, timeout_s = min(self.config.min_pool_capacity, most), self.config.limits.tcp_user_timeout_s
         pool = DialingPool(dial, least, most, log=self._log, user_timeout_s=timeout_s)
@@ -205,11 +205,10 @@ class Client:
         return *authentication.check_answer(handshake, answer), early
 
     def _dial_v2(
-        self, endpoint: Endpoint, mode: int, data: Data, keys: SessionKeys | None, /
+        self, endpoint: Endpoint, mode: int, line: bytes, keys: SessionKeys | None, /
     ) -> tuple[bytes, Transport]:
-        """Make one data connection of the session that ``data`` names; it is ready when its id is here."""
+        """Make one data connection of the session that ``line`` names; it is ready when its id is here."""
         limits = self.config.limits
-        line = opening.format_data(data)
         stream = net.connect([endpoint], limits.connect_timeout_s, limits, speaks_first=True)
         try:
             with deadline(limits.id_timeout_s, "data connection"):

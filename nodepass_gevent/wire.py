@@ -52,15 +52,15 @@ class Line:
     fragment: bytes
 
 
-class Kind(Enum):
-    """What a launched data connection carries; the value is the line's fragment."""
+class Kind(bytes, Enum):
+    """What a launched data connection carries: the fragment of the line that launches it."""
 
     TCP = b"1"
     UDP = b"2"
     UDP_SESSION = b"3"
 
 
-_KINDS = {kind.value: kind for kind in Kind}
+_KINDS = {bytes(kind): kind for kind in Kind}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def parse_signal(line: bytes) -> Ping | Launch | Fail | Need | Bye | Unknown:
 def format_launch(launch: Launch) -> bytes:
     """Write the signal that pairs a user with a data connection."""
     user = b"?from=" + _format_user(*launch.user[:2]) if launch.user else b""
-    return b"//%b%b#%b\n" % (launch.id, user, launch.kind.value)
+    return b"//%b%b#%b\n" % (launch.id, user, launch.kind)
 
 
 def _parse_user(text: bytes) -> tuple[str, int] | None:
