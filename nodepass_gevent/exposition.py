@@ -133,6 +133,8 @@ class _Collector(Collector):
         yield GaugeMetricFamily("nodepass_loop_lag_seconds", "By how much the event loop was late.", snapshot.lag_s)
         dropped = "Log lines that were lost: their reader was too slow, or writing failed."
         yield CounterMetricFamily("nodepass_log_lines_dropped", dropped, snapshot.lines_dropped)
+        taken = "Whether the configuration was taken up when it was last read; 0: the one before it goes on."
+        yield GaugeMetricFamily("nodepass_config_last_reload_successful", taken, not snapshot.refused)
         for name, text, value in GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=["tunnel"])
             for tunnel in snapshot.tunnels:

@@ -18,6 +18,7 @@ from . import relay
 from .config import LOG_LEVELS, Address, Config, Process
 from .errors import ConfigError
 from .notify import Notifier
+from .state import Ended
 from .status import Status
 from .status_server import StatusServer
 from .transport import reason
@@ -117,13 +118,14 @@ class _Signals:
         gevent.signal_handler(signal.SIGUSR1, logs.reopen)
         gevent.signal_handler(signal.SIGUSR2, self._dump)
 
-    def follow(self, plan: Plan) -> None:
-        """Make the process what a plan says."""
+    def follow(self, plan: Plan) -> int:
+        """Make the process what a plan says; give the number of tunnels that were added, changed or removed."""
         for warning in plan.warnings:
             log.warning("%s", warning)
         relay.pipes.most = plan.pipes
-        self._tunnels.apply(plan.configs)
+        changed = self._tunnels.apply(plan.configs)
         self._serve_status(plan.process.status, plan.status_token)
+        return changed
 
     def _serve_status(self, address: Address | None, token: str | None) -> None:
         """Let the status server be where a plan says, with its token; it goes on where neither has changed."""
@@ -153,8 +155,11 @@ class _Signals:
                 _set_up_log(plan)
             except ConfigError as exc:
                 log.error("configuration refused, the old one goes on: %s", exc)
+                self._status.refused = Ended(str(exc))
             else:
-                self.follow(plan)
+                changed = self.follow(plan)
+                log.info("configuration taken up; tunnels added, changed or removed: %d", changed)
+                self._status.refused = None
             self._tunnels.reload()
             self._notifier.reloaded()
 

@@ -86,6 +86,7 @@ class Snapshot:
     worst_lag_s: float  # of the last minute
     lines_dropped: int
     tunnels: tuple[Tunnel, ...]
+    refused: Ended | None = None  # the configuration, when it was last read: the one before goes on
 
     @property
     def missing(self) -> list[Tunnel]:
@@ -119,6 +120,7 @@ class Status:
         self._rows: deque[Row] = deque(maxlen=HISTORY_S)
         self._lags: deque[float] = deque([0.0], maxlen=MINUTE_S)
         self._sampled_at = time.monotonic()
+        self.refused: Ended | None = None  # what was read last, and why; the configuration before it goes on
 
     def sample(self, lag_s: float) -> None:
         """Note what has happened since the last time; ``lag_s`` is by how much the event loop was late."""
@@ -160,7 +162,10 @@ class Status:
         words = _all_words(tunnels, now)
         if worst_lag_s >= HELD_UP_S:
             words += f" The process was held up for {worst_lag_s:.1f} s."
-        return Snapshot(now, self._started, words, self._lags[-1], worst_lag_s, self._lines_dropped(), tunnels)
+        if self.refused:
+            words += f" The configuration was refused, and the one before it goes on: {self.refused.why}."
+        lost = self._lines_dropped()
+        return Snapshot(now, self._started, words, self._lags[-1], worst_lag_s, lost, tunnels, self.refused)
 
     def document(self, since: float = 0.0) -> dict[str, Any]:
         """Give what /status.json says; the rows of the history are those behind ``since``."""
@@ -175,6 +180,7 @@ class Status:
             "loop_lag_s": round(snapshot.lag_s, 4),
             "worst_loop_lag_s": round(snapshot.worst_lag_s, 4),
             "log_lines_dropped": snapshot.lines_dropped,
+            "configuration_refused": asdict(snapshot.refused) if snapshot.refused else None,
             "tunnels": [_tunnel_document(tunnel) for tunnel in snapshot.tunnels],
             "history": {"fields": Row._fields, "rows": [row for row in self._rows if row.time > since]},
             "events": [event._asdict() for event in self._recent()],
@@ -296,7 +302,9 @@ _NOTHING_WRONG = "nothing wrong in the last minute"
 
 def _words(tunnel: Tunnel, now: float) -> str:
     """Say in a sentence how a tunnel is, and what went wrong in the last minute."""
-    parts = [_condition_words(tunnel, now), *(_last_minute(tunnel, now) or [_NOTHING_WRONG])]
+    parts = [_condition_words(tunnel, now), *_last_minute(tunnel, now)]
+    if len(parts) == 1 and tunnel.condition != "failing":
+        parts.append(_NOTHING_WRONG)
     certificate = tunnel.description.certificate
     if certificate and certificate.expires - now < EXPIRY_WARNING_DAYS * DAY_S:
         days = int((certificate.expires - now) // DAY_S)

@@ -19,6 +19,7 @@ from .values import printable
 
 ANSWER_S = 10.0  # a busy process lets others wait a little
 MAX_ANSWER = 1 << 24  # bytes
+OURS = "application/json", "text/plain"  # what the paths that are asked for answer
 WATCH_S = 1.0
 MAX_LINE = 1000  # characters of what is printed
 CLEAR = "\x1b[H\x1b[2J"
@@ -49,7 +50,8 @@ def health(process: Process, flags: frozenset[str]) -> int:
     """Print in a line whether the process is alive, or, with --ready, whether it serves; 0 when it does, else 1."""
     code, body = _ask(process, "/readyz" if "ready" in flags else "/healthz")
     healthy = code == http.client.OK
-    print(f"{'healthy' if healthy else 'unhealthy'}: {'; '.join(body.split(chr(10))).strip('; ')}")
+    said = "; ".join(line.rstrip(".") for line in body.split("\n") if line)
+    print(f"{'healthy' if healthy else 'unhealthy'}: {said}")
     return 0 if healthy else 1
 
 
@@ -68,6 +70,8 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
         with deadline(ANSWER_S, "status"):
             connection.request("GET", path, headers=headers)
             answer = connection.getresponse()
+            if answer.status == http.client.NOT_FOUND or answer.headers.get_content_type() not in OURS:
+                return 0, f"{address}: answers, but not as the status address of this program: {answer.status}"
             return answer.status, answer.read(MAX_ANSWER).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException) as exc:
         return 0, f"{address}: {reason(exc)}"

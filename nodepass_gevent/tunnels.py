@@ -7,7 +7,7 @@ import gevent
 from gevent.pool import Group
 
 from . import log as logs
-from .config import Config, setting_name
+from .config import Address, Config, setting_name
 from .service import Role, Service
 
 BEGUN_POLL_S = 0.5  # another role may come in the place of one that has not begun
@@ -52,21 +52,25 @@ class Tunnels:
         while waiting := [service.role for service in self if not service.role.begun.is_set()]:
             waiting[0].begun.wait(BEGUN_POLL_S)
 
-    def apply(self, configs: Iterable[Config]) -> None:
-        """Make the tunnels those of ``configs``: what is not named there is drained, what has not changed goes on."""
-        wanted = {config.name: config for config in configs}
+    def apply(self, configs: Iterable[Config]) -> int:
+        """Make the tunnels those of ``configs``: what is not named there is drained, what has not changed goes on.
+
+        Gives the number of those that were added, changed or removed.
+        """
+        wanted, changed = {config.name: config for config in configs}, 0
         for name in [name for name in self._services if name not in wanted]:
-            service = self._services.pop(name)
-            logs.of(name).info("tunnel removed")
-            self._retire(service, service.role.config.shutdown_timeout_s)
+            self._remove(name)
+            changed += 1
         for name, config in wanted.items():
             if name:  # that without a name has the level of the process
                 logs.set_level(config.log, name)
             if name in self._services:
-                self._change(self._services[name], config)
+                changed += self._change(self._services[name], config)
             else:
                 service = self._services[name] = Service(self._make(config, None))
                 service.start()
+                changed += 1
+        return changed
 
     def reload(self) -> None:
         """Let all look at their files, and end pauses."""
@@ -87,15 +91,24 @@ class Tunnels:
             logs.of(service.role.config.name).info("%s: %s", service.role, service.role.counters)
         return cut
 
-    def _change(self, service: Service, config: Config) -> None:
-        """Give a running tunnel its new settings; those that are no mere times and levels need a new role."""
+    def _remove(self, name: str) -> None:
+        service = self._services.pop(name)
+        timeout_s, exchanges = service.role.config.shutdown_timeout_s, service.exchanges
+        if exchanges:
+            logs.of(name).warning("tunnel removed; exchanges: %d, cut in %g s if they last", exchanges, timeout_s)
+        else:
+            logs.of(name).info("tunnel removed")
+        self._retire(service, timeout_s)
+
+    def _change(self, service: Service, config: Config) -> bool:
+        """Give a running tunnel its new settings, if there are any; some need a new role, but for times and levels."""
         before = service.role.config
         changes = before.changes(config)
         if not changes:
-            return
-        logs.of(config.name).info("settings changed: %s", ", ".join(map(setting_name, changes)))
+            return False
+        logs.of(config.name).info("settings changed: %s", ", ".join(_told(name, before, config) for name in changes))
         if before.adopt(config):
-            return
+            return True
         same_side = config.role == before.role
         new = self._services[config.name] = Service(self._make(config, service.role if same_side else None))
         new.former = service.former | {service}
@@ -103,6 +116,7 @@ class Tunnels:
         if len(service.role.exchanges):
             logs.of(config.name).info("exchanges that go on under the former settings: %d", len(service.role.exchanges))
         new.start()
+        return True
 
     def _retire(self, service: Service, timeout_s: float | None) -> None:
         """Stop a service, and let its exchanges end."""
@@ -118,3 +132,10 @@ class Tunnels:
             other.former.discard(service)
         if cut:
             logs.of(service.role.config.name).info("%s: exchanges cut: %d", service.role, cut)
+
+
+def _told(name: str, before: Config, now: Config) -> str:
+    """Name a setting that has changed, an address with what it was and is."""
+    old, new = getattr(before, name, None), getattr(now, name, None)
+    moved = f" {old} -> {new}" if isinstance(old, Address) and isinstance(new, Address) else ""
+    return setting_name(name) + moved

@@ -110,7 +110,7 @@ def test_a_client_that_cannot_connect_says_why_and_when_it_tries_again():
     each.role.description = Description((), None)
     assert words(each) == "Connecting to 192.0.2.1:10101, no exchanges; nothing wrong in the last minute."
     each.ended, each.next_try_at = Ended("connection refused", time.time()), time.time() + 3
-    assert words(each).startswith("Not connected: connection refused; trying again in 3 s, no exchanges; ")
+    assert words(each) == "Not connected: connection refused; trying again in 3 s, no exchanges."
     assert [tunnel.condition for tunnel in state(each).snapshot().missing] == ["failing"]
 
 
@@ -133,6 +133,20 @@ def test_a_service_says_how_its_last_try_ended_and_when_the_next_one_comes(spawn
     each.reload()
     wait_until(lambda: each.next_try_at is None)
     assert "Connecting to 192.0.2.1:1, no exchanges; 0 s ago: connection refused." in words(each)
+
+
+def test_a_configuration_that_was_refused_is_told_until_one_is_taken_up():
+    status = state(service(name="web"))
+    assert status.document()["configuration_refused"] is None
+    status.refused = Ended("tls: '7' is not one of 0, 1, 2", 5.0)
+    snapshot = status.snapshot()
+    told = " The configuration was refused, and the one before it goes on: tls: '7' is not one of 0, 1, 2."
+    assert snapshot.words.endswith(told)
+    assert status.document()["configuration_refused"] == {"why": "tls: '7' is not one of 0, 1, 2", "at": 5.0}
+    assert b"\nnodepass_config_last_reload_successful 0.0\n" in exposition.expose(snapshot)
+    status.refused = None
+    assert told not in status.snapshot().words
+    assert b"\nnodepass_config_last_reload_successful 1.0\n" in exposition.expose(status.snapshot())
 
 
 def test_what_went_wrong_in_the_last_minute_is_told_with_its_number():
@@ -647,3 +661,30 @@ def test_health_is_one_line_and_an_exit_code(ask, capsys, tmp_path):
     request.server.stop()
     assert cli.main(["health", *where]) == 1
     assert capsys.readouterr() == (f"unhealthy: 127.0.0.1:{request.server.port}: connection refused\n", "")
+
+
+def test_what_is_not_ready_is_one_sentence_each(ask, capsys):
+    tunnels = [service(name=name) for name in ("web", "ssh")]
+    for each in tunnels:
+        each.role.description = Description((), None)
+    request = ask(*tunnels)
+    assert cli.main(["health", "--ready", "--status", f"127.0.0.1:{request.server.port}"]) == 1
+    said = "Waiting: no client is connected, no exchanges; nothing wrong in the last minute"
+    assert capsys.readouterr().out == f"unhealthy: not ready; web: {said}; ssh: {said}\n"
+
+
+@pytest.mark.parametrize("answer", ["200 OK\r\nContent-Type: text/html", "404 Not Found\r\nContent-Type: text/plain"])
+@pytest.mark.parametrize("command", ["status", "health"])
+def test_an_address_of_another_program_is_not_taken_for_a_status_address(answer, command, capsys, spawn):
+    def serve():
+        caller, _ = listener.accept()
+        with caller:
+            caller.recv(1000)
+            caller.sendall(f"HTTP/1.1 {answer}\r\nContent-Length: 5\r\n\r\nhello".encode())
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        spawn(serve)
+        address = "{}:{}".format(*listener.getsockname())
+        assert cli.main([command, "--status", address]) == 1
+    said = f"{address}: answers, but not as the status address of this program: {answer[:3]}\n"
+    assert said in "".join(capsys.readouterr())

@@ -53,8 +53,9 @@ class World:
         return self.roles[-1]
 
     def apply(self, *configs):
-        self.tunnels.apply(configs)
+        changed = self.tunnels.apply(configs)
         gevent.idle()
+        return changed
 
     def running(self):
         return [service.role for service in self.tunnels]
@@ -84,6 +85,27 @@ def test_a_tunnel_that_is_added_disturbs_no_other(world):
     world.apply(CONFIG)
     world.apply(CONFIG, replace(CONFIG, name="b"))
     assert [role.done for role in world.roles] == [["run"], ["run"]]
+
+
+def test_how_many_tunnels_have_changed_is_counted(world):
+    first, other = replace(CONFIG), replace(CONFIG, name="b")  # the first is changed in its place
+    assert world.apply(first, other) == 2
+    assert world.apply(first, other) == 0
+    assert world.apply(replace(CONFIG, log="debug"), replace(other, semaphore_limit=7)) == 2
+    assert world.apply(replace(CONFIG, log="debug"), replace(CONFIG, name="c")) == 2
+
+
+def test_a_tunnel_that_is_removed_says_what_it_will_cut(world, caplog):
+    world.apply(replace(CONFIG, shutdown_timeout_s=0.01))
+    world.roles[0].exchanges.spawn(gevent.sleep, 3600)
+    world.apply()
+    assert "tunnel removed; exchanges: 1, cut in 0.01 s if they last" in caplog.messages
+
+
+def test_an_address_that_has_changed_is_told(world, caplog):
+    world.apply(CONFIG)
+    world.apply(replace(CONFIG, target=Address("h", 3), semaphore_limit=7))
+    assert f"settings changed: target {CONFIG.target} -> h:3, semaphore-limit" in caplog.messages
 
 
 LIVE = {

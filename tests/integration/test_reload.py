@@ -130,8 +130,9 @@ def test_a_file_that_is_wrong_is_refused_with_its_place_and_the_old_one_goes_on(
     os.kill(site.process.pid, signal.SIGHUP)
     site.process.wait_for_line("configuration refused, the old one goes on: config: cannot read the file: No such file")
     visit(site.public)
-    site.hang_up(r"\[web\] settings changed: pool-wait", web="pool-wait = 7s")
+    site.hang_up(r"configuration taken up; tunnels added, changed or removed: 1", web="pool-wait = 7s")
     visit(site.public)
+    site.hang_up(r"configuration taken up; tunnels added, changed or removed: 0", web="pool-wait = 7s")
 
 
 def test_a_level_changes_without_a_restart(site):

@@ -171,7 +171,7 @@ def test_a_hang_up_moves_the_status_and_nothing_else(here):
         assert tunnel(here.status)["exchanges"] == 1
         with pytest.raises(urllib.error.URLError):
             get(f"{old}/healthz")
-        assert not [line for line in here.server.lines if "changed" in line]
+        assert not [line for line in here.server.lines if "settings changed" in line]
     here.files[0].write_text(re.sub("^status = .*\n", "", text))
     os.kill(here.server.pid, signal.SIGHUP)
 
