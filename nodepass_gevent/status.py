@@ -21,6 +21,7 @@ from .tls_context import EXPIRY_WARNING_DAYS
 
 HISTORY_S = 300  # seconds that are kept, a row each: about 50 KiB
 MINUTE_S = 60
+RATE_S = 10  # a single second says little of what comes in bursts
 HELD_UP_S = 0.5  # a process that was held up for that long says so
 NAMED = 3  # tunnels in a sentence
 WARNINGS = LOG_LEVELS[LOG_LEVELS.index("warn") :]
@@ -72,7 +73,7 @@ class Tunnel:
     next_try_at: float | None
     wrong: dict[str, int]  # in the last minute, by counter
     warning: str  # the last one in the log, of the last minute
-    rates: Mapping[str, int]  # bytes per second, by direction, in the last second
+    rates: Mapping[str, int]  # bytes per second, by direction, in the last RATE_S
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,15 @@ class _Track:
     first_bytes: list[int]
     first_bytes_s: float
     wrong: deque[list[int]] = field(default_factory=lambda: deque(maxlen=MINUTE_S))  # per second, as WRONG has them
-    rates: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(DIRECTIONS, 0))  # of bytes, per second
+    moved: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=RATE_S))  # seconds; bytes by direction
+
+    @property
+    def rates(self) -> dict[str, int]:
+        """Bytes per second, by direction."""
+        if not self.moved:
+            return dict.fromkeys(DIRECTIONS, 0)
+        elapsed_s, *sums = map(sum, zip(*self.moved, strict=True))
+        return {key: round(bytes / elapsed_s) for key, bytes in zip(DIRECTIONS, sums, strict=True)}
 
 
 class Status:
@@ -137,6 +146,8 @@ class Status:
             before = tracks.get(name)
             if before is None or before.counters is not counters:
                 before = _Track(counters, numbers, counts, sum_s)
+            else:
+                before.moved.append((elapsed_s, *(max(numbers[key] - before.numbers[key], 0) for key in DIRECTIONS)))
             for key in sums:
                 sums[key] += numbers[key] - before.numbers[key]
             firsts = [total + new - old for total, new, old in zip(firsts, counts, before.first_bytes, strict=True)]
@@ -145,8 +156,7 @@ class Status:
             errors += sum(wrong)
             exchanges += service.exchanges
             ready += sum(peer.ready for peer in role.describe().peers)
-            rates = {key: round(max(numbers[key] - before.numbers[key], 0) / elapsed_s) for key in DIRECTIONS}
-            self._tracks[name] = _Track(counters, numbers, counts, sum_s, before.wrong, rates)
+            self._tracks[name] = _Track(counters, numbers, counts, sum_s, before.wrong, before.moved)
             before.wrong.append(wrong)
         begun = sums["tcp_exchanges"] + sums["udp_exchanges"] + sums["udp_sessions"]
         up, down = (round(max(sums[key], 0) / elapsed_s) for key in DIRECTIONS)

@@ -248,6 +248,18 @@ def test_a_row_says_what_happened_in_its_second():
     assert status.document(since=first["time"])["history"]["rows"] == [tuple(second.values())]
 
 
+def test_the_rate_of_a_tunnel_is_that_of_ten_seconds():
+    each = service()
+    status = state(each)
+    for moved in (0, 5000, 0, 0):
+        each.role.counters.bytes_down += moved
+        status.sample(0)
+    assert status.document()["tunnels"][0]["per_second"]["bytes_down"] > 0  # although it came in one of them
+    for _ in range(10):
+        status.sample(0)
+    assert status.document()["tunnels"][0]["per_second"]["bytes_down"] == 0
+
+
 def test_a_tunnel_that_is_replaced_or_new_does_not_count_as_traffic():
     services = [service()]
     status = Status(services, list, int)
