@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gevent
 from gevent.socket import wait_read, wait_write
 
 from .config import Address, Limits
 from .errors import ConnectError
-from .transport import READ, RawSocket, Stream, deadline, reason
+from .transport import READ, Alarm, RawSocket, Stream, deadline, reason
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 ACCEPT_BATCH = 64  # connections per wake-up, then everybody else has a turn
@@ -120,13 +120,13 @@ class _Dialled:
 
     def __init__(self) -> None:
         self._lately: list[tuple[RawSocket, Limits]] = []
-        self._timer: Any = None  # for all of them
+        self._alarm: Alarm | None = None  # for all of them
 
     def add(self, sock: RawSocket, limits: Limits) -> None:
         if not self._lately:
-            if self._timer is None:
-                self._timer = gevent.get_hub().loop.timer(LASTS_S, ref=False)
-            self._timer.start(self._look)
+            if self._alarm is None:
+                self._alarm = Alarm(LASTS_S)
+            self._alarm.set(self._look)
         self._lately.append((sock, limits))
 
     def _look(self) -> None:

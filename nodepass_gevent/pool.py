@@ -14,7 +14,7 @@ from gevent.event import AsyncResult, Event
 
 from .crew import Crew
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
-from .transport import Transport, reason, soon
+from .transport import Alarm, Transport, reason, soon
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class _Idle:
         self._user_timeout_s = user_timeout_s
         self._by_id: dict[bytes, Transport] = {}
         self._bounded: set[bytes] = set()  # that have a deadline
-        self._round = gevent.get_hub().loop.timer(ROUND_S, ref=False)
+        self._round = Alarm(ROUND_S)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -47,8 +47,8 @@ class _Idle:
     def add(self, id: bytes, transport: Transport) -> None:
         self._by_id[id] = transport
         transport.watch(self._on_arrival, id, transport)
-        if not self._round.active:
-            self._round.start(self._bound)
+        if not self._round.is_set:
+            self._round.set(self._bound)
 
     def _bound(self) -> None:
         for id in self._by_id.keys() - self._bounded:
@@ -225,7 +225,7 @@ class DialingPool:
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
-        self._gathering = gevent.get_hub().loop.timer(lead_s / 6 or GATHER_S, ref=False)
+        self._gathering = Alarm(lead_s / 6 or GATHER_S)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
         self._idle = _Idle(self._look, user_timeout_s)
@@ -293,7 +293,6 @@ class DialingPool:
     def close(self) -> None:
         """Reset what is idle, end the dials; whoever waits is told PoolClosed."""
         self._closed = True
-        self._gathering.stop()
         self._gathering.close()
         self._dials.kill(block=False)
         self._idle.close()
@@ -313,8 +312,8 @@ class DialingPool:
         """Dial for what is used, together with what else is used in this moment while there is enough left."""
         if 2 * len(self._idle) < self.capacity:
             self._fill()
-        elif not self._gathering.active:
-            self._gathering.start(self._fill)
+        elif not self._gathering.is_set:
+            self._gathering.set(self._fill)
 
     def _fill(self) -> None:
         if self._refusal or self._leaving:

@@ -332,6 +332,15 @@ def test_a_connection_that_ends_before_it_is_given_keepalives_does_not_disturb_t
         wait_until(lambda: keeps_alive(lasting.socket))
 
 
+def test_a_connection_dialled_after_those_that_last_ends_before_it_is_given_keepalives(listener):
+    endpoint = endpoint_of(listener)
+    with net.connect([endpoint], 5, LIMITS) as lasting:
+        wait_until(lambda: keeps_alive(lasting.socket))
+        with net.connect([endpoint], 5, LIMITS) as short:
+            gevent.sleep(0.1)
+            assert not short.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
 def keepalives(sock):
     return tuple(sock.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL))
 
