@@ -133,7 +133,7 @@ class TLSStream(Transport):
         except SSL.WantReadError:
             done = False
         except SSL.Error as exc:
-            alert = before + self._output(OVERHEAD)  # tells the peer why
+            alert = before + self._flight()  # tells the peer why
             problem = self._connection.get_app_data().problem
             if not problem and reasons(exc) == _NO_CERTIFICATE:
                 problem = "it has no certificate, and ca demands one"
@@ -141,9 +141,17 @@ class TLSStream(Transport):
                 raise CertificateRefused(problem, alert) from exc
             self.stream.sendall(alert)
             raise _translate(exc) from exc
-        if answer := before + self._output(OVERHEAD + RECORD):
+        if answer := before + self._flight():
             self.stream.sendall(answer)
         return done
+
+    def _flight(self) -> bytes:
+        """Give all that OpenSSL says in a handshake: with a long certificate, or chain, that is more than one read."""
+        flight = piece = self._output(BATCH)
+        while len(piece) == BATCH:
+            piece = self._output(BATCH)
+            flight += piece
+        return flight
 
     def _output(self, size: int) -> bytes:
         try:

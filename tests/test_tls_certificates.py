@@ -234,6 +234,14 @@ def test_a_chain_is_presented_whole(authority, dial, tmp_path):
 
 
 @pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("names", [700, 2400])  # more than one record, and more than one batch of them
+def test_a_certificate_of_many_names_is_presented_whole(authority, dial, tmp_path, names):
+    others = [f"host-{number:04}.a-domain.example" for number in range(names)]
+    server = ServerCertificate(*write(authority.issue_cert("localhost", *others), tmp_path))
+    assert dial(server, "localhost")
+
+
+@pytest.mark.usefixtures("trusted")
 def test_a_chain_without_its_middle_is_refused(authority, dial, tmp_path):
     crt, key = write(authority.create_child_ca().issue_cert("localhost"), tmp_path)
     with open(crt, "r+b") as file:
