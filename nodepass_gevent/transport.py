@@ -7,6 +7,7 @@ The deadline of a wait stands at the call: ``with deadline(5, "TLS handshake"): 
 """
 
 import fcntl
+import os
 import socket
 import struct
 import sys
@@ -216,12 +217,13 @@ class Transport(ABC):
 class Stream(Transport):
     """A connected TCP socket."""
 
-    __slots__ = ("_finished", "_reader", "peer", "socket")
+    __slots__ = ("_broken", "_finished", "_reader", "peer", "socket")
 
     def __init__(self, sock: RawSocket, peer: tuple = ("", 0)) -> None:
         self.socket = sock
         self.peer = peer  # sockaddr of the other end
         self._finished = False
+        self._broken: int | None = None  # the errno that ``peek`` was told: the kernel tells it once, and then of an end
         self._reader: Any = None  # the one watcher for arrival, made when first needed
 
     def fileno(self) -> int:
@@ -243,7 +245,12 @@ class Stream(Transport):
         hub.wait(self._reader)
 
     def pull(self, buffer: memoryview) -> int:
-        return self.socket.recv_into(buffer)
+        return self.socket.recv_into(buffer) or self._end()
+
+    def _end(self) -> int:
+        if self._broken is not None:
+            raise OSError(self._broken, os.strerror(self._broken))
+        return 0
 
     def push(self, data: memoryview | bytes) -> int:
         try:
@@ -272,7 +279,8 @@ class Stream(Transport):
             return bool(self.socket.recv(1, socket.MSG_PEEK))
         except BlockingIOError:
             return None
-        except OSError:
+        except OSError as exc:
+            self._broken = exc.errno
             return False
 
     def close(self) -> None:
@@ -289,7 +297,7 @@ class Stream(Transport):
     def recv(self, size: int) -> bytes:
         while True:
             try:
-                return self.socket.recv(size)
+                return self.socket.recv(size) or bytes(self._end())
             except BlockingIOError:
                 self.wait_for_arrival()
 

@@ -4,7 +4,7 @@ import socket
 import gevent
 import pytest
 from gevent.event import Event
-from support import bounded, is_reset, read_all, wait_until
+from support import bounded, is_reset, read_all, reset, wait_until
 
 from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
 from nodepass_gevent.pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
@@ -237,6 +237,15 @@ def test_a_user_who_ends_before_the_launch_is_handed_out_for_a_round(rounds, dia
         transport.sendall(b"answer")
     assert read_all(dialler.peers[0]) == b"answer"
     wait_until(lambda: len(pool) == pool.capacity)
+
+
+def test_a_user_who_resets_before_the_launch_is_not_taken_for_one_who_ends(dialler, dialing):
+    pool = dialing(1)
+    wait_until(lambda: len(pool) == 1)
+    reset(dialler.peers[0])
+    wait_until(lambda: len(pool) == 0)
+    with take(pool, dialler.ids[0]) as transport, pytest.raises(ConnectionResetError):
+        transport.recv(1)
 
 
 def test_a_connection_that_ended_and_is_never_launched_is_dropped(dialler, dialing, clock):

@@ -215,6 +215,19 @@ def test_peek_tells_nothing_yet_from_bytes_and_from_an_end(pair):
     assert stream.peek() is False
 
 
+@pytest.mark.parametrize("read", [lambda stream: stream.recv(1), lambda stream: stream.pull(memoryview(bytearray(1)))])
+def test_a_reset_that_was_peeked_at_is_no_end(pair, read):
+    stream, peer = pair()
+    peer.sendall(b"x")
+    wait_until(stream.peek)
+    reset(peer)
+    assert read(stream) in (b"x", 1)  # what came before it is whole
+    wait_until(lambda: stream.peek() is False)
+    for _ in range(2):
+        with pytest.raises(ConnectionResetError):
+            read(stream)
+
+
 def test_an_arrival_is_told_until_nobody_watches(pair):
     stream, peer = pair()
     told = []
