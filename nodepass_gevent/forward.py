@@ -46,6 +46,9 @@ class ById(Protocol):
     def take(self, id: bytes, timeout_s: float) -> Transport:
         """Give the data connection of that id, or raise a NodePassError."""
 
+    def keep(self, id: bytes) -> None:
+        """Let the data connection of that id wait until it is taken."""
+
 
 class Link(Protocol):
     """The way to a peer: a control channel to launch on, and its pool."""
@@ -234,6 +237,7 @@ class Egress:
         if not self._waiting and not self._exchanges.full():
             self._exchanges.spawn(self._run, launch)
         elif not self._waiting.full():
+            self._pool.keep(launch.id)
             self._waiting.spawn(self._exchanges.spawn, self._run, launch)
         else:  # more launches than there are data connections: the peer does not keep the protocol
             self._counters.launches_lost += 1

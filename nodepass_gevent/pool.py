@@ -14,72 +14,15 @@ from gevent.event import AsyncResult, Event
 
 from .crew import Crew
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
+from .idle import ROUND_S, Idle
 from .transport import Alarm, Transport, reason, soon
 
 log = logging.getLogger(__name__)
 
-ROUND_S = 1.0  # after each round the capacity follows the demand
 SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
 GATHER_S = 0.001  # dials in a batch cost both sides less: fewer wake-ups
 DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
 RETRY_MIN_S, RETRY_MAX_S = (0.05, 5.0)  # pause after a failed dial, doubled for each further one
-
-
-class _Idle:
-    """The idle connections by id, oldest first, each watched for what arrives on it.
-
-    Those that are left idle for a round get a deadline for acknowledgements; others are used before, and spared that.
-    """
-
-    def __init__(self, on_arrival: Callable[[bytes, Transport], None], user_timeout_s: float) -> None:
-        self._on_arrival = on_arrival
-        self._user_timeout_s = user_timeout_s
-        self._by_id: dict[bytes, Transport] = {}
-        self._bounded: set[bytes] = set()  # that have a deadline
-        self._round = Alarm(ROUND_S)
-
-    def __len__(self) -> int:
-        return len(self._by_id)
-
-    def __contains__(self, id: bytes) -> bool:
-        return id in self._by_id
-
-    def add(self, id: bytes, transport: Transport) -> None:
-        self._by_id[id] = transport
-        transport.watch(self._on_arrival, id, transport)
-        if not self._round.is_set:
-            self._round.set(self._bound)
-
-    def _bound(self) -> None:
-        for id in self._by_id.keys() - self._bounded:
-            self._by_id[id].fail_when_unacknowledged(self._user_timeout_s)
-            self._bounded.add(id)
-
-    def ignore(self, id: bytes) -> None:
-        """Stop watching a connection that stays: what arrived on it is for whoever takes it."""
-        self._by_id[id].unwatch()
-
-    def pop(self, id: bytes) -> Transport:
-        transport = self._by_id.pop(id)
-        if id in self._bounded:
-            self._bounded.remove(id)
-            transport.fail_when_unacknowledged(0)  # an exchange may wait for a slow line as long as TCP does
-        transport.watch(transport.unwatch)  # once: its taker watches next, and to go on costs no system call
-        return transport
-
-    def pop_oldest(self) -> tuple[bytes, Transport]:
-        id = next(iter(self._by_id))
-        return id, self.pop(id)
-
-    def pop_newest(self) -> tuple[bytes, Transport]:
-        id = next(reversed(self._by_id))
-        return id, self.pop(id)
-
-    def close(self) -> None:
-        """Reset all."""
-        self._round.close()
-        while self._by_id:
-            self.pop_oldest()[1].reset()
 
 
 class AcceptingPool:
@@ -96,7 +39,7 @@ class AcceptingPool:
         self._log = log
         self._on_shortage = on_shortage  # told, once a turn of the event loop, how many more takers have to wait
         self._short = 0
-        self._idle = _Idle(self._drop, user_timeout_s)
+        self._idle = Idle(self._drop, user_timeout_s)
         self._takers: deque[AsyncResult] = deque()
         self._closed = Event()
 
@@ -228,10 +171,11 @@ class DialingPool:
         self._gathering = Alarm(lead_s / 6 or GATHER_S)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
-        self._idle = _Idle(self._look, user_timeout_s)
+        self._idle = Idle(self._look, user_timeout_s)
         self._ended: dict[bytes, Transport] = {}  # end of stream has come, in this round
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before
         self._takers: dict[bytes, AsyncResult] = {}
+        self._kept: set[bytes] = set()  # launched, and not taken yet
         self._leaving = False
         self._closed = False
 
@@ -251,6 +195,7 @@ class DialingPool:
         """Give connection ``id``, waiting for it when its launch has overtaken it; NoDataConnection, PoolClosed."""
         if self._closed:
             raise PoolClosed("the session has ended")
+        self._kept.discard(id)
         self._taken += 1
         if self._lead_s:
             self._used_at.append(time.monotonic())
@@ -277,6 +222,10 @@ class DialingPool:
         finally:
             self._takers.pop(id, None)
 
+    def keep(self, id: bytes) -> None:
+        """Drop connection ``id`` for no surplus or end: it is launched, and will be taken."""
+        self._kept.add(id)
+
     def dial_more(self, count: int) -> None:
         """Dial ``count`` connections beyond the capacity: that many users wait at the peer."""
         self._owed = min(self._owed + count, self._maximum)
@@ -296,6 +245,7 @@ class DialingPool:
         self._gathering.close()
         self._dials.kill(block=False)
         self._idle.close()
+        self._kept.clear()
         self._forget_ended()
         self._forget_ended()
         for taker in self._takers.values():
@@ -380,8 +330,8 @@ class DialingPool:
 
     def _drop_surplus(self) -> None:
         """Let go what a crowd that has passed left beyond the capacity: the newest, which the peer hands out last."""
-        while len(self._idle) > self.capacity:
-            self._idle.pop_newest()[1].reset()
+        for id in [id for id in self._idle if id not in self._kept][self.capacity :]:
+            self._idle.pop(id).reset()
 
     def _look(self, id: bytes, transport: Transport) -> None:
         """Something arrived on an idle connection. If it is the user's, it has overtaken the launch, which is
@@ -394,6 +344,9 @@ class DialingPool:
 
     def _forget_ended(self) -> None:
         """Drop what ended more than a round ago and was never launched."""
-        for transport in self._ended_before.values():
-            transport.reset()
-        self._ended, self._ended_before = {}, self._ended
+        ended, self._ended, self._ended_before = self._ended_before, {}, self._ended
+        for id, transport in ended.items():
+            if id in self._kept:
+                self._ended[id] = transport
+            else:
+                transport.reset()

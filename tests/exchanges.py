@@ -161,7 +161,11 @@ class FakePool:
 
     def __init__(self):
         self.ready = {}
+        self.kept = []
         self.on_missing = lambda: None
+
+    def keep(self, id):
+        self.kept.append(id)
 
     def take(self, id, timeout_s):
         if id not in self.ready:

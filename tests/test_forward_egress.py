@@ -121,6 +121,7 @@ def test_launches_beyond_the_limit_wait_and_none_is_lost(egress, target):
     servers = [side.launch(Kind.TCP, b"%08x" % number) for number in range(7)]
     gevent.idle()
     assert len(side.exchanges) == 2
+    assert side.pool.kept == [b"%08x" % number for number in range(2, 7)]
     assert all(finish(server, target) for server in servers)
     assert side.counted == {"tcp_exchanges": 7, "bytes_up": 35, "bytes_down": 35}
 

@@ -496,6 +496,38 @@ def test_more_is_dialled_when_the_peer_asks_for_it_and_dropped_when_the_crowd_ha
     assert is_reset(dialler.peers[-1]) and leads_to(take(pool, b"%08x" % 1), dialler.peers[1])
 
 
+def test_what_is_launched_and_waits_to_be_taken_is_no_surplus(dialler, dialing, clock):
+    pool = dialing(2)
+    wait_until(lambda: len(pool) == 2)
+    pool.dial_more(5)
+    wait_until(lambda: len(pool) == 7)
+    launched = dialler.ids[2:6]
+    for id in launched:
+        pool.keep(id)
+    dialler.peers[2].shutdown(1)  # a user who waits for the first word
+    for _ in range(4):
+        clock.advance(ROUND_S)
+    assert is_reset(dialler.peers[6])
+    with take(pool, launched[0]) as ended:
+        ended.sendall(b"first word")
+    assert read_all(dialler.peers[2]) == b"first word"
+    for id, peer in zip(launched[1:], dialler.peers[3:], strict=False):
+        assert leads_to(take(pool, id), peer)
+    wait_until(lambda: len(pool) == 2)
+
+
+def test_what_is_launched_is_reset_with_the_pool(dialler, dialing, clock):
+    pool = dialing(2)
+    wait_until(lambda: len(pool) == 2)
+    for id in dialler.ids:
+        pool.keep(id)
+    dialler.peers[1].shutdown(1)
+    for _ in range(3):
+        clock.advance(ROUND_S)
+    pool.close()
+    assert all(map(is_reset, dialler.peers[:2]))
+
+
 def test_no_more_is_dialled_than_the_peer_takes(dialler, dialing):
     pool = dialing(2, maximum=4)
     wait_until(lambda: len(pool) == 2)
