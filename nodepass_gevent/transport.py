@@ -49,7 +49,7 @@ def soon(callback: Callable[..., None], *args: object) -> None:
 
 
 class Alarm:
-    """Calls once, ``seconds`` after it was set, and may be set again: a one-shot timer of libev's would ring at once."""
+    """Calls once, ``seconds`` after it was set, and may be set again: libev's one-shot timers would ring at once."""
 
     __slots__ = ("_timer",)
 
@@ -223,7 +223,7 @@ class Stream(Transport):
         self.socket = sock
         self.peer = peer  # sockaddr of the other end
         self._finished = False
-        self._broken: int | None = None  # the errno that ``peek`` was told: the kernel tells it once, and then of an end
+        self._broken: int | None = None  # errno that ``peek`` was told: the kernel tells it once, then of an end
         self._reader: Any = None  # the one watcher for arrival, made when first needed
 
     def fileno(self) -> int:

@@ -6,6 +6,7 @@ of the event loop leaves in one write.
 """
 
 import errno
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -64,7 +65,7 @@ class UDPRelay:
         self._end: Any = Waiter()
         self._writer: Any = None  # made when the data connection first has to be waited for
         self._watchers: list[Any] = []
-        self.active_at: float = self._loop.now()  # when a datagram last came or went, by the clock of the event loop
+        self.active_at: float = time.monotonic()  # when a datagram last came or went; the loop's clock may be set
         self.framed = self.framed_bytes = self.delivered = self.delivered_bytes = 0
         self.dropped_queue = 0  # the data connection was full, or ended
         self.dropped_size = 0
@@ -87,7 +88,7 @@ class UDPRelay:
             return
         self._queue.append(format_frame(datagram))
         self._queued += size
-        self.active_at = self._loop.now()
+        self.active_at = time.monotonic()
         if not self._scheduled and not self._blocked:
             self._scheduled = True
             self._loop.run_callback(self._guard, self._write)
@@ -99,7 +100,7 @@ class UDPRelay:
 
     def idle_s(self) -> float:
         """Say for how long no datagram has come or gone."""
-        return self._loop.now() - self.active_at
+        return time.monotonic() - self.active_at
 
     def end(self, how: str, *, failed: bool = False) -> None:
         """End the session; the first reason counts. May be called from anywhere, and before ``run``."""
@@ -208,7 +209,7 @@ class UDPRelay:
             return
         datagrams = self._frames.feed(_buffer[:count])
         if datagrams:
-            self.active_at = self._loop.now()
+            self.active_at = time.monotonic()
             for datagram in datagrams:
                 self._deliver_one(datagram)
         if self._data.buffered:  # no descriptor will tell

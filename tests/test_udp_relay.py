@@ -5,6 +5,7 @@ import errno
 import itertools
 import os
 import socket
+import time
 
 import gevent
 import pytest
@@ -299,6 +300,11 @@ def test_a_datagram_either_way_keeps_a_session_from_being_idle(make, way):
         wait_until(lambda before=before: session.relay.active_at > before)
         assert session.relay.idle_s() < 0.5
     assert session.ended() == "idle for 0.5 s"
+
+
+def test_a_clock_that_is_set_makes_no_session_idle_nor_immortal(make):
+    relay = make().relay
+    assert abs(relay.active_at - time.monotonic()) < 5 and 0 <= relay.idle_s() < 5
 
 
 def test_the_time_that_a_session_may_be_idle_can_become_shorter(make):
