@@ -22,6 +22,8 @@ from .wire import Bye, Fail, Ping
 
 log = logging.getLogger(__name__)
 
+LATELY_S = 1.0  # a UDP session that has had an answer within that works, whatever becomes of the control channel
+
 
 @dataclass(frozen=True)
 class Client:
@@ -88,10 +90,14 @@ class Signals:
     def forsake(self) -> None:
         """End what was launched since the client was last heard, and has not been answered: nobody may be there.
 
-        A frozen client's kernel goes on acknowledging, so that nothing else would ever end its users.
+        A frozen client's kernel goes on acknowledging, so that nothing else would ever end its users. UDP sessions that
+        have heard nothing lately end too: with a user who speaks on they would never be idle.
         """
+        silent = LaunchFailed("its client is silent")
         for id in self._launched.keys() - self._known:
-            self._launched[id].abort(LaunchFailed("its client is silent"))
+            self._launched[id].abort(silent)
+        for running in self._launched.values():
+            running.forsake(time.monotonic() - LATELY_S, silent)
 
     def _fail(self, fail: Fail) -> None:
         """End the exchange of a launch that failed; not one that has been answered, whatever its peer says now."""

@@ -75,6 +75,9 @@ class Abortable(Protocol):
     def abort(self, error: Exception) -> bool:
         """End it with ``error``; False when the peer has answered already, and then it goes on."""
 
+    def forsake(self, since: float, error: Exception) -> None:
+        """End it where its user loses nothing by that, unless the peer has been heard ``since`` then (monotonic)."""
+
 
 class Ingress:
     """Users of the public port. ``link(timeout_s)`` waits for a peer, or raises NoDataConnection."""

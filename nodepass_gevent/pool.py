@@ -42,6 +42,7 @@ class AcceptingPool:
         self._idle = Idle(self._drop, user_timeout_s)
         self._takers: deque[AsyncResult] = deque()
         self._closed = Event()
+        self._why: str | TimeoutError = "the pool was closed"
 
     def __len__(self) -> int:
         return len(self._idle)
@@ -123,10 +124,15 @@ class AcceptingPool:
     def settle(self) -> None:
         """Nothing that was launched waits here."""
 
-    def run(self) -> str:
+    def run(self) -> str | TimeoutError:
         """Live until closed; nothing to do meanwhile."""
         self._closed.wait()
-        return "the pool was closed"
+        return self._why
+
+    def forsake(self, why: str) -> None:
+        """Close it because the peer is silent."""
+        self._why = TimeoutError(why)
+        self.close()
 
     def close(self) -> None:
         """Reset what is idle; whoever waits is told PoolClosed."""

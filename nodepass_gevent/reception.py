@@ -307,7 +307,7 @@ class Reception:
             if not self._config.keyed or current.answers(self._limits.takeover_timeout_s):
                 return current
             self._log.warning("client %s answers no ping: another one takes its place", current.stream)
-            current.pool.close()
+            current.pool.forsake("another client has taken its place")
         return None
 
     # Profile v1: the data port

@@ -353,6 +353,9 @@ class Exchange:
         soon(self.end, error)
         return True
 
+    def forsake(self, since: float, error: Exception) -> None:
+        """Go on: bytes are not lost while TCP may deliver them."""
+
     def end(self, error: Exception | None) -> None:
         """Note that one flow has ended, or why both must."""
         there, back = self._flows

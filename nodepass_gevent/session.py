@@ -26,8 +26,8 @@ MAX_DUE = 65536  # lines; a peer that reads leaves at most as many as it has dat
 class ReadyPool(Protocol):
     """What a session needs of its pool."""
 
-    def run(self) -> str | PolicyError:
-        """Live; give how it ended."""
+    def run(self) -> str | PolicyError | TimeoutError:
+        """Live; give how it ended: TimeoutError when the peer is silent."""
 
     def leave(self) -> None:
         """Begin nothing new: the session is about to end."""
@@ -145,6 +145,8 @@ class Session:
                     return "the peer makes us speak and does not read"
             except (PeerLeft, PolicyError) as exc:
                 return exc
+            except TimeoutError as exc:  # what was sent is not acknowledged
+                return TimeoutError(reason(exc))
             except (OSError, ProtocolError) as exc:
                 return reason(exc)
 

@@ -47,7 +47,7 @@ class UDPRelay:
 
     __slots__ = (
         "_blocked", "_data", "_deliver", "_end", "_frames", "_loop", "_queue", "_queued", "_rest",
-        "_scheduled", "_target", "_watchers", "_writer", "active_at", "delivered", "delivered_bytes", "dropped_network",
+        "_scheduled", "_target", "_watchers", "_writer", "active_at", "answered_at", "delivered", "delivered_bytes", "dropped_network",
         "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "refused", "running",
     )  # fmt: skip
 
@@ -66,6 +66,7 @@ class UDPRelay:
         self._writer: Any = None  # made when the data connection first has to be waited for
         self._watchers: list[Any] = []
         self.active_at: float = time.monotonic()  # when a datagram last came or went; the loop's clock may be set
+        self.answered_at = self.active_at  # when the peer last had a datagram for this side
         self.framed = self.framed_bytes = self.delivered = self.delivered_bytes = 0
         self.dropped_queue = 0  # the data connection was full, or ended
         self.dropped_size = 0
@@ -116,6 +117,11 @@ class UDPRelay:
         self.refused = True
         self.end(str(error), failed=True)
         return True
+
+    def forsake(self, since: float, error: Exception) -> None:
+        """End, unless the peer has been heard ``since`` then: the user's next datagram finds another peer."""
+        if self.answered_at < since:
+            self.end(str(error), failed=True)
 
     def run(self, data: Transport, idle_timeout_s: Callable[[], float], target: Target | None = None) -> None:
         """Carry datagrams until a side ends or fails, or none has come for ``idle_timeout_s()``; the caller closes."""
@@ -209,7 +215,7 @@ class UDPRelay:
             return
         datagrams = self._frames.feed(_buffer[:count])
         if datagrams:
-            self.active_at = time.monotonic()
+            self.active_at = self.answered_at = time.monotonic()
             for datagram in datagrams:
                 self._deliver_one(datagram)
         if self._data.buffered:  # no descriptor will tell

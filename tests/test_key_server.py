@@ -460,6 +460,16 @@ def test_a_second_client_takes_the_place_of_one_that_answers_no_ping(keyed, conn
     assert second.serves(connect(running, "user"))
 
 
+def test_users_of_a_client_whose_place_is_taken_do_not_wait_for_it(keyed, connect, call):
+    running = keyed(takeover_timeout_s=0.1)
+    first = call(running).authenticate()
+    first.join()
+    user = connect(running, "user")
+    first.line()  # its launch
+    call(running, source=ELSEWHERE).authenticate()
+    assert fate(user)[0] == "reset"
+
+
 def test_without_the_key_nobody_displaces_anybody(keyed, connect, call):
     running = keyed(takeover_timeout_s=0.1)
     client = call(running).authenticate()

@@ -307,6 +307,28 @@ def test_a_clock_that_is_set_makes_no_session_idle_nor_immortal(make):
     assert abs(relay.active_at - time.monotonic()) < 5 and 0 <= relay.idle_s() < 5
 
 
+def test_a_session_of_a_silent_peer_ends_although_its_user_speaks_on(make):
+    session = make().start()
+    session.relay.forsake(time.monotonic() - 1, OSError("silent"))
+    gevent.idle()
+    assert not session.relay.how  # it has only begun
+    gevent.sleep(0.02)
+    session.relay.send(b"x")
+    session.relay.forsake(time.monotonic() - 0.01, OSError("silent"))
+    assert session.ended() == "silent" and session.relay.failed
+
+
+def test_a_session_that_is_answered_outlives_a_silent_control_channel(make):
+    session = make().start()
+    before = session.relay.answered_at
+    gevent.sleep(0.02)
+    session.peer.sendall(format_frame(b"x"))
+    wait_until(lambda: session.relay.answered_at > before)
+    session.relay.forsake(before + 0.01, OSError("silent"))
+    gevent.idle()
+    assert not session.relay.how
+
+
 def test_the_time_that_a_session_may_be_idle_can_become_shorter(make):
     session = make(idle_s=4.0).start()
     gevent.idle()
