@@ -47,8 +47,9 @@ class UDPRelay:
 
     __slots__ = (
         "_blocked", "_data", "_deliver", "_end", "_frames", "_loop", "_queue", "_queued", "_rest",
-        "_scheduled", "_target", "_watchers", "_writer", "active_at", "answered_at", "delivered", "delivered_bytes", "dropped_network",
-        "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "refused", "running",
+        "_scheduled", "_target", "_watchers", "_writer", "active_at", "answered_at", "delivered", "delivered_bytes",
+        "dropped_network", "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "refused",
+        "running",
     )  # fmt: skip
 
     def __init__(self, deliver: Callable[[memoryview | bytes], object]) -> None:
