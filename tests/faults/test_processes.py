@@ -228,7 +228,7 @@ def closed_pipe():
 @pytest.mark.fault(75)
 @pytest.mark.parametrize("side", ["server", "client"])
 def test_an_event_loop_that_is_blocked_for_two_seconds_loses_nobody(target, side):
-    env = {"FAULT_BLOCK_S": "2"}
+    env = {"FAULT_BLOCK_S": "2", "REPORT_INTERVAL": "2s"}  # 4 s of silence at most, and 6 s are borne
     with Tunnel(target.address, tls=1, env=env) as tunnel, standing(tunnel), Users(tunnel, 10) as users:
         lines = len(tunnel.server.lines), len(tunnel.client.lines)
         os.kill(getattr(tunnel, side).pid, signal.SIGUSR2)

@@ -92,10 +92,10 @@ def test_a_side_that_hangs_is_noticed_within_three_intervals_and_both_recover(tl
 
 
 def test_a_pause_of_less_than_three_intervals_ends_nothing():
-    with running(0) as (both, _, user):
+    with running(0, env={"REPORT_INTERVAL": "2s"}) as (both, _, user):
         for silent in (both.server, both.client):
             with stopped(silent):
-                time.sleep(1.5)  # half of what the other side bears
+                time.sleep(2)  # with the interval before it, 4 s of the 6 s that the other side bears
             assert echoes(user, b"still here")
         assert not [line for line in both.server.lines + both.client.lines if "lost" in line]
 
