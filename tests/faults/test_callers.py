@@ -113,9 +113,9 @@ def test_a_caller_who_speaks_something_else_is_closed_with_one_line_in_the_log(t
 @pytest.mark.fault(9)
 def test_a_hello_that_comes_a_byte_at_a_time_is_closed_at_its_deadline(tunnel0):
     with crowd() as add:
+        began = time.monotonic()  # before the server's clock does
         slow = add(tunnel0.tunnel_port)
         read_line(slow)
-        began = time.monotonic()
         with contextlib.suppress(OSError):
             for byte in b"//a-name-that-takes-its-time?v=2&c=need#hello\n" * 10:
                 slow.sendall(bytes([byte]))
