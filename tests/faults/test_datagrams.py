@@ -12,6 +12,7 @@ from .harness import SLACK, Probing, Tunnel, standing
 
 PROFILES = pytest.mark.parametrize("profile", ["protocol=1", "protocol=2"], ids=["v1", "v2"])
 ENV = {"UDP_READ_TIMEOUT": "500ms", "SEMAPHORE_LIMIT": "64"}
+PATIENT = {"UDP_READ_TIMEOUT": "5s"}  # where an answer has to come, however busy the machine is
 
 
 @pytest.fixture
@@ -63,9 +64,9 @@ def test_two_thousand_empty_datagrams_stop_nobody(udp, profile):
 @pytest.mark.fault(56)
 @PROFILES
 def test_datagrams_of_every_size_come_back_whole_or_not_at_all(udp, profile):
-    tunnel = udp(profile)
+    tunnel = udp(profile, **PATIENT)
     for size in (1, 511, 512, 1200, 1472, 8000, 8192, 8193, 65507):
-        with user_of(tunnel) as user:
+        with user_of(tunnel, timeout=1.0 if size > 8192 else 10.0) as user:
             word = bytes([size % 251]) * size
             user.send(word)
             try:
@@ -128,11 +129,11 @@ def test_late_and_second_answers_reach_no_other_user(udp, target, profile):
         time.sleep(0.01)
         return [datagram, datagram]
 
-    tunnel = udp(profile, SEMAPHORE_LIMIT="256")
+    tunnel = udp(profile, SEMAPHORE_LIMIT="256", **PATIENT)
     target.udp.behaviour = twice_and_late
     try:
         for number in range(50):
-            with user_of(tunnel) as user:
+            with user_of(tunnel, timeout=10.0) as user:
                 word = b"mine %d" % number
                 user.send(word)
                 assert user.recv(100) == word
