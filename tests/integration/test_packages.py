@@ -53,8 +53,9 @@ def pythons():
 def built(tmp_path_factory):
     """Give the directory with the sdist and the wheel that is made of it."""
     source, directory = tmp_path_factory.mktemp("source") / "copy", tmp_path_factory.mktemp("dist")
-    left_by_builds = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, source, ignore=left_by_builds)  # what an *.egg-info lists would be packed, whatever else says
+    left = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    ignored = shutil.ignore_patterns(*left)  # by builds, and by tests that run beside this one
+    shutil.copytree(ROOT, source, ignore=ignored)  # what an *.egg-info lists would be packed, whatever else says
     run(sys.executable, "-m", "build", "--outdir", directory, source)
     return directory
 
