@@ -41,6 +41,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
         page.call("Page.navigate", url=url)
+        page.wait_for(f"location.href == {json.dumps(url)} && document.readyState == 'complete'")  # scripts have begun
         return page
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> dict[str, Any]:
