@@ -6,7 +6,7 @@ import time
 
 import gevent
 import pytest
-from support import LOOPBACK, bounded, wait_until
+from support import BOUND_S, LOOPBACK, bounded, wait_until
 
 from nodepass_gevent import keyring
 from nodepass_gevent.config import Config
@@ -173,8 +173,9 @@ def test_corrected_permissions_are_noticed(file, caplog):
 
 def test_nobody_waits_while_a_passphrase_is_stretched_again(file, monkeypatch):
     ring = KeyRing(config(tunnel_key_file=file(OLD)))
-    slow = keyring._derive
-    monkeypatch.setattr(keyring, "_derive", lambda *args: time_passes() or slow(*args))
+    derive_now, enough = keyring._derive, gevent.monkey.get_original("_thread", "allocate_lock")()
+    enough.acquire()
+    monkeypatch.setattr(keyring, "_derive", lambda *args: enough.acquire(timeout=BOUND_S / 2) and derive_now(*args))
     file(NEW)
     reloading = gevent.spawn(ring.reload)
     turns = 0
@@ -182,6 +183,8 @@ def test_nobody_waits_while_a_passphrase_is_stretched_again(file, monkeypatch):
         while not reloading.ready():
             gevent.sleep(0.005)
             turns += 1
+            if turns == 10:
+                enough.release()
     assert turns >= 10 and ring.roots == roots(NEW)
 
 
