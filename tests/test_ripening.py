@@ -46,15 +46,16 @@ def stuffed(pair):
 
     def make():
         stream, peer = pair()
-        sent = 0
+        sent = looks = 0
 
         def full():
             """What is acknowledged later, as the kernel likes to, is not enough: all that is left waits for room."""
-            nonlocal sent
+            nonlocal sent, looks
             while taken := stream.push(bytes(65536)):
-                sent += taken
+                sent, looks = sent + taken, 0
             unsent = int.from_bytes(fcntl.ioctl(stream.fileno(), SIOCOUTQNSD, b"\0" * 4), sys.byteorder)
-            return 0 < unsent == stream.unacknowledged()
+            looks = looks + 1 if 0 < unsent == stream.unacknowledged() else 0
+            return looks > 10
 
         wait_until(full)
         return stream, peer, sent

@@ -282,7 +282,7 @@ def try_out(root: Path) -> None:
             answer = b"".join(iter(lambda: user.recv(65536), b""))
         assert answer.endswith((root / "usr/share/common-licenses/GPL-3").read_bytes())
         wait_until(lambda: server.returncode is not None, 20, "the server ends")
-        assert (server.returncode, client.stop(timeout=20)) == (0, 0), server.tail() + client.tail()
+        assert (server.stop(), client.stop(timeout=20)) == (0, 0), server.tail() + client.tail()
         assert "exchanges cut: 0" in server.lines[-1]
         say("its stop signal lets an exchange end, and the end is 0")
 
