@@ -79,6 +79,7 @@ def test_with_a_v1_server_the_user_is_not_known_and_the_log_says_so_once(program
         wait_until(lambda: served(("127.0.0.1", public)), 10, "an answer")
         told, asked_from = ask(("127.0.0.1", public))
         assert str(asked_from) not in told.split()
+        client.wait_for_line(MISSED)
         warnings = [line for line in client.lines if MISSED in line]
         assert len(warnings) == 1 and "WARN" in warnings[0]
 
@@ -169,5 +170,6 @@ def test_with_a_v1_server_a_udp_target_is_told_that_the_user_is_not_known_and_th
         answers = [split(user.recv(100)) for _ in range(4)]
         assert all(isinstance(result, ProxyResultLocal) for result, _ in answers)
         assert {rest for _, rest in answers} <= {b"again", b"question"}
+        client.wait_for_line(MISSED)
         warnings = [line for line in client.lines if MISSED in line]
         assert len(warnings) == 1 and "WARN" in warnings[0]
