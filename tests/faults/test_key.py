@@ -134,7 +134,7 @@ def test_recorded_connections_played_back_are_given_nothing(keyed):
 
 def play(tunnel, said, source):
     """Say what was recorded: what comes back is the first line and a handshake that fails, in a few kilobytes."""
-    with dial(tunnel.tunnel_port, source) as thief, contextlib.suppress(ConnectionError):
+    with contextlib.suppress(ConnectionError), dial(tunnel.tunnel_port, source) as thief:
         read_line(thief)
         thief.sendall(said)
         answer, _ = how_it_ends(thief)
