@@ -218,7 +218,7 @@ def test_a_peer_that_has_itself_answered_and_does_not_read_ends_the_session(run,
 def test_the_first_keep_alive_goes_out_at_once_and_then_one_each_interval(run):
     started = time.monotonic()
     running = run(ping_interval_s=0.02)
-    assert running.control.writes == [wire.PING]
+    assert running.control.writes[0] == wire.PING
     with bounded(1):
         assert read_exactly(running.peer, 5) == wire.PING * 5
     assert 0.08 <= time.monotonic() - started

@@ -186,7 +186,7 @@ def test_an_idle_session_does_not_hold_up_a_drain(echo, side):
 
 
 def test_a_session_in_which_something_moves_goes_on_while_the_server_drains(echo):
-    with tunnel(echo.address, 1, SHUTDOWN_TIMEOUT="3s") as both, datagram_user(both.public) as user:
+    with tunnel(echo.address, 1, SHUTDOWN_TIMEOUT="6s") as both, datagram_user(both.public) as user:
         user.send(b"before")
         assert user.recv(100) == b"before"
         with ThreadPoolExecutor(1) as stopping:
