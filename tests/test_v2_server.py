@@ -267,7 +267,7 @@ def test_a_client_that_comes_back_is_taken_at_once(serve, connect, call):
 
 
 def test_a_v1_client_beside_a_v2_client_is_refused(serve, connect, call):
-    running = serve(opening_timeout_s=0.05, caller_timeout_s=0.05, tls_handshake_timeout_s=0.05)
+    running = serve(opening_timeout_s=0.3, caller_timeout_s=0.3, tls_handshake_timeout_s=0.3)
     client = call(running).join()
     old = connect(running, "caller")
     read_line(old)
