@@ -5,7 +5,7 @@ both ways, framed. With any other peer each datagram is an exchange of its own, 
 """
 
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -238,7 +238,7 @@ class DatagramIngress:
 
 
 class DatagramEgress:
-    """Launches of datagrams and sessions, brought to the first of ``target()``'s endpoints; ``forget()`` them all.
+    """Launches of datagrams and sessions, brought to one of ``target()``'s endpoints; ``forget()`` them all.
 
     ``refuse(id, data, why)`` tells the peer that nothing comes of a launch; ``user(launch)`` is whom it is for.
     """
@@ -283,7 +283,7 @@ class DatagramEgress:
 
     def _open_target(self, launch: Launch, data: Transport) -> TargetSocket:
         try:
-            return TargetSocket(self._target()[0])
+            return _reach(self._target())
         except ConnectError as exc:
             self._refuse(launch.id, data, exc.why)
             raise
@@ -335,6 +335,15 @@ class DatagramEgress:
             self._counters.datagrams_unanswered += 1
             self._forget()
             return b"", (access.UNANSWERED, reason(exc))
+
+
+def _reach(endpoints: Sequence[Endpoint]) -> TargetSocket:
+    """Take the first that there is a way to, IPv4 before IPv6, as the original does: UDP does not say who listens."""
+    *others, last = sorted(endpoints, key=lambda endpoint: endpoint.family)
+    for endpoint in others:
+        with suppress(OSError):
+            return TargetSocket(endpoint)
+    return TargetSocket(last)
 
 
 class _Introduced:

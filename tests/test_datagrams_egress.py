@@ -50,6 +50,23 @@ def test_a_datagram_arrives_whole_however_it_was_cut(cut, half_close, egress, ud
     }
 
 
+@pytest.mark.parametrize("before", [("::1", 9, 0, 0), ("255.255.255.255", 9)])  # another family; no way there
+def test_a_name_with_several_addresses_is_reached_by_the_first_that_there_is_a_way_to(
+    before, egress, udp_target, monkeypatch
+):
+    udp_address = udp_target.getsockname()
+    family = socket.AF_INET6 if len(before) > 2 else socket.AF_INET
+    found = [(family, socket.SOCK_STREAM, 6, "", before), (socket.AF_INET, socket.SOCK_STREAM, 6, "", udp_address)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+    side = egress(target=Address("localhost", udp_address[1]))
+    server = side.launch(Kind.UDP)
+    server.sendall(b"question")
+    received, sender = udp_target.recvfrom(65536)
+    assert received == b"question"
+    udp_target.sendto(b"answer", sender)
+    assert read_all(server) == b"answer"
+
+
 def test_an_answer_of_the_greatest_size_arrives_whole(egress, udp_target):
     side = egress(target=address_of(udp_target))
     server = side.launch(Kind.UDP)
