@@ -278,7 +278,13 @@ def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, 
     share_s = timeout_s / max(len(endpoints), 1)  # of one of several
     failure, why = ("no address", "resolve")
     for endpoint in endpoints:
-        sock = RawSocket(endpoint.family, _NONBLOCKING)
+        try:
+            sock = RawSocket(endpoint.family, _NONBLOCKING)
+        except OSError as exc:
+            if exc.errno != errno.EAFNOSUPPORT:  # no descriptor, no memory: the next address changes nothing
+                raise
+            failure, why = (f"{endpoint}: {reason(exc)}", "unreachable")
+            continue
         try:
             _send_at_once(sock)  # before: what is to be sent follows the handshake at once
             if speaks_first:

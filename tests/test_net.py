@@ -423,6 +423,22 @@ def test_a_connect_without_an_answer_times_out(no_leaks):
             net.connect([endpoint], 0.05, LIMITS)
 
 
+def test_after_an_address_of_a_family_that_the_system_lacks_the_next_one_is_tried(listener, monkeypatch):
+    real = net.RawSocket
+
+    def lacking(family, *options):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *options)
+
+    monkeypatch.setattr(net, "RawSocket", lacking)
+    there = net.Endpoint(socket.AF_INET6, ("::1", 9, 0, 0))
+    net.connect([there, endpoint_of(listener)], 5, LIMITS).close()
+    with pytest.raises(ConnectError, match="address family not supported") as caught:
+        net.connect([there], 5, LIMITS)
+    assert caught.value.why == "unreachable"
+
+
 def test_after_an_address_that_refuses_or_is_silent_the_next_one_is_tried(listener):
     with silent_endpoint() as silent:
         with net.connect([free_endpoint(), silent, endpoint_of(listener)], 0.3, LIMITS) as stream:
