@@ -277,6 +277,7 @@ class Egress:
         try:
             speaks_first = bool(self._config.proxy_protocol)  # the header; else perhaps the target does
             target = connect(self._target(), limits.target_timeout_s, limits, speaks_first=speaks_first)
+            self._prefer(target.peer)
         except ConnectError as exc:
             self._forget_target()
             self._refuse(launch.id, data, exc.why)
@@ -313,6 +314,11 @@ class Egress:
         if not self._endpoints:
             self._endpoints = resolve(self._config.target)
         return self._endpoints
+
+    def _prefer(self, answered: tuple) -> None:
+        """Begin with the address that has answered: users do not all wait for one before it that is silent."""
+        if self._endpoints and self._endpoints[0].sockaddr != answered:
+            self._endpoints = sorted(self._endpoints, key=lambda endpoint: endpoint.sockaddr != answered)
 
     def _forget_target(self) -> None:
         """Resolve anew the next time: the name may have moved."""

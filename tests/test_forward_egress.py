@@ -1,4 +1,5 @@
 import socket
+import time
 
 import gevent
 import pytest
@@ -99,6 +100,20 @@ def test_a_target_that_has_moved_is_found_again(egress, target, monkeypatch):
         accept(target).close()
         assert read_all(server) == b""
         server.close()
+
+
+def test_an_address_that_is_silent_makes_one_user_wait_and_not_all(egress, target, monkeypatch):
+    with silent_endpoint() as endpoint:
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
+            for address in (endpoint.sockaddr, target.getsockname())
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+        side = egress(target=Address("two-addresses", 80), target_timeout_s=1.0)
+        for waits_s in (0.5, 0.0):
+            began = time.monotonic()
+            assert finish(side.launch(Kind.TCP), target)
+            assert waits_s <= time.monotonic() - began < waits_s + 0.4
 
 
 def test_a_launch_whose_data_connection_never_comes_is_counted(egress):
