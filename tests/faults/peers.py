@@ -8,7 +8,7 @@ import threading
 
 OFFER = b"//off?v=2&n=AAAAAAAAAAAAAAAAAAAAAA#0\n"
 SESSION = b"0123456789abcdef"
-WELCOME = b"//%b?c=need&i=1&p=64#welcome\n" % SESSION
+WELCOME = b"//%b?c=need&i=60&p=64#welcome\n" % SESSION  # it sends no pings, and is borne for three minutes
 WAIT_S = 10.0
 
 
