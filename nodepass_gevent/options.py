@@ -18,13 +18,17 @@ from .configfile import Entry
 from .errors import ConfigError
 from .settings import BY_NAME, SETTINGS, Setting
 from .url import FORMS, TunnelURL, parse_url
-from .values import did_you_mean, printable, shown
+from .values import closest, did_you_mean, printable, shown
 
 _LIMITS = [each.name for each in fields(Limits)]
 # fmt: off
 LATER_KEYS = frozenset(("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "notcp",
                         "noudp", "type", "quic", "pool"))
 # fmt: on
+PREFIX = "NODEPASS_"
+_NO_SETTINGS = frozenset(("NODEPASS_SINGLE_FILE",))  # by which the launcher of the single file names itself
+_KUBERNETES = re.compile(r"[A-Z0-9_]*_SERVICE_(?:HOST|PORT(?:_[A-Z0-9_]+)?)|[A-Z0-9_]*_PORT_[0-9]+_[A-Z]+(?:_[A-Z]+)?")
+_KUBERNETES_PORT = re.compile("(?:tcp|udp|sctp)://")  # in each pod beside a service called nodepass: NODEPASS_PORT
 _HAS_KEY = re.compile(r"(?i)(?:server|client)://[^/?]*@")
 ALIASES = {"cert": "crt"}  # the original's install script writes cert, the original reads crt
 _ANY, _NO_LINE, _UNSET = Command(), Line("run"), Process()
@@ -57,6 +61,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> P
     if line.action in ("help", "version") or COMMANDS.get(line.action, _ANY).alone:
         return Parsed(line.action)
     environ = {name: value for name, value in environ.items() if value.strip()}
+    _refuse_unknown_variables(environ)
     warnings: list[str] = []
     defaults, tunnels = _read_sections(line, environ, warnings)
     configs, line_given = [], line.numbered(number)
@@ -81,6 +86,19 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> P
             said = {**query, **said}
     process = _make_process(_merge(parser, said, environ, defaults))
     return Parsed(line.action, process, tuple(configs), tuple(warnings), line)
+
+
+def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
+    """Refuse what has our prefix and is no setting: a mistyped NODEPASS_TLS would encrypt nothing."""
+    known = {name.removeprefix(PREFIX): name for name in (setting.env for setting in SETTINGS)}
+    for name, value in environ.items():
+        if not name.startswith(PREFIX) or name in _NO_SETTINGS or name in known.values():
+            continue
+        if _KUBERNETES.fullmatch(name) or (name.endswith("_PORT") and _KUBERNETES_PORT.match(value)):
+            continue
+        meant = closest(name.removeprefix(PREFIX), known)
+        hint = f" (did you mean {known[meant]}?)" if meant else "; nodepass --help shows all of them"
+        raise ConfigError(f"unknown environment variable {printable(name)}{hint}")
 
 
 def _read_sections(

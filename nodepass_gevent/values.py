@@ -35,8 +35,15 @@ def shown(text: object) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, or nothing."""
-    close = difflib.get_close_matches(word[:SHOWN].lower(), list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    close = closest(word, known)
+    return f" (did you mean '{close}'?)" if close else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return the known word that is most like another one, or ""; letters count in whatever case."""
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(word[:SHOWN].lower(), list(by_lower), n=1)
+    return by_lower[close[0]] if close else ""
 
 
 # Addresses

@@ -232,6 +232,40 @@ def test_the_environment_of_the_process_is_not_read(monkeypatch):
     assert options.parse([], {}).action == "usage"
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("NODEPASS_TSL", " (did you mean NODEPASS_TLS?)"),
+        ("NODEPASS_tls", " (did you mean NODEPASS_TLS?)"),
+        ("NODEPASS_MIN_POOL_CAPACITY", " (did you mean MIN_POOL_CAPACITY?)"),
+        ("NODEPASS_TUNNEL_KEY", " (did you mean TUNNEL_KEY?)"),
+        ("NODEPASS_STATUS_PORT", " (did you mean NODEPASS_STATUS?)"),
+        ("NODEPASS_XYZZY", "; nodepass --help shows all of them"),
+    ],
+)
+def test_an_unknown_variable_with_the_prefix_is_refused_without_its_value(name, hint):
+    assert error(URL, **{name: "s3cret"}) == f"unknown environment variable {name}{hint}"
+    assert error("health", **{name: "s3cret"}).startswith("unknown environment variable")
+    assert parse_one(URL, **{name: " "}) == parse_one(URL)
+    assert options.parse(["genkey"], {name: "s3cret"}).action == "genkey"
+
+
+def test_variables_of_others_are_let_be():
+    others = {
+        "NODEPASS": "1",
+        "MY_NODEPASS_TLS": "1",
+        "NODEPASS_SINGLE_FILE": "/usr/bin/nodepass",
+        "NODEPASS_PORT": "tcp://10.0.0.1:10101",  # Kubernetes, for a service called nodepass, and nodepass-web
+        "NODEPASS_PORT_10101_TCP": "tcp://10.0.0.1:10101",
+        "NODEPASS_PORT_10101_TCP_ADDR": "10.0.0.1",
+        "NODEPASS_SERVICE_HOST": "10.0.0.1",
+        "NODEPASS_WEB_SERVICE_PORT": "10101",
+        "NODEPASS_SERVICE_PORT_TUNNEL": "10101",
+    }
+    assert parse_one(URL, **others) == parse_one(URL)
+    assert error(URL, NODEPASS_PORT="10102").startswith("unknown environment variable NODEPASS_PORT")
+
+
 def test_every_example_of_the_documentation_parses():
     assert parse_one("server://:10101/127.0.0.1:5432?tls=1").tls == 1
     assert parse_one("server://0.0.0.0:10101/[::]:8080").target == Address("::", 8080)
