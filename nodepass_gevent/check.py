@@ -6,11 +6,11 @@ import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
-from . import configfile, descriptors, net, options
+from . import configfile, descriptors, net, options, ports
 from .certificates import load_certificate
-from .config import Address, Config
+from .config import Address, Config, Process
 from .errors import ConfigError, ConnectError
 from .keyring import read_keys, read_token
 from .tls_context import EXPIRY_WARNING_DAYS, check_files
@@ -46,6 +46,7 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
     """Look at all that a command line and its files ask for."""
     findings: list[Finding] = []
     configs: list[Config] = []
+    process = Process()
     for name, arguments in _one_by_one(argv, environ):
         try:
             parsed = options.parse(arguments, environ)
@@ -53,13 +54,16 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
         except ConfigError as exc:
             findings.append(Finding(ERROR, name, str(exc)))
             continue
+        process = parsed.process
         configs += parsed.configs
         findings += [Finding(WARNING, name, text) for text in parsed.warnings]
     if not findings and not configs:
         findings.append(Finding(ERROR, "", "there is no tunnel: name one by a URL or in a file"))
+    clashes = ports.clashes(ports.of_process(process, configs))
     for config in configs:
-        findings += [Finding(level, config.name, text) for level, text in _look_at(config)]
-    return [*dict.fromkeys(findings), *_find_clashes(configs), *_count_descriptors(configs)]
+        findings += [Finding(level, config.name, text) for level, text in _look_at(config, clashes)]
+    findings += [Finding(ERROR, "", f"{port.what}: {text}") for port, text in clashes.items() if port.what == "status"]
+    return [*dict.fromkeys(findings), *_count_descriptors(configs)]
 
 
 def report(findings: Iterable[Finding], *, as_json: bool) -> tuple[str, bool]:
@@ -90,7 +94,7 @@ def _tunnels(argv: Sequence[str]) -> list[str]:
         return []
 
 
-def _look_at(config: Config) -> Iterator[tuple[str, str]]:
+def _look_at(config: Config, clashes: Mapping[ports.Port, str]) -> Iterator[tuple[str, str]]:
     yield OK, f"settings of {config.url}"
     try:
         check_settings(config)
@@ -100,8 +104,11 @@ def _look_at(config: Config) -> Iterator[tuple[str, str]]:
         yield from _look_at_certificate(config)
     if config.role == "client":
         yield from (_resolve(what, address) for what, address in (("tunnel", config.tunnel), ("target", config.target)))
-    else:
-        yield from (_bind(what, address, kind) for what, address, kind in _ports(config))
+    for port in ports.of_tunnel(config):
+        if port in clashes:
+            yield ERROR, f"{port.what}: {clashes[port]}"
+        else:
+            yield _bind(port.what, port.address, port.kind)
 
 
 def _look_at_certificate(config: Config) -> Iterator[tuple[str, str]]:
@@ -123,28 +130,6 @@ def _resolve(what: str, address: Address) -> tuple[str, str]:
     except ConnectError as exc:
         return WARNING, f"{what} {address}: {exc}"  # it may be there when it is needed: that is tried for ever
     return OK, f"{what} {address}: {', '.join(map(str, found))}"
-
-
-def _ports(config: Config) -> Iterator[tuple[str, Address, int]]:
-    """Name the ports that a server needs."""
-    yield "tunnel port", config.tunnel, socket.SOCK_STREAM
-    if config.data_port:
-        yield "data port", replace(config.tunnel, port=config.data_port), socket.SOCK_STREAM
-    if config.network != "udp":
-        yield "public port, TCP", config.target, socket.SOCK_STREAM
-    if config.network != "tcp":
-        yield "public port, UDP", config.target, socket.SOCK_DGRAM
-
-
-def _find_clashes(configs: Iterable[Config]) -> Iterator[Finding]:
-    """Find addresses that two listeners of one process ask for; the second would wait for ever."""
-    first: dict[tuple[Address, int], str] = {}
-    for config in configs:
-        for what, address, kind in _ports(config) if config.role == "server" else ():
-            if (address, kind) in first and address.port:
-                text = f"{what}: {address} is asked for twice; first as the {first[address, kind]}"
-                yield Finding(ERROR, config.name, text)
-            first.setdefault((address, kind), f"{what}{f' of [{config.name}]' if config.name else ''}")
 
 
 def _bind(what: str, address: Address, kind: int) -> tuple[str, str]:

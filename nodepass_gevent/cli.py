@@ -9,7 +9,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 
-from . import __version__, check, descriptors, example, generate, options, process, status_client, status_server
+from . import __version__, check, descriptors, example, generate, options, ports, process, status_client, status_server
 from .client import Client
 from .command_line import Line, build_parser
 from .config import Config
@@ -58,6 +58,7 @@ def _plan(parsed: options.Parsed, taken: int) -> process.Plan:
     """Check what no parser can: files, keys, and whether the system allows so many descriptors."""
     for config in parsed.configs:
         check.check_settings(config)
+    ports.refuse_clashes(parsed.process, parsed.configs)
     token = read_token(parsed.process)
     taken += status_server.DESCRIPTORS if parsed.process.status else 0
     budget = descriptors.plan(parsed.configs, descriptors.allowed(), taken)

@@ -68,10 +68,25 @@ def test_a_port_that_two_tunnels_ask_for_is_found(ports, tmp_path):
     path = tmp_path / "t.conf"
     one, two = (SERVER.format(*each) for each in (ports, (ports[1], 0)))
     path.write_text(f"network = tcp\n[tunnel a]\nurl = {one}\n[tunnel b]\nurl = {two}\n[tunnel c]\nurl = {two}\n")
+    text = f"tunnel port: 127.0.0.1:{ports[1]} is asked for twice; first as the public port, TCP of [a]"
     assert [(each.level, each.tunnel, each.text) for each in worst(check(["--config", str(path)], {}))] == [
-        (ERROR, name, f"tunnel port: 127.0.0.1:{ports[1]} is asked for twice; first as the public port, TCP of [a]")
-        for name in "bc"
+        (ERROR, "b", f"{text} [from file {path}:5]"),
+        (ERROR, "c", f"{text} [from file {path}:7]"),
     ]
+
+
+def test_a_port_that_is_asked_for_twice_is_not_called_free(ports, tmp_path):
+    path = tmp_path / "t.conf"
+    path.write_text(f"status = 127.0.0.1:{ports[1]}\nnetwork = tcp\n[tunnel a]\nurl = {SERVER.format(*ports)}\n")
+    twice = f"127.0.0.1:{ports[1]} is asked for twice; first"
+    assert [(each.level, each.text) for each in check(["--config", str(path)], {})[1:4]] == [
+        (OK, f"tunnel port: 127.0.0.1:{ports[0]} is free"),
+        (OK, f"public port, TCP: 127.0.0.1:{ports[1]} is free"),
+        (ERROR, f"status: {twice} as the public port, TCP of [a] [from file {path}:1]"),
+    ]
+    path.write_text(path.read_text() + f"[tunnel b]\nurl = {SERVER.format(*ports)}\n")
+    free = [each for each in check(["--config", str(path)], {}) if each.tunnel == "b" and "is free" in each.text]
+    assert free == []
 
 
 def test_an_address_of_another_machine_cannot_be_bound(ports):

@@ -228,6 +228,22 @@ def test_the_configuration_goes_to_stdout_and_nothing_runs(world, capsys):
     assert world.ran is None
 
 
+def test_a_port_that_is_asked_for_twice_is_refused_at_the_start_and_by_a_reload(world, tmp_path, capsys):
+    path = tmp_path / "t.conf"
+    path.write_text("[tunnel a]\nurl = server://0.0.0.0:1/:2\n[tunnel b]\nurl = server://:3/127.0.0.1:1\n")
+    text = "public port, TCP of [b]: 127.0.0.1:1 is asked for twice; first as the tunnel port of [a], 0.0.0.0:1"
+    text += f" [from file {path}:4]"
+    assert cli.main(["-c", str(path)]) == 2
+    assert capsys.readouterr() == ("", f"nodepass: error: {text}\n") and world.ran is None
+    twice = path.read_text()
+    path.write_text(twice.replace(":1/", ":4/"))
+    assert cli.main(["-c", str(path)]) == 7
+    path.write_text(twice)
+    with pytest.raises(ConfigError) as caught:
+        world.load()
+    assert str(caught.value) == text
+
+
 def test_an_interrupt_while_the_settings_are_read_is_exit_code_130(world, monkeypatch, capsys):
     def interrupted(argv, environ):
         raise KeyboardInterrupt
