@@ -136,6 +136,14 @@ def is_live(field_name: str) -> bool:
     return timed or field_name in ("log", "access_log", "dead_intervals", "penalty_after")
 
 
+DEMANDS = (  # of a client, and the least TLS mode in which each is met
+    ("ca", 2),
+    ("sni", 2),
+    ("pin", 1),
+    ("crt", 1),
+    ("tunnel_key", 1),
+    ("tunnel_key_file", 1),
+)
 ORDERED = (  # the first is at most the second
     ("min_pool_capacity", "max_pool_capacity"),
     ("penalty_first_s", "penalty_longest_s"),
@@ -237,9 +245,15 @@ class Config(Checked):
     @property
     def tls_demanded(self) -> tuple[int, str]:
         """The least TLS mode that a client accepts, and the setting that demands it."""
-        checks = ((2, "ca", self.ca), (2, "sni", self.sni), (1, "pin", self.pin), (1, "crt", self.crt))
-        demands = [(self.tls, f"tls={self.tls}"), *((mode, name) for mode, name, value in checks if value)]
+        demands = [
+            (self.tls, f"tls={self.tls}"),
+            *((mode, setting_name(name)) for name, mode in DEMANDS if getattr(self, name)),
+        ]
         return max(demands, key=lambda demand: demand[0])
+
+    def _lack_of_tls(self, field_name: str, least: int) -> ConfigError:
+        modes = " or ".join(f"tls={mode}" for mode in range(least, 3))
+        return self.fault(field_name, f"needs {modes}, and tls is {self.tls} (from {self.source('tls')})")
 
     def _check_order(self, least: str, most: str) -> None:
         if self.value(least) > self.value(most):
@@ -268,6 +282,9 @@ class Config(Checked):
             raise self.fault("data_port", "is for clients of profile v1, and with a tunnel key none is served")
 
     def _check_client(self) -> None:
+        for name, mode in DEMANDS if "tls" in self.sources else ():
+            if self.tls == 0 and getattr(self, name) is not None:
+                raise self._lack_of_tls(name, mode)
         for name in ("data_port", "allow_users", "deny_users", "allow_clients", "deny_clients"):
             if getattr(self, name) is not None:
                 raise self.fault(name, "belongs to the server; a client has none")

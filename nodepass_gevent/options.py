@@ -261,6 +261,10 @@ def show(process: Process, configs: Iterable[Config]) -> str:
 
 def _show_one(config: Config | Process, setting: Setting) -> str:
     value, source = config.value(setting.field), config.source(setting.name)
+    if isinstance(config, Config) and setting.field == "tls" and source == "default" and config.role == "client":
+        least, name = config.tls_demanded
+        if least > config.tls:  # as a value it would contradict what demands more
+            return configfile.format_line("# tls =", f"default: {name} demands {least}")
     if value is None:
         return configfile.format_line(f"# {setting.name} =", f"{source}: {setting.unset}")
     return configfile.format_entries([Entry(setting.name, setting_text(setting.field, value), source)])

@@ -4,6 +4,7 @@ import pytest
 
 from nodepass_gevent.config import Address, Config, Limits, setting_name, setting_text
 from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.tunnel_key import parse_key
 from nodepass_gevent.values import Networks, Pins
 
 PIN = Pins((bytes(32),))
@@ -289,10 +290,34 @@ def test_what_is_no_host_is_no_expected_name(name):
         ({"tls": 1, "ca": "a"}, (2, "ca")),
         ({"sni": "a.example", "pin": PIN}, (2, "sni")),
         ({"crt": "a", "key": "b"}, (1, "crt")),
+        ({"tunnel_key_file": "f"}, (1, "tunnel-key-file")),
     ],
 )
 def test_a_check_demands_the_mode_in_which_it_is_made(values, demanded):
     assert client(**values).tls_demanded == demanded
+
+
+KEY = parse_key("np1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8")
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"ca": "a"}, "ca: 'a' needs tls=2,"),
+        ({"sni": "a.example"}, "sni: 'a.example' needs tls=2,"),
+        ({"pin": PIN}, f"pin: '{PIN}' needs tls=1 or tls=2,"),
+        ({"crt": "a", "key": "b"}, "crt: 'a' needs tls=1 or tls=2,"),
+        ({"tunnel_key_file": "f"}, "tunnel-key-file: 'f' needs tls=1 or tls=2,"),
+        ({"tunnel_key": KEY}, "tunnel-key: '***' needs tls=1 or tls=2,"),
+    ],
+)
+def test_a_client_that_demands_tls_and_is_told_to_take_none_is_refused(values, text):
+    assert client(**values).tls == 0  # not told: the demand counts
+    sources = {"tls": "file f:2", **{setting_name(name): "URL query" for name in values}}
+    with pytest.raises(ConfigError) as caught:
+        client(tls=0, **values, sources=sources)
+    assert str(caught.value) == f"{text} and tls is 0 (from file f:2) [from URL query]"
+    assert client(tls=1, **values, sources=sources)
 
 
 @pytest.mark.parametrize(("tunnel", "target"), [(0, 80), (80, 0)])

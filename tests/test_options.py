@@ -746,6 +746,19 @@ def test_what_is_shown_reads_back_as_a_file(write, text):
     assert (again.process, again.configs) == (parsed.process, parsed.configs)
 
 
+def test_what_a_client_demands_is_shown_in_place_of_the_default():
+    def shown(query):
+        parsed = options.parse([f"client://h:1/:2{query}"], {})
+        (line,) = [line for line in options.show(parsed.process, parsed.configs).splitlines() if " tls =" in f" {line}"]
+        return " ".join(line.split())
+
+    assert shown("?ca=a") == "# tls = # default: ca demands 2"
+    assert shown("?pin=" + "ab" * 32) == "# tls = # default: pin demands 1"
+    assert shown("?tunnel-key-file=f") == "# tls = # default: tunnel-key-file demands 1"
+    assert shown("?ca=a&tls=1") == "tls = 1 # URL query"
+    assert shown("") == "tls = 0 # default"
+
+
 def test_building_the_parser_needs_neither_gevent_nor_openssl():
     code = (
         "import sys; from nodepass_gevent import command_line, options; command_line.build_parser().format_help();"
