@@ -275,7 +275,7 @@ class Config(Checked):
             other = self.source("tunnel-key")
             raise self.fault("tunnel_key_file", f"is not the only one: there is a tunnel-key, from {other}")
         if self.role == "server" and self.tls == 0:
-            raise self.fault("tls", "encrypts nothing, and a tunnel key needs that; with one allowed: 1, 2")
+            raise self._lack_of_tls("tunnel_key" if self.tunnel_key is not None else "tunnel_key_file", 1)
         if self.protocol == "1":
             raise self.fault("protocol", "knows no tunnel key; with one allowed: auto, 2")
         if self.data_port is not None and not self.reuse_port:

@@ -598,7 +598,16 @@ def test_a_key_in_the_url_beats_the_environment_and_gives_way_to_an_option():
         ([URL, "np1:s3cret"], {}, "unknown option or argument 'np1:***'"),
         (["np1:s3cret"], {}, "unknown command 'np1:***'"),
         ([URL + "?np1:s3cret"], {}, "unknown key 'np1:***'"),
-        ([URL], {"TUNNEL_KEY": PHRASE}, "tls: '0' encrypts nothing, and a tunnel key needs that; with one allowed: 1"),
+        (
+            [URL],
+            {"TUNNEL_KEY": PHRASE},
+            "tunnel-key: '***' needs tls=1 or tls=2, and tls is 0 (from default) [from environment variable TUNNEL_K",
+        ),
+        (
+            [URL + "?tunnel-key-file=x", "--tls=0"],
+            {},
+            "tunnel-key-file: 'x' needs tls=1 or tls=2, and tls is 0 (from command line) [from URL query]",
+        ),
         ([URL + "?tls=1&protocol=1"], {"TUNNEL_KEY": PHRASE}, "protocol: '1' knows no tunnel key; with one"),
         ([URL + "?tls=1&data-port=9"], {"TUNNEL_KEY": PHRASE}, "data-port: '9' is for clients of profile v1, and"),
         (
