@@ -292,6 +292,8 @@ class Config(Checked):
             raise self.fault("reuse_port", "belongs to the server, whose ports processes can share")
         if self.sni is not None and not is_host(self.sni):
             raise self.fault("sni", "is neither a name (ASCII letters, digits, hyphens, dots) nor an address")
+        if self.tunnel.is_unspecified:
+            raise self.fault("url", f"calls {self.tunnel.host}, which is no address to call: name the server")
         for address in (self.tunnel, self.target):
             if address.port == 0:
                 raise self.fault("url", f"dials {shown(address)}; a client needs ports from 1 to 65535")

@@ -221,6 +221,9 @@ def _make_config(name: str, url: TunnelURL, given: Mapping[str, Entry], warnings
     config = Config(role=url.role, tunnel=url.tunnel, target=url.target, name=name, sources=sources, **values)
     if config.role == "server" and config.crt and config.tls == 0:
         warnings.append(f"crt and key are not used, as tls is 0 [from {config.source('tls')}]: nothing is encrypted")
+    if config.role == "client" and not config.tunnel.host:
+        where = f"[from {config.source('url')}]"
+        warnings.append(f"the URL names no server before {config.tunnel}: this machine itself is called {where}")
     source = config.source("tunnel-key")
     if source in (command_line.SOURCE, "URL", "URL query"):
         warnings.append(

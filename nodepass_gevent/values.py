@@ -87,6 +87,14 @@ class Address:
         except ValueError:
             return self.host == "localhost"
 
+    @property
+    def is_unspecified(self) -> bool:
+        """Whether it is written as every address: something to listen on, and nothing to call."""
+        try:
+            return unmapped(self.host).is_unspecified
+        except ValueError:
+            return False
+
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 

@@ -297,6 +297,15 @@ def test_a_check_demands_the_mode_in_which_it_is_made(values, demanded):
     assert client(**values).tls_demanded == demanded
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "0:0::0", "::ffff:0.0.0.0"])
+def test_a_client_cannot_call_every_address(host):
+    with pytest.raises(ConfigError) as caught:
+        Config(role="client", tunnel=Address(host, 1), target=TARGET)
+    assert str(caught.value).endswith(f" calls {host}, which is no address to call: name the server [from default]")
+    assert Config(role="client", tunnel=Address("", 1), target=Address(host, 80))
+    assert Config(role="server", tunnel=Address(host, 1), target=TARGET)
+
+
 KEY = parse_key("np1:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8")
 
 

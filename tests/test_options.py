@@ -526,6 +526,12 @@ def test_cert_is_read_as_crt_with_a_warning(write):
     assert parsed.warnings == (f"cert is read as crt, which is its name [from {label}:1]",)
 
 
+def test_a_client_that_names_no_server_is_warned_about():
+    (warning,) = options.parse(["client://:1/:2"], {}).warnings
+    assert warning == "the URL names no server before :1: this machine itself is called [from command line]"
+    assert not options.parse(["client://localhost:1/:2"], {}).warnings + options.parse(["server://:1/:2"], {}).warnings
+
+
 def test_a_certificate_without_tls_is_warned_about():
     assert options.parse(["client://h:1/:2?crt=a&key=b"], {}).warnings == ()  # it demands tls of the server
     assert options.parse([URL + "?crt=a&key=b"], {}).warnings == (
