@@ -70,7 +70,7 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
         try:
             names = sorted(name for name in os.listdir(path) if name.endswith(".conf") and not name.startswith("."))
         except OSError as exc:
-            raise ConfigError(f"config: cannot read the directory: {exc.strerror} [from {printable(path)}]") from exc
+            raise ConfigError(f"config: cannot read the directory: {_reason(exc)} [from {printable(path)}]") from exc
         if not names:
             raise ConfigError(f"config: no file in the directory ends in .conf [from {printable(path)}]")
         yield from (os.path.join(path, name) for name in names)
@@ -84,8 +84,7 @@ def _read_one(path: str) -> tuple[str, str, bool]:
             open_to_others = bool(os.fstat(file.fileno()).st_mode & (stat.S_IRGRP | stat.S_IROTH))
             data = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
-        reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise ConfigError(f"config: cannot read the file: {reason} [from file {label}]") from exc
+        raise ConfigError(f"config: cannot read the file: {_reason(exc)} [from file {label}]") from exc
     if len(data) > MAX_FILE:
         raise ConfigError(f"config: the file is larger than {MAX_FILE} bytes [from file {label}]")
     try:
@@ -93,6 +92,10 @@ def _read_one(path: str) -> tuple[str, str, bool]:
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"config: the file is not UTF-8 text [from file {label}:{line}]") from exc
+
+
+def _reason(exc: Exception) -> str:
+    return str(exc.strerror if isinstance(exc, OSError) else exc).lower()
 
 
 def parse(text: str, label: str) -> Sections:
@@ -126,6 +129,8 @@ def _parse_into(sections: Sections, seen: dict[str, str], text: str, label: str)
 def _section_name(line: str, source: str) -> str:
     """Return the tunnel's name, or "" for ``[nodepass]``."""
     match = _SECTION.fullmatch(line)
+    if "]" not in line:
+        raise ConfigError(f"section {shown(line)} does not end: ] is missing [from {source}]")
     if not match:
         hint = did_you_mean(line, ("[nodepass]", "[tunnel name]"))
         raise ConfigError(f"unknown section {shown(line)}{hint}; allowed: [nodepass], [tunnel NAME] [from {source}]")

@@ -83,7 +83,8 @@ def test_a_value_is_taken_as_it_is_written(line, value):
         ("[x]", "unknown section '[x]'; allowed: [nodepass], [tunnel NAME] [from f:1]"),
         ("[tunnel]", "unknown section '[tunnel]'"),
         ("[Nodepass]", "unknown section '[Nodepass]' (did you mean '[nodepass]'?)"),
-        ("[nodepass", "unknown section '[nodepass'"),
+        ("[nodepass", "section '[nodepass' does not end: ] is missing [from f:1]"),
+        ("[tunnel web", "section '[tunnel web' does not end: ] is missing [from f:1]"),
         ("[nodepass] x", "unknown section '[nodepass] x'"),
         ("[tunnel a b]", "section: 'a b' is not a tunnel's name"),
         ("[tunnel -a]", "section: '-a' is not a tunnel's name"),
@@ -118,10 +119,10 @@ def test_a_file_that_is_no_text_is_refused_with_the_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("none.ini", "No such file or directory"),
+        ("none.ini", "no such file or directory"),
         (".", "no file in the directory ends in .conf"),
         ("a\0b", "null byte"),
-        ("\udcff\n", "No such file"),
+        ("\udcff\n", "no such file"),
     ],
 )
 def test_an_unreadable_file_is_refused_with_the_reason(tmp_path, name, why):

@@ -128,7 +128,7 @@ def test_a_file_that_is_wrong_is_refused_with_its_place_and_the_old_one_goes_on(
     visit(site.public)
     site.path.unlink()
     os.kill(site.process.pid, signal.SIGHUP)
-    site.process.wait_for_line("configuration refused, the old one goes on: config: cannot read the file: No such file")
+    site.process.wait_for_line("configuration refused, the old one goes on: config: cannot read the file: no such file")
     visit(site.public)
     site.hang_up(r"configuration taken up; tunnels added, changed or removed: 1", web="pool-wait = 7s")
     visit(site.public)
