@@ -20,6 +20,9 @@ SOURCE = "command line"
 LINE_ONLY = ("config", "only", "show-config", "version", "help")  # options that are no settings
 
 
+_LACKS_VALUE = re.compile("argument (?:-[a-z]/)?(--[a-z-]+): expected one argument")  # argparse's words
+
+
 @dataclass(frozen=True)
 class Command:
     """A word that stands in the place of running tunnels."""
@@ -79,6 +82,11 @@ class Line:
 
 class _Parser(configargparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        lacking = _LACKS_VALUE.fullmatch(message)
+        if lacking:
+            option = lacking[1]
+            metavar = self._option_string_actions[option].metavar
+            raise ConfigError(f"{option} is followed by {metavar} [from {SOURCE}]")
         raise ConfigError(re.split(" ['\"]", message)[0])  # argparse quotes the value, which may be a secret
 
 
@@ -136,8 +144,8 @@ def _split_command(argv: Sequence[str]) -> tuple[str, tuple[str, ...]]:
             return " ".join(argv[:count]), tuple(argv[count:])
     if argv and argv[0] in _FIRST_WORDS and not {"-h", "--help"} & set(argv):
         kinds = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{argv[0]} ")]
-        hint = did_you_mean(argv[1], kinds) if len(argv) > 1 else ""
-        raise ConfigError(f"{argv[0]} is followed by {', '.join(kinds[:-1])} or {kinds[-1]}{hint} [from {SOURCE}]")
+        wrong = f", not by {shown(argv[1])}{did_you_mean(argv[1], kinds)}" if len(argv) > 1 else ""
+        raise ConfigError(f"{argv[0]} is followed by {', '.join(kinds[:-1])} or {kinds[-1]}{wrong} [from {SOURCE}]")
     return "run", tuple(argv)
 
 

@@ -21,10 +21,14 @@ from .url import FORMS, TunnelURL, parse_url
 from .values import closest, did_you_mean, printable, shown
 
 _LIMITS = [each.name for each in fields(Limits)]
-# fmt: off
-LATER_KEYS = frozenset(("min", "max", "mode", "dial", "read", "rate", "slot", "proxy", "block", "dns", "notcp",
-                        "noudp", "type", "quic", "pool"))
-# fmt: on
+LATER_KEYS = dict.fromkeys(("mode", "dial", "read", "rate", "block", "dns", "type", "quic", "pool"), "") | {
+    "min": "min-pool-capacity",
+    "max": "max-pool-capacity",
+    "slot": "semaphore-limit",
+    "proxy": "proxy-protocol",
+    "notcp": "network=udp",
+    "noudp": "network=tcp",
+}
 PREFIX = "NODEPASS_"
 _NO_SETTINGS = frozenset(("NODEPASS_SINGLE_FILE",))  # by which the launcher of the single file names itself
 _KUBERNETES = re.compile(r"[A-Z0-9_]*_SERVICE_(?:HOST|PORT(?:_[A-Z0-9_]+)?)|[A-Z0-9_]*_PORT_[0-9]+_[A-Z]+(?:_[A-Z]+)?")
@@ -187,7 +191,8 @@ def _hint(name: str, known: Iterable[str]) -> str:
     if name in BY_NAME and name != "url":
         return ", which holds for all tunnels: it belongs to [nodepass]"
     if name in LATER_KEYS:
-        return ", which belongs to a later NodePass release"
+        here = f"; here there is {LATER_KEYS[name]}" if LATER_KEYS[name] else ""
+        return f", which belongs to a later NodePass release{here}"
     return did_you_mean(name, known) or "; nodepass --help shows all of them"
 
 

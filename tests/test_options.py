@@ -384,7 +384,10 @@ def test_a_file_without_a_url_is_refused(write):
         ([URL, "--semaphore", "5"], {}, "unknown option or argument '--semaphore'"),
         ([URL, "-x"], {}, "unknown option or argument '-x' [from command line]"),
         ([URL, "extra"], {}, "unknown option or argument 'extra' [from command line]"),
-        ([URL, "--log"], {}, "argument --log: expected one argument"),
+        ([URL, "--log"], {}, "--log is followed by debug|info|warn|error|fatal [from command line]"),
+        ([URL, "-c"], {}, "--config is followed by FILE [from command line]"),
+        ([URL, "--pool-wait", "--tls=1"], {}, "--pool-wait is followed by TIME [from command line]"),
+        (["generate", "supervisor", "x", URL, "--log-dir"], {}, "--log-dir is followed by DIR [from command line]"),
         ([URL, "--show-config=s3cret"], {}, "argument --show-config: ignored explicit argument"),
     ],
 )
@@ -397,7 +400,16 @@ def test_a_wrong_setting_is_one_line_with_its_source(argv, environ, text):
 
 @pytest.mark.parametrize("key", LATER_KEYS)
 def test_a_key_of_a_later_release_is_named_as_such(key):
-    assert error(f"{URL}?{key}=1") == f"unknown key '{key}', which belongs to a later NodePass release [from URL query]"
+    here = {
+        "min": "; here there is min-pool-capacity",
+        "max": "; here there is max-pool-capacity",
+        "slot": "; here there is semaphore-limit",
+        "proxy": "; here there is proxy-protocol",
+        "notcp": "; here there is network=udp",
+        "noudp": "; here there is network=tcp",
+    }.get(key, "")
+    text = f"unknown key '{key}', which belongs to a later NodePass release{here} [from URL query]"
+    assert error(f"{URL}?{key}=1") == text
 
 
 @pytest.mark.parametrize(
@@ -409,8 +421,9 @@ def test_a_key_of_a_later_release_is_named_as_such(key):
         (["generate"], "generate is followed by config, supervisor, systemd or systemd-template [from command line]"),
         (
             ["generate", "sytemd", "x"],
-            "generate is followed by config, supervisor, systemd or systemd-template (did you ",
+            "generate is followed by config, supervisor, systemd or systemd-template, not by 'sytemd' (did you mean '",
         ),
+        (["generate", "nonsense"], "systemd or systemd-template, not by 'nonsense' [from command line]"),
         (
             ["generate", "systemd", "x", URL, "--numprocs", "2"],
             "unknown option or argument '--numprocs', which belongs to generate supervisor",
@@ -509,7 +522,7 @@ def test_a_url_from_elsewhere_is_refused_beside_tunnel_sections(write):
 
 def test_an_unreadable_file_is_refused():
     assert error("-c", "/nonexistent\n/x") == (
-        r"config: cannot read the file: No such file or directory [from file /nonexistent\n/x]"
+        r"config: cannot read the file: no such file or directory [from file /nonexistent\n/x]"
     )
 
 
