@@ -57,6 +57,7 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
         process = parsed.process
         configs += parsed.configs
         findings += [Finding(WARNING, name, text) for text in parsed.warnings]
+    findings = _told_once(findings)
     if not findings and not configs:
         findings.append(Finding(ERROR, "", "there is no tunnel: name one by a URL or in a file"))
     clashes = ports.clashes(ports.of_process(process, configs))
@@ -64,6 +65,14 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
         findings += [Finding(level, config.name, text) for level, text in _look_at(config, clashes)]
     findings += [Finding(ERROR, "", f"{port.what}: {text}") for port, text in clashes.items() if port.what == "status"]
     return [*dict.fromkeys(findings), *_count_descriptors(configs)]
+
+
+def _told_once(findings: Sequence[Finding]) -> list[Finding]:
+    """Let what was found for several tunnels, as of [nodepass] or the environment, be told once and of none."""
+    tunnels: dict[tuple[str, str], set[str]] = {}
+    for each in findings:
+        tunnels.setdefault((each.level, each.text), set()).add(each.tunnel)
+    return [Finding(level, names.pop() if len(names) == 1 else "", text) for (level, text), names in tunnels.items()]
 
 
 def report(findings: Iterable[Finding], *, as_json: bool) -> tuple[str, bool]:
@@ -129,7 +138,9 @@ def _resolve(what: str, address: Address) -> tuple[str, str]:
         found = net.resolve(address)
     except ConnectError as exc:
         return WARNING, f"{what} {address}: {exc}"  # it may be there when it is needed: that is tried for ever
-    return OK, f"{what} {address}: {', '.join(map(str, found))}"
+    texts = ", ".join(map(str, found))
+    to = "" if texts == str(address) else f" to {texts}"
+    return OK, f"{what} {address} resolves{to}; it was not called"
 
 
 def _bind(what: str, address: Address, kind: int) -> tuple[str, str]:

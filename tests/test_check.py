@@ -44,7 +44,8 @@ def test_a_sound_server_has_all_its_ports_looked_at(ports):
 def test_a_client_has_its_names_resolved():
     found = check(["client://localhost:1/nowhere.invalid:2"], {})
     assert levels(found) == [OK, OK, WARNING, OK]
-    assert found[1].text.startswith("tunnel localhost:1: 127.0.0.1:1")
+    assert found[1].text.startswith("tunnel localhost:1 resolves to ") and "127.0.0.1:1" in found[1].text
+    assert found[1].text.endswith("; it was not called")
     assert found[2].text.startswith("target nowhere.invalid:2: resolve nowhere.invalid: ")
 
 
@@ -136,6 +137,27 @@ def test_the_mistake_of_one_tunnel_hides_none_of_another(tmp_path, ports):
     found = check(["--config", str(path)], {})
     assert [(finding.level, finding.tunnel) for finding in worst(found)] == [(ERROR, "a"), (ERROR, "c")]
     assert Finding(OK, "b", "settings of client://localhost:1/localhost:2") in found
+
+
+def test_an_address_that_nobody_was_called_at_says_so(ports):
+    found = check([f"client://127.0.0.1:{ports[0]}/[::1]:{ports[1]}"], {})
+    assert [each.text for each in found[1:3]] == [
+        f"tunnel 127.0.0.1:{ports[0]} resolves; it was not called",
+        f"target [::1]:{ports[1]} resolves; it was not called",
+    ]
+
+
+def test_a_mistake_that_all_tunnels_share_is_told_once(tmp_path):
+    path = tmp_path / "nodepass.conf"
+    tunnels = "".join(f"[tunnel {name}]\nurl = client://localhost:1/localhost:2\n" for name in "abc")
+    path.write_text(f"logg = info\n{tunnels}")
+    assert check(["--config", str(path)], {}) == [
+        Finding(ERROR, "", f"unknown key 'logg' (did you mean 'log'?) [from file {path}:1]")
+    ]
+    path.write_text(f"cert = x\nkey = y\n{tunnels}tls = 7\n")
+    found = worst(check(["--config", str(path)], {}))
+    assert found[0] == Finding(WARNING, "", f"cert is read as crt, which is its name [from file {path}:1]")
+    assert found[1] == Finding(ERROR, "c", f"tls: '7' is not one of 0, 1, 2 [from file {path}:9]")
 
 
 def test_a_file_that_cannot_be_read_is_one_error():
