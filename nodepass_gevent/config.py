@@ -11,11 +11,14 @@ from typing import Any
 
 from .errors import ConfigError
 from .tunnel_key import TunnelKey
-from .values import Address, Networks, Pins, did_you_mean, format_duration, is_host, shown
+from .values import Address, Networks, Pins, did_you_mean, format_duration, is_host, shown, shown_path
 
 _TUNNEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")  # the most detailed first
 LOG_FORMATS = ("text", "json")
+
+
+FILES = ("crt", "key", "ca", "tunnel_key_file", "status_token_file", "log_to")  # fields that name a file
 
 
 def _within(low: float, high: float, default: float | None) -> Any:
@@ -95,7 +98,8 @@ class Checked:
     def fault(self, field_name: str, why: str) -> ConfigError:
         """Make the error for a field: its name, its value, what is wrong, its source."""
         name, value = (setting_name(field_name), setting_text(field_name, self.value(field_name)))
-        return ConfigError(f"{name}: {shown(value)} {why} [from {self.source(name)}]")
+        quoted = shown_path(value) if field_name in FILES else shown(value)
+        return ConfigError(f"{name}: {quoted} {why} [from {self.source(name)}]")
 
     def _check_field(self, name: str, rule: Mapping[str, Any]) -> None:
         value = self.value(name)

@@ -19,7 +19,7 @@ from .configfile import NAME
 from .errors import ConfigError
 from .options import Parsed
 from .settings import BY_NAME
-from .values import Address, shown
+from .values import Address, shown, shown_path
 
 START_S = 5  # wrong settings are told within that, also on a busy machine; supervisord then gives up after some tries
 STOP_SLACK_S = 3  # the log is flushed, and a busy machine
@@ -150,7 +150,7 @@ def systemd(parsed: Parsed, command: Command) -> str:
         raise parsed.process.fault("log_to", "cannot be written by the unit; its log goes to the journal")
     for path in map(os.path.abspath, parsed.line.files):
         if path.startswith(HOMES):
-            raise ConfigError(f"config: {shown(path)}: homes are hidden from the unit [from {SOURCE}]")
+            raise ConfigError(f"config: {shown_path(path)}: homes are hidden from the unit [from {SOURCE}]")
     words, extra = [*command.words, *_arguments(parsed.line)], []
     if parsed.line.files:
         for config in parsed.configs:
@@ -297,14 +297,16 @@ def _check(parsed: Parsed) -> None:
 
 def _check_absolute(setting: str, path: str, source: str) -> None:
     if not path.startswith("/") or not path.isprintable():
-        raise ConfigError(f"{setting}: {shown(path)} must begin with /: the service starts elsewhere [from {source}]")
+        raise ConfigError(
+            f"{setting}: {shown_path(path)} must begin with /: the service starts elsewhere [from {source}]"
+        )
 
 
 def _arguments(line: Line) -> list[str]:
     """Write a line's settings again, its files with their whole path."""
     for path in line.files:
         if not path.isprintable():
-            raise ConfigError(f"config: {shown(path)} holds control characters [from {SOURCE}]")
+            raise ConfigError(f"config: {shown_path(path)} holds control characters [from {SOURCE}]")
     given = [entry for name, entry in line.given.items() if name != "url"]
     words = [f"--config={os.path.abspath(path)}" for path in line.files]
     words += [f"--only={line.only}"] if line.only else []

@@ -13,7 +13,7 @@ from . import log as logs
 from .config import Config, Process
 from .errors import ConfigError
 from .tunnel_key import Root, TunnelKey, derive, parse_key
-from .values import shown
+from .values import shown_path
 
 MAX_KEYS = 2  # the old one and the new one
 MAX_FILE = 8192  # bytes; two passphrases of 1024 characters, and comments
@@ -45,7 +45,7 @@ class KeyRing:
         roots = gevent.get_hub().threadpool.apply(_derive, (self._config, keys))
         if self._seen == stamp:  # it may have changed once more meanwhile
             self.roots = roots
-            self._log.info("tunnel key: %d read from %s", len(keys), shown(self._config.tunnel_key_file))
+            self._log.info("tunnel key: %d read from %s", len(keys), shown_path(self._config.tunnel_key_file))
 
 
 def read_keys(config: Config) -> tuple[TunnelKey, ...]:
@@ -58,7 +58,9 @@ def read_keys(config: Config) -> tuple[TunnelKey, ...]:
     try:
         return _parse(read_private(path))
     except ConfigError as exc:
-        raise ConfigError(f"tunnel-key-file: {shown(path)} {exc} [from {config.source('tunnel-key-file')}]") from exc
+        raise ConfigError(
+            f"tunnel-key-file: {shown_path(path)} {exc} [from {config.source('tunnel-key-file')}]"
+        ) from exc
 
 
 def read_private(path: str) -> str:
@@ -103,7 +105,7 @@ def read_token(process: Process) -> str | None:
         return token
     except ConfigError as exc:
         source = process.source("status-token-file")
-        raise ConfigError(f"status-token-file: {shown(path)} {exc} [from {source}]") from exc
+        raise ConfigError(f"status-token-file: {shown_path(path)} {exc} [from {source}]") from exc
 
 
 def _open(path: str, flags: int) -> int:

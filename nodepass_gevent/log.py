@@ -9,7 +9,7 @@ import os
 
 from .log_forms import TUNNEL, make_formatter
 from .log_writer import Dropped, Event, Writer
-from .values import shown
+from .values import shown_path
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def reopen() -> None:
         except OSError as exc:
             log.error(
                 "cannot open %s again, the old file stays in use: %s",
-                shown(writer.to),
+                shown_path(writer.to),
                 (exc.strerror or str(exc)).lower(),
             )
 

@@ -33,6 +33,11 @@ def shown(text: object) -> str:
     return f"'{printable('***@' + rest if at else rest)}'"
 
 
+def shown_path(path: object) -> str:
+    """Quote the name of a file for an error; it may hold an ``@``, as systemd's credentials do, if it is no URL."""
+    return shown(path) if "://" in str(path) else f"'{printable(str(path))}'"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, or nothing."""
     close = closest(word, known)

@@ -214,6 +214,14 @@ def test_a_key_file_that_cannot_be_used_is_refused_before_anything_runs(world, c
     assert cli.main([f"{URL}?tls=1&tunnel-key-file={path}"]) == 7
 
 
+def test_a_credential_of_systemd_is_named_whole(world, capsys):
+    path = "/run/credentials/nodepass@web.service/no.key"
+    assert cli.main([f"{URL}?tls=1&tunnel-key-file={path.replace('@', '%40')}"]) == 2
+    assert capsys.readouterr().err.startswith(f"nodepass: error: tunnel-key-file: '{path}' cannot be read: no such")
+    assert cli.main([f"{URL}?tls=0&tunnel-key-file={path}"]) == 2
+    assert capsys.readouterr().err.startswith(f"nodepass: error: tunnel-key-file: '{path}' needs tls=1 or tls=2")
+
+
 @pytest.mark.parametrize("option", ["-h", "--help"])
 def test_the_help_goes_to_stdout(world, capsys, option):
     assert cli.main([option]) == 0

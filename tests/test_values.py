@@ -16,6 +16,7 @@ from nodepass_gevent.values import (
     parse_duration,
     printable,
     shown,
+    shown_path,
     unmapped,
 )
 
@@ -40,6 +41,19 @@ fuzz = settings(max_examples=300, deadline=None, database=None)
 )
 def test_foreign_text_is_escaped_and_what_may_be_a_key_is_hidden(text, escaped):
     assert shown(text) == escaped
+
+
+@pytest.mark.parametrize(
+    ("path", "quoted"),
+    [
+        ("/run/credentials/nodepass@web.service/tunnel.key", "'/run/credentials/nodepass@web.service/tunnel.key'"),
+        ("a@b\n", r"'a@b\n'"),
+        ("client://s3cret@h:1/:2", "'***@h:1/:2'"),
+        ("np1:s3cret", "'np1:***'"),
+    ],
+)
+def test_the_name_of_a_file_is_shown_whole_unless_it_is_a_url(path, quoted):
+    assert shown_path(path) == quoted
 
 
 @pytest.mark.parametrize("text", ["x" * 5000, "\x00" * 5000])
