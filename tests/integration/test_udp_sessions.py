@@ -163,7 +163,7 @@ def test_idle_sessions_leave_nothing_behind(tls, echo):
             user.send(b"%d" % number)
         for number, user in enumerate(users):
             assert user.recv(100) == b"%d" % number
-        assert both.server.fds() >= counts[0] + 50
+        wait_until(lambda: both.server.fds() >= counts[0] + 50, WAIT_S, "a data connection for each, and a full pool")
         for process, count in zip((both.server, both.client), counts, strict=True):
             wait_for_fds(process, count)
         users[0].send(b"again")
