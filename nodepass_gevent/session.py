@@ -64,20 +64,28 @@ class Session:
         self._silence_s = silence_s
         self._leave_s = leave_s
         self._due: list[bytes] = []
+        self._gathers = False  # a line was sent in this turn of the event loop: further ones wait for its end
         self._wake = Event()  # what is due is for the writer: the peer reads slowly, or not at all
         self._ending = False  # no line follows those that are due
 
     def send(self, line: bytes) -> bool:
-        """Queue a line; all lines of one turn of the event loop go out in one segment. Never blocks.
+        """Send a line; what follows it in the same turn of the event loop goes out in one segment. Never blocks.
 
         False: the session is ending, and the line is not sent.
         """
         if self._ending:
             return False
         self._due.append(line)
-        if len(self._due) == 1:
-            soon(self._send_now)
+        if not self._gathers:  # the peer can begin with the first while the others of a crowd are got ready
+            self._gathers = True
+            soon(self._send_gathered)
+            self._send_now()
         return True
+
+    def _send_gathered(self) -> None:
+        self._gathers = False
+        if self._due:
+            self._send_now()
 
     def _send_now(self) -> None:
         """Send what is due, without the writer as long as the kernel takes everything."""

@@ -172,13 +172,16 @@ def test_the_limit_of_silence_is_asked_for_anew_with_each_arrival(run):
 # Sending
 
 
-def test_all_lines_of_one_turn_go_out_in_one_write(run):
+def test_the_first_line_of_a_turn_goes_out_alone_and_all_others_in_one_write(run):
     running = run()
-    for line in (b"//0000000a#1\n", b"//0000000b#1\n", b"//0000000c#2\n"):
-        running.session.send(line)
-    sent = b"//0000000a#1\n//0000000b#1\n//0000000c#2\n"
-    assert read_exactly(running.peer, len(sent)) == sent
-    assert running.control.writes == [sent]
+    lines = (b"//0000000a#1\n", b"//0000000b#1\n", b"//0000000c#2\n")
+    for _ in range(2):
+        for line in lines:
+            running.session.send(line)
+        assert running.control.writes == [lines[0]]
+        assert read_exactly(running.peer, 3 * len(lines[0])) == b"".join(lines)
+        assert running.control.writes == [lines[0], lines[1] + lines[2]]
+        running.control.writes.clear()
 
 
 def test_a_line_goes_out_at_once(run):
