@@ -28,7 +28,7 @@ class KeyRing:
         self._config = config
         self._log = logs.of(config.name)
         self._seen = _stamp(config.tunnel_key_file)
-        self.roots = _derive(config, read_keys(config))
+        self.roots = _derive_aside(config, read_keys(config))
 
     def reload(self) -> None:
         """Read the file again if it changed; keep the old keys, and say so, if it is bad."""
@@ -41,8 +41,7 @@ class KeyRing:
         except ConfigError as exc:
             self._log.error("tunnel key not reloaded, the old one stays in use: %s", exc)
             return
-        # scrypt takes a while: in a thread, so that nobody waits for it
-        roots = gevent.get_hub().threadpool.apply(_derive, (self._config, keys))
+        roots = _derive_aside(self._config, keys)
         if self._seen == stamp:  # it may have changed once more meanwhile
             self.roots = roots
             self._log.info("tunnel key: %d read from %s", len(keys), shown_path(self._config.tunnel_key_file))
@@ -125,6 +124,11 @@ def _parse(text: str) -> tuple[TunnelKey, ...]:
     if not 1 <= len(keys) <= MAX_KEYS:
         raise ConfigError(f"holds {len(keys) or 'no'} keys; it needs one, or two while a key is changed")
     return tuple(keys)
+
+
+def _derive_aside(config: Config, keys: tuple[TunnelKey, ...]) -> tuple[Root, ...]:
+    """Derive in a thread: scrypt takes a tenth of a second, in which other tunnels go on."""
+    return gevent.get_hub().threadpool.apply(_derive, (config, keys)) if keys else ()
 
 
 def _derive(config: Config, keys: tuple[TunnelKey, ...]) -> tuple[Root, ...]:

@@ -153,11 +153,11 @@ class _Signals:
             try:
                 plan = self._load()
                 _set_up_log(plan)
-            except ConfigError as exc:
+                changed = self.follow(plan)
+            except ConfigError as exc:  # also of a file that has gone bad since it was checked
                 log.error("configuration refused, the old one goes on: %s", exc)
                 self._status.refused = Ended(str(exc))
             else:
-                changed = self.follow(plan)
                 log.info("configuration taken up; tunnels added, changed or removed: %d", changed)
                 self._status.refused = None
             self._tunnels.reload()

@@ -47,14 +47,14 @@ class Server:
     def __init__(self, config: Config, before: "Server | None" = None) -> None:
         self.config = config
         self.counters: Counters = before.counters if before else Counters()
-        fits = before is not None and before.config.reuse_port == config.reuse_port
-        self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})
         self.exchanges = Crew(config.semaphore_limit)
         self.begun = Event()
         self._log = logs.of(config.name)
         self._certificate = ServerCertificate(config.crt, config.key, config.ca, self._log) if config.tls else None
-        self._clients = Clients(config.limits, self._log)
         self._keys = KeyRing(config)
+        fits = before is not None and before.config.reuse_port == config.reuse_port
+        self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})  # from here on nothing may fail
+        self._clients = Clients(config.limits, self._log)
         self._admission = Admission(config, self.counters)
         self.penalties = Penalties(config.limits, self._clients.at, log=self._log)
         self._reception = Reception(config, self._certificate, self._keys, self._clients, self.penalties, self.counters)

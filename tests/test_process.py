@@ -150,6 +150,33 @@ role = Refused(cooldown_s=3600)
         assert "reloaded" in running.said
 
 
+def test_a_file_that_goes_bad_behind_its_check_is_a_configuration_refused_and_the_old_tunnel_goes_on():
+    code = """
+role, changed = Role(), Role(cooldown_s=6.0)
+plans = [changed, role, changed, Role(cooldown_s=7.0)]
+def make(config, before):
+    if config is changed.config:
+        raise ConfigError("crt: it went bad")
+    return Role(cooldown_s=config.service_cooldown_s)
+Config.adopt = lambda self, other: False
+def run(role):
+    load = lambda: process.Plan(Process(), (plans.pop(0).config,))
+    return process.run(process.Plan(Process(), (role.config,)), load, make)
+"""
+    with script(code) as running:
+        running.wait_for("run 1")
+        for _ in range(2):
+            running.kill(signal.SIGHUP)
+            running.wait_for("configuration refused, the old one goes on: crt: it went bad\n")
+            running.wait_for("reloaded\n")
+            assert "role ended" not in running.said
+            running.said = ""
+            running.kill(signal.SIGHUP)
+            running.wait_for("configuration taken up; tunnels added, changed or removed: ")
+        assert "changed or removed: 1" in running.said
+        assert "role ended" in running.said
+
+
 def test_an_error_in_a_greenlet_is_logged_and_ends_no_other():
     with script("role = Role()\nrole.work = lambda: gevent.spawn(lambda: 1 / 0)") as running:
         running.wait_for("ZeroDivisionError")

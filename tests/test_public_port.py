@@ -14,6 +14,7 @@ from tunnel import ELSEWHERE, closed, dial, is_served, read_line
 
 from nodepass_gevent import net
 from nodepass_gevent.config import Address, Config
+from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.server import Server
 
 
@@ -191,6 +192,17 @@ def test_an_open_port_that_is_handed_over_is_closed_when_no_client_comes_back(se
     spawn(successor.run)
     assert is_open(running)
     wait_until(lambda: not is_open(running))
+
+
+def test_a_successor_whose_certificate_has_gone_bad_leaves_callers_to_the_former_one(serve, connect):
+    running = serve()
+    client = connect(running).join().known()
+    broken = replace(running.server.config, tls=1, crt="/nowhere/crt", key="/nowhere/key")
+    with pytest.raises(ConfigError, match="no such file"):
+        Server(broken, running.server)
+    with closing(call_unseen(running.public)) as user:
+        running.greenlet.kill()
+        assert is_served(user, client)
 
 
 def test_an_address_that_is_taken_does_not_keep_the_former_port_open(serve):
