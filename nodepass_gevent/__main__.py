@@ -1,10 +1,16 @@
 """The entry point: makes blocking code cooperative before anything else is imported, then runs the command."""
 
-from gevent import monkey
+import signal
+
+# Who is told to read its configuration again, or to open its log anew, while it is only starting does so when it can:
+# unhandled, these signals would end it.
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
+
+from gevent import monkey  # noqa: E402  importing takes a third of a second
 
 monkey.patch_all()
 
-import sys  # noqa: E402  nothing may stand before the patch
+import sys  # noqa: E402  little may stand before the patch
 
 from .cli import main  # noqa: E402
 

@@ -117,6 +117,7 @@ class _Signals:
         gevent.signal_handler(signal.SIGHUP, self._hang_up)
         gevent.signal_handler(signal.SIGUSR1, logs.reopen)
         gevent.signal_handler(signal.SIGUSR2, self._dump)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))  # see __main__
 
     def follow(self, plan: Plan) -> int:
         """Make the process what a plan says; give the number of tunnels that were added, changed or removed."""

@@ -135,6 +135,23 @@ def test_a_file_that_is_wrong_is_refused_with_its_place_and_the_old_one_goes_on(
     site.hang_up(r"configuration taken up; tunnels added, changed or removed: 0", web="pool-wait = 7s")
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_to_a_process_that_is_only_starting_does_not_end_it(number, tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    settings = f"[tunnel a]\nurl = server://127.0.0.1:{free_port()}/127.0.0.1:{free_port('both')}\n"
+    with Process([sys.executable, "-m", "nodepass_gevent", "--config", str(path)]) as process:
+        with path.open("w") as pipe:  # it has opened the other end
+            os.kill(process.pid, number)
+            pipe.write(settings)
+        if number == signal.SIGHUP:
+            path.write_text(settings)
+            process.wait_for_line("configuration taken up; tunnels added, changed or removed: 0")
+        else:
+            process.wait_for_line("listening:")
+        assert process.returncode is None
+
+
 def test_a_level_changes_without_a_restart(site):
     site.hang_up(r"\[web\] settings changed: log", common="log = debug")
     start = len(site.process.lines)
