@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import resources
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
@@ -32,16 +33,17 @@ from .transport import reason
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = 32  # at once; further ones wait in the kernel
+CONNECTIONS = 32  # at once; a further one takes the place of whose request is not here yet, or waits
 REQUEST_BYTES = 16384  # of a request with all its headers; a browser's has about 1,000
 REQUEST_S = 5.0  # for the request to come and the answer to be read
+ASK_S = 0.1  # for the request to come, where another caller waits
 SHARE = 20  # answers take a twentieth of the time at most
 LEAST_PAUSE_S = 0.01  # between two answers
 ACCEPT_PAUSE_S = 1.0  # without descriptors: tunnels need them more
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # while the port is taken
 SAMPLE_S = 1.0
 LIMITS = Limits()  # sockets have the options of any other
-DESCRIPTORS = CONNECTIONS + 1
+DESCRIPTORS = CONNECTIONS + 2  # the listener's, and that of who waits
 PLAIN, JSON, HTML = "text/plain; charset=utf-8", "application/json", "text/html; charset=utf-8"
 
 
@@ -63,6 +65,7 @@ class StatusServer:
         self._application = _Application(address, token, status)
         self._status = status
         self._connections = Pool(CONNECTIONS)
+        self._unread: dict[socket.socket, float] = {}  # connections without a request yet, and when they came, in order
         self._running = Group()
 
     def start(self) -> None:
@@ -100,32 +103,43 @@ class StatusServer:
             pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
 
     def _accept(self, listener: socket.socket) -> None:
-        server = pywsgi.WSGIServer(listener, self._application, log=None, error_log=None, handler_class=_Handler)
+        handler = partial(_Handler, lambda connection: self._unread.pop(connection, None))
+        server = pywsgi.WSGIServer(listener, self._application, log=None, error_log=None, handler_class=handler)
         while True:
-            self._connections.wait_available()
             try:
                 connection, caller = listener.accept()
             except OSError as exc:  # no descriptor, no memory, or a caller that has left already
                 log.debug("status: %s", reason(exc))
                 gevent.sleep(ACCEPT_PAUSE_S)
                 continue
-            self._connections.spawn(_serve, server, connection, caller)
+            if self._connections.full() and self._unread:
+                self._hurry_oldest()
+            self._unread[connection] = time.monotonic()
+            self._connections.spawn(self._serve, server, connection, caller)
+
+    def _hurry_oldest(self) -> None:
+        """Cut who has not asked in time, unless there is room by then."""
+        oldest, came = next(iter(self._unread.items()))
+        self._connections.wait_available(max(came + ASK_S - time.monotonic(), 0))
+        gevent.sleep(0)  # what has arrived by now is read first
+        if self._connections.full() and self._unread.pop(oldest, None):
+            _cut(oldest)
+
+    def _serve(self, server: pywsgi.WSGIServer, connection: socket.socket, caller: tuple) -> None:
+        """Answer one request, in bounded time: whoever is too slow is cut."""
+        cut = gevent.spawn_later(REQUEST_S, _cut, connection)
+        try:
+            server.handle(connection, caller)
+        except (OSError, ValueError) as exc:  # it has left, or its headers are no headers
+            log.debug("status: a caller: %s", reason(exc))
+        finally:
+            cut.kill(block=False)
+            self._unread.pop(connection, None)
+            connection.close()
 
 
 def _listen(address: Address) -> socket.socket:
     return socket.socket(fileno=net.listen(address, LIMITS).detach())
-
-
-def _serve(server: pywsgi.WSGIServer, connection: socket.socket, caller: tuple) -> None:
-    """Answer one request, in bounded time: whoever is too slow is cut."""
-    cut = gevent.spawn_later(REQUEST_S, _cut, connection)
-    try:
-        server.handle(connection, caller)
-    except (OSError, ValueError) as exc:  # it has left, or its headers are no headers
-        log.debug("status: a caller: %s", reason(exc))
-    finally:
-        cut.kill(block=False)
-        connection.close()
 
 
 def _cut(connection: socket.socket) -> None:
@@ -160,13 +174,15 @@ class _Bounded:
 
 
 class _Handler(pywsgi.WSGIHandler):
-    """A request that is not HTTP is answered 400, and nothing is printed."""
+    """A request that is not HTTP is answered 400, and nothing is printed. ``on_read`` is told when it is here."""
 
-    def __init__(self, sock: Any, address: Any, server: Any) -> None:
+    def __init__(self, on_read: Callable[[Any], object], sock: Any, address: Any, server: Any) -> None:
         super().__init__(sock, address, server, _Bounded(sock.makefile("rb", -1)))
+        self._on_read = on_read
 
     def read_request(self, raw_requestline: str) -> bool:
         read = super().read_request(raw_requestline)
+        self._on_read(self.socket)
         if self.rfile.exhausted:
             raise ValueError("the request is too long")
         return read

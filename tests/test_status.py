@@ -525,8 +525,8 @@ def test_a_request_that_is_too_long_is_refused(ask, capfd, headers, size):
     assert capfd.readouterr() == ("", "")
 
 
-def test_callers_that_say_or_read_nothing_give_way_to_others(ask, monkeypatch):
-    monkeypatch.setattr(status_server, "REQUEST_S", 0.2)
+def test_callers_that_say_nothing_or_half_a_request_give_way_to_others_at_once(ask, monkeypatch):
+    monkeypatch.setattr(status_server, "REQUEST_S", 3600.0)
     request = ask(service())
     with contextlib.ExitStack() as stack:
         address = "127.0.0.1", request.server.port
@@ -535,6 +535,22 @@ def test_callers_that_say_or_read_nothing_give_way_to_others(ask, monkeypatch):
             if number % 2:
                 caller.sendall(b"GET /status.json HTTP/1.1\r\nHost: loc")
         assert request("/healthz")[0] == 200
+
+
+def test_of_those_who_have_asked_nobody_gives_way(ask, monkeypatch):
+    monkeypatch.setattr(status_server, "SHARE", 0)
+    request = ask(service())
+    asked = [gevent.spawn(request, "/healthz") for _ in range(3 * CONNECTIONS)]
+    gevent.joinall(asked)
+    assert [each.value[0] for each in asked] == [200] * len(asked)
+
+
+def test_half_a_request_is_cut_in_time(ask, monkeypatch):
+    monkeypatch.setattr(status_server, "REQUEST_S", 0.2)
+    request = ask(service())
+    with socket.create_connection(("127.0.0.1", request.server.port), BOUND_S) as caller:
+        caller.sendall(b"GET /status.json HTTP/1.1\r\nHost: loc")
+        assert read_all(caller) == b""
 
 
 def test_answers_take_a_small_share_of_the_time(ask, monkeypatch):
