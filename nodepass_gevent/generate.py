@@ -153,9 +153,9 @@ def systemd(parsed: Parsed, command: Command) -> str:
             raise ConfigError(f"config: {shown_path(path)}: homes are hidden from the unit [from {SOURCE}]")
     words, extra = [*command.words, *_arguments(parsed.line)], []
     if parsed.line.files:
-        for config in parsed.configs:
-            paths = [path for path in _paths(config) if not path.startswith(CREDENTIALS)]
-            extra += [f"# to be read by the unit's user: {_doubled(path)}" for path in paths]
+        paths = dict.fromkeys(path for config in parsed.configs for path in _paths(config))
+        needed = [path for path in paths if not path.startswith(CREDENTIALS)]
+        extra += [f"# to be read by the unit's user: {_doubled(path)}" for path in needed]
     else:
         for field in filter(parsed.configs[0].value, _FILES):
             path, setting = parsed.configs[0].value(field), setting_name(field)

@@ -240,13 +240,14 @@ def test_secret_files_come_as_credentials():
     assert unit_of(unit)["ExecStart"].endswith("--crt=%d/crt --key=%d/key --tunnel-key-file=%d/tunnel-key-file")
 
 
-def test_files_that_a_file_names_are_said_to_be_read_by_the_units_user(tmp_path):
+def test_files_that_a_file_names_are_said_once_to_be_read_by_the_units_user(tmp_path):
     path = tmp_path / "n.conf"
     path.write_text(
-        f"url = {SERVER}\ntls = 1\ntunnel-key-file = /etc/t\nca = /run/credentials/nodepass-web.service/ca\n"
+        "tls = 1\ntunnel-key-file = /etc/t\nca = /run/credentials/nodepass-web.service/ca\n"
+        f"[tunnel a]\nurl = {SERVER}\n[tunnel b]\nurl = server://:10102/:8081\n"
     )
     unit = systemd("web", "--config", str(path))
-    assert "\n# to be read by the unit's user: /etc/t\n" in unit and "service/ca" not in unit
+    assert unit.count("\n# to be read by the unit's user: ") == unit.count(": /etc/t\n") == 1
     assert unit_of(unit)["ExecStart"] == f"{COMMAND.words[0]} --config={path}"
 
 
