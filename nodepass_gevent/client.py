@@ -23,7 +23,7 @@ from .pool import DialingPool
 from .session import Session
 from .state import Description, Peer, wall_clock
 from .tls_context import OFF, VERIFIED, ClientPolicy
-from .transport import Stream, Transport, deadline
+from .transport import Stream, Transport, deadline, shared_deadline
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail, Launch, Need, Ping
 
@@ -211,7 +211,7 @@ class Client:
         limits = self.config.limits
         stream = net.connect([endpoint], limits.connect_timeout_s, limits, speaks_first=True)
         try:
-            with deadline(limits.id_timeout_s, "data connection"):
+            with shared_deadline(limits.id_timeout_s, "data connection"):
                 if mode == OFF:
                     stream.sendall(line)
                     stream.wait_for_arrival()
@@ -270,7 +270,7 @@ class Client:
         stream = net.connect([endpoint], limits.connect_timeout_s, limits)
         try:
             data = self._secure(stream, mode)
-            with deadline(limits.id_timeout_s, "id of a data connection"):
+            with shared_deadline(limits.id_timeout_s, "id of a data connection"):
                 if not data.buffered:
                     data.wait_for_arrival()  # no id is here so soon
                 return wire.parse_id(data.recv_exactly(wire.ID_LENGTH)), data

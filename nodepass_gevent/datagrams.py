@@ -21,7 +21,7 @@ from .crew import Crew
 from .errors import ConnectError, NotCarried, TunnelError
 from .metrics import Counters, Traffic
 from .net import Endpoint
-from .transport import Transport, deadline, reason
+from .transport import Transport, reason, shared_deadline
 from .udp import Entrance, PublicSocket, TargetSocket
 from .udp_relay import UDPRelay
 from .wire import Kind, Launch
@@ -207,7 +207,7 @@ class DatagramIngress:
         started, id, answer = time.monotonic(), b"", b""
         end = access.CUT, ""
         try:
-            with deadline(timeout_s, "datagram"):
+            with shared_deadline(timeout_s, "datagram"):
                 id, data = launched or self._launch_one(reply, timeout_s)
                 answer = self._ask(datagram, reply, data)
             end = access.ENDED, ""
@@ -317,7 +317,7 @@ class DatagramEgress:
             elif answer:
                 self._counters.datagrams_down += 1
                 self._counters.bytes_down += len(answer)
-                with deadline(timeout_s, "answer to the tunnel"):
+                with shared_deadline(timeout_s, "answer to the tunnel"):
                     data.send_last(answer)
         self._access.datagram(launch.id, self._user(launch), datagram, answer, started, end)
         if not ended:  # to close before the peer has ended could take the answer away from it
@@ -329,7 +329,7 @@ class DatagramEgress:
             target.send(self._header(launch, target) + datagram)
             self._counters.datagrams_up += 1
             self._counters.bytes_up += len(datagram)
-            with deadline(self._config.udp_read_timeout_s, "answer"):
+            with shared_deadline(self._config.udp_read_timeout_s, "answer"):
                 return target.recv(), (access.ENDED, "")
         except OSError as exc:
             self._counters.datagrams_unanswered += 1

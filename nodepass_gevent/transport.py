@@ -12,9 +12,11 @@ import socket
 import struct
 import sys
 import termios
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from .config import Address
 from .errors import ProtocolError
 
 READ, WRITE = 1, 2  # libev's event masks
+LOOKS = 8  # at what waits within a shared deadline
 DISCARD = 65536  # bytes per read when what comes is thrown away
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
@@ -41,6 +44,33 @@ else:
 def deadline(seconds: float, what: str) -> gevent.Timeout:
     """Bound the block: ``TimeoutError("<what>: timed out after <seconds> s")`` at its end."""
     return gevent.Timeout(seconds, TimeoutError(f"{what}: timed out after {seconds:g} s"))
+
+
+class _SharedDeadline:
+    """One timer for all who wait for as long: what ends in time costs two lookups. A greenlet may be in it once."""
+
+    def __init__(self, seconds: float, what: str) -> None:
+        self._seconds, self._what = seconds, what
+        self._due: dict[gevent.Greenlet, float] = {}  # when the wait of each has to end
+        self._timer = gevent.get_hub().loop.timer(seconds / LOOKS, seconds / LOOKS, ref=False)
+
+    def __enter__(self) -> None:
+        if not self._timer.active:
+            self._timer.start(self._look)
+        self._due[gevent.getcurrent()] = time.monotonic() + self._seconds
+
+    def __exit__(self, *_: object) -> None:
+        del self._due[gevent.getcurrent()]
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for waiting in [waiting for waiting, due in self._due.items() if due <= now]:
+            waiting.throw(TimeoutError(f"{self._what}: timed out after {self._seconds:g} s"))
+        if not self._due:
+            self._timer.stop()
+
+
+shared_deadline = lru_cache(64)(_SharedDeadline)  # as ``deadline``, for what is frequent; up to an eighth later
 
 
 def soon(callback: Callable[..., None], *args: object) -> None:

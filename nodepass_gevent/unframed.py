@@ -1,11 +1,9 @@
 """A datagram, or its answer, that travels alone over a data connection: nothing frames it (protocol v1)."""
 
-import time
-
 import gevent
 
 from .frames import MAX_DATAGRAM
-from .transport import Transport
+from .transport import Transport, shared_deadline
 
 ONE_SEGMENT = 512  # bytes; what is shorter fits IPv4's least TCP segment and was not cut in pieces
 END_OF_DATAGRAM_S = 0.02  # silence that ends a longer one, where the sender does not half-close
@@ -28,28 +26,26 @@ def read_datagram(data: Transport, limit: int, timeout_s: float) -> tuple[bytes,
 
     Our server half-closes behind it, the original's does not (protocol v1).
     """
-    end = time.monotonic() + timeout_s
     read = b""
-    while len(read) <= limit:
-        try:
-            count = data.pull(_buffer)
-        except BlockingIOError:
-            left_s = end - time.monotonic()
-            silence_s = END_OF_DATAGRAM_S if len(read) >= ONE_SEGMENT else 0 if read else left_s
-            if _comes(data, min(silence_s, left_s)):
+    with shared_deadline(timeout_s, "datagram"):
+        while len(read) <= limit:
+            try:
+                count = data.pull(_buffer)
+            except BlockingIOError:
+                if not read:
+                    data.wait_for_arrival()
+                elif not _comes(data, END_OF_DATAGRAM_S if len(read) >= ONE_SEGMENT else 0):
+                    break
                 continue
-            if not read or silence_s > left_s:
-                raise TimeoutError(f"datagram: timed out after {timeout_s:g} s") from None
-            break
-        if not count:
-            return read, True
-        read += _buffer[:count]
+            if not count:
+                return read, True
+            read += _buffer[:count]
     return read, False
 
 
 def _comes(data: Transport, timeout_s: float) -> bool:
     """Wait for something to arrive; False when nothing does."""
-    with gevent.Timeout(max(timeout_s, 0), False):
+    with gevent.Timeout(timeout_s, False):
         data.wait_for_arrival()
         return True
     return False

@@ -1,13 +1,57 @@
+import contextlib
 import os
 import socket
 import struct
+import time
 
 import gevent
 import pytest
+from gevent.event import Event
 from gevent.socket import wait_read
 from support import Flooded, bounded, is_reset, read_all, read_exactly, reset, wait_until
 
 from nodepass_gevent.errors import ProtocolError
+from nodepass_gevent.transport import shared_deadline
+
+SHORT_S = 0.05
+
+
+def test_a_shared_deadline_ends_every_wait_and_none_too_soon(spawn):
+    def wait():
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"^answer: timed out after 0.05 s$"), shared_deadline(SHORT_S, "answer"):
+            Event().wait()
+        return time.monotonic() - began
+
+    for _ in range(2):  # nobody waits in between
+        waits = [spawn(wait)]
+        for _ in range(3):
+            gevent.sleep(SHORT_S / 4)
+            waits.append(spawn(wait))
+        with bounded():
+            assert all(each.get() >= SHORT_S for each in waits)
+        gevent.sleep(SHORT_S)
+
+
+@pytest.mark.parametrize("how", ["in time", "by an error", "killed"])
+def test_who_has_left_a_shared_deadline_is_not_disturbed_later(spawn, how):
+    def work(go_on):
+        with contextlib.suppress(KeyError, gevent.GreenletExit), shared_deadline(0.2, "answer"):
+            go_on.wait()
+            if how == "by an error":
+                raise KeyError
+        gevent.sleep(0.4)
+        return "undisturbed"
+
+    go_on = Event()
+    working = [spawn(work, go_on) for _ in range(3)]
+    gevent.sleep(0)
+    if how == "killed":
+        gevent.killall(working, block=False)
+    else:
+        go_on.set()
+    with bounded():
+        assert [each.get() for each in working] == ["undisturbed"] * 3
 
 
 def test_read_line_takes_the_line_and_not_a_byte_behind_it(pair):
