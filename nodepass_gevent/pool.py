@@ -272,15 +272,15 @@ class DialingPool:
             self._gathering.set(self._fill)
 
     def _fill(self) -> None:
-        if self._refusal or self._leaving:
+        wanted = max(self._missing(), self._owed)
+        if wanted <= 0 or self._refusal or self._leaving:
             return
         held = len(self._idle) + len(self._ended) + len(self._ended_before)
-        room = min(DIALS_AT_ONCE, self._maximum - held) - self._dialling
-        begun = min(max(self._missing(), self._owed), room)
+        begun = max(min(wanted, DIALS_AT_ONCE - self._dialling, self._maximum - held - self._dialling), 0)
         for _ in range(begun):
             self._dialling += 1
             self._dials.spawn(self._add_one)
-        self._owed -= max(min(begun, self._owed), 0)
+        self._owed = max(self._owed - begun, 0)
 
     def _add_one(self) -> None:
         try:

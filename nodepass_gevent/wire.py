@@ -59,6 +59,8 @@ class Kind(bytes, Enum):
     UDP = b"2"
     UDP_SESSION = b"3"
 
+    __hash__ = bytes.__hash__  # enumerations have one in Python
+
 
 _KINDS = {bytes(kind): kind for kind in Kind}
 
