@@ -19,6 +19,7 @@ from processes import wait_until
 
 WORSE = 1.3  # a step that is larger than the noise
 SETTLE_S = 10.0
+REST_S = 2.5  # until what is done once for each connection that lasts is done
 
 Costs = tuple[float, ...]
 
@@ -48,7 +49,7 @@ def exchanges(tunnel: tunnels.Tunnel, size: int, seconds: float) -> Costs:
                 raise RuntimeError(f"{served} of {size} exchanges were served")
             cpu = (way.cpu_ns() - cpu) / 1e6
             memory = sum(end.rss_kib() for end in way.ends) - memory
-            time.sleep(0.5)
+            time.sleep(REST_S)
             return memory, cpu, _idle_cpu_ms(way, seconds)
 
 
@@ -56,7 +57,7 @@ def pool(tunnel: tunnels.Tunnel, size: int, seconds: float) -> Costs:
     with tunnels.opened(tunnel, {"MIN_POOL_CAPACITY": str(size)}) as way:
         if not wait_until(lambda: way.client.descriptors() > size, SETTLE_S):
             raise RuntimeError(f"the pool has no {size} connections within {SETTLE_S:g} s")
-        time.sleep(0.5)
+        time.sleep(REST_S)
         memory, idle = sum(end.rss_kib() for end in way.ends), _idle_cpu_ms(way, seconds)
         before = way.cpu_ns()
         result = loads.requests(way.public, 16, seconds, fresh=True)
