@@ -52,7 +52,10 @@ class _SharedDeadline:
     def __init__(self, seconds: float, what: str) -> None:
         self._seconds, self._what = seconds, what
         self._due: dict[gevent.Greenlet, float] = {}  # when the wait of each has to end
-        self._timer = gevent.get_hub().loop.timer(seconds / LOOKS, seconds / LOOKS, ref=False)
+        look_s = seconds / LOOKS
+        self._timer = gevent.get_hub().loop.timer(
+            look_s, look_s, ref=False, priority=-1
+        )  # first whom something has come
 
     def __enter__(self) -> None:
         if not self._timer.active:
