@@ -77,6 +77,8 @@ class StatusServer:
         """Close everything."""
         self._running.kill()
         self._connections.kill()
+        for connection in self._unread:  # of whom no greenlet had begun
+            connection.close()
 
     def _sample(self) -> None:
         while True:
@@ -112,22 +114,27 @@ class StatusServer:
                 log.debug("status: %s", reason(exc))
                 gevent.sleep(ACCEPT_PAUSE_S)
                 continue
-            if self._connections.full() and self._unread:
-                self._hurry_oldest()
-            self._unread[connection] = time.monotonic()
-            self._connections.spawn(self._serve, server, connection, caller)
+            try:
+                self._make_room()
+                self._unread[connection] = time.monotonic()
+                self._connections.spawn(self._serve, server, connection, caller)
+            except gevent.GreenletExit:
+                connection.close()
+                raise
 
-    def _hurry_oldest(self) -> None:
-        """Cut who has not asked in time, unless there is room by then."""
-        oldest, came = next(iter(self._unread.items()))
-        self._connections.wait_available(max(came + ASK_S - time.monotonic(), 0))
-        gevent.sleep(0)  # what has arrived by now is read first
-        if self._connections.full() and self._unread.pop(oldest, None):
-            _cut(oldest)
+    def _make_room(self) -> None:
+        """Cut those who have not asked in time, the oldest first, until there is room."""
+        while self._connections.full() and self._unread:
+            oldest, came = next(iter(self._unread.items()))
+            self._connections.wait_available(max(came + ASK_S - time.monotonic(), 0))
+            gevent.sleep(0)  # what has arrived by now is read first
+            if self._connections.full() and oldest in self._unread:
+                self._cut(oldest)
+                self._connections.wait_available()
 
     def _serve(self, server: pywsgi.WSGIServer, connection: socket.socket, caller: tuple) -> None:
         """Answer one request, in bounded time: whoever is too slow is cut."""
-        cut = gevent.spawn_later(REQUEST_S, _cut, connection)
+        cut = gevent.spawn_later(REQUEST_S, self._cut, connection)
         try:
             server.handle(connection, caller)
         except (OSError, ValueError) as exc:  # it has left, or its headers are no headers
@@ -137,14 +144,14 @@ class StatusServer:
             self._unread.pop(connection, None)
             connection.close()
 
+    def _cut(self, connection: socket.socket) -> None:
+        self._unread.pop(connection, None)
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
 
 def _listen(address: Address) -> socket.socket:
     return socket.socket(fileno=net.listen(address, LIMITS).detach())
-
-
-def _cut(connection: socket.socket) -> None:
-    with suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Bounded:
