@@ -6,6 +6,7 @@ before anything runs; else what the process returns.
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         line = options.read_line(argv)
+        if line.action != "run":
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # see __main__
         if line.action == "check":
             return _check(line)
         parsed = options.parse(argv, os.environ)

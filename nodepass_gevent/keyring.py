@@ -6,8 +6,9 @@ Of a file's two keys the first proves who this side is and both are accepted, so
 import os
 import re
 import stat
+from functools import lru_cache
 
-import gevent
+from gevent.threadpool import ThreadPool
 
 from . import log as logs
 from .config import Config, Process
@@ -127,8 +128,15 @@ def _parse(text: str) -> tuple[TunnelKey, ...]:
 
 
 def _derive_aside(config: Config, keys: tuple[TunnelKey, ...]) -> tuple[Root, ...]:
-    """Derive in a thread: scrypt takes a tenth of a second, in which other tunnels go on."""
-    return gevent.get_hub().threadpool.apply(_derive, (config, keys)) if keys else ()
+    """Derive, from a passphrase in a thread: that takes a tenth of a second, in which others go on."""
+    if any(key.is_passphrase for key in keys):
+        return _thread().apply(_derive, (config, keys))
+    return _derive(config, keys)
+
+
+@lru_cache(1)
+def _thread() -> ThreadPool:
+    return ThreadPool(1)  # the hub's threads may all wait for a name server
 
 
 def _derive(config: Config, keys: tuple[TunnelKey, ...]) -> tuple[Root, ...]:

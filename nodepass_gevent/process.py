@@ -62,7 +62,8 @@ def run(plan: Plan, load: Callable[[], Plan], make: MakeRole) -> int:
     signals = _Signals(tunnels, stop, load, notifier)
     _set_up_log(plan)
     signals.listen()
-    signals.follow(plan)
+    with signals.changing:
+        signals.follow(plan)
     reports = _report(notifier, tunnels)
     stop.wait()
     with signals.changing:
@@ -117,7 +118,7 @@ class _Signals:
         gevent.signal_handler(signal.SIGHUP, self._hang_up)
         gevent.signal_handler(signal.SIGUSR1, logs.reopen)
         gevent.signal_handler(signal.SIGUSR2, self._dump)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))  # see __main__
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # see __main__
 
     def follow(self, plan: Plan) -> int:
         """Make the process what a plan says; give the number of tunnels that were added, changed or removed."""
@@ -155,14 +156,15 @@ class _Signals:
                 plan = self._load()
                 _set_up_log(plan)
                 changed = self.follow(plan)
-            except ConfigError as exc:  # also of a file that has gone bad since it was checked
-                log.error("configuration refused, the old one goes on: %s", exc)
-                self._status.refused = Ended(str(exc))
+            except (ConfigError, OSError) as exc:  # of one tunnel alone, where a file has gone bad since it was checked
+                log.error("configuration refused, the old one goes on: %s", reason(exc))
+                self._status.refused = Ended(reason(exc))
             else:
                 log.info("configuration taken up; tunnels added, changed or removed: %d", changed)
                 self._status.refused = None
-            self._tunnels.reload()
-            self._notifier.reloaded()
+            finally:
+                self._tunnels.reload()
+                self._notifier.reloaded()
 
     def _dump(self) -> None:
         """Log what there is."""

@@ -60,10 +60,19 @@ class Sockets:
     def duplicate(self) -> dict[Bound, RawSocket]:
         """Hand all over, as duplicates: who calls meanwhile waits for the one that gets them.
 
-        Those that were inherited and are not open yet are among them: two changes may come in quick succession.
+        Those that were inherited and are not open yet are among them: two changes may come in quick succession. Raises
+        OSError where there are no descriptors, and then nothing has changed.
         """
+        duplicates: dict[Bound, RawSocket] = {}
+        try:
+            for key, sock in (self._inherited | self._open).items():
+                duplicates[key] = net.duplicate(sock)
+        except OSError:
+            for twin in duplicates.values():
+                twin.close()
+            raise
         self.handed_over = True
-        return {key: net.duplicate(sock) for key, sock in (self._inherited | self._open).items()}
+        return duplicates
 
 
 class PublicPort:

@@ -53,7 +53,7 @@ class Server:
         self._certificate = ServerCertificate(config.crt, config.key, config.ca, self._log) if config.tls else None
         self._keys = KeyRing(config)
         fits = before is not None and before.config.reuse_port == config.reuse_port
-        self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})  # from here on nothing may fail
+        self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})  # the last that may fail
         self._clients = Clients(config.limits, self._log)
         self._admission = Admission(config, self.counters)
         self.penalties = Penalties(config.limits, self._clients.at, log=self._log)

@@ -8,6 +8,7 @@ from gevent.pool import Group
 
 from . import log as logs
 from .config import Address, Config, setting_name
+from .errors import ConfigError
 from .service import Role, Service
 
 BEGUN_POLL_S = 0.5  # another role may come in the place of one that has not begun
@@ -55,21 +56,23 @@ class Tunnels:
     def apply(self, configs: Iterable[Config]) -> int:
         """Make the tunnels those of ``configs``: what is not named there is drained, what has not changed goes on.
 
-        Gives the number of those that were added, changed or removed.
+        Gives the number of those that were added, changed or removed. Raises ConfigError or OSError at the end when one
+        could not be made: that one is left as it was.
         """
         wanted, changed = {config.name: config for config in configs}, 0
+        failure: ConfigError | OSError | None = None
         for name in [name for name in self._services if name not in wanted]:
             self._remove(name)
             changed += 1
         for name, config in wanted.items():
             if name:  # that without a name has the level of the process
                 logs.set_level(config.log, name)
-            if name in self._services:
-                changed += self._change(self._services[name], config)
-            else:
-                service = self._services[name] = Service(self._make(config, None))
-                service.start()
-                changed += 1
+            try:
+                changed += self._change(self._services[name], config) if name in self._services else self._add(config)
+            except (ConfigError, OSError) as exc:
+                failure = exc
+        if failure:
+            raise failure
         return changed
 
     def reload(self) -> None:
@@ -90,6 +93,11 @@ class Tunnels:
         for service in self:
             logs.of(service.role.config.name).info("%s: %s", service.role, service.role.counters)
         return cut
+
+    def _add(self, config: Config) -> bool:
+        service = self._services[config.name] = Service(self._make(config, None))
+        service.start()
+        return True
 
     def _remove(self, name: str) -> None:
         service = self._services.pop(name)

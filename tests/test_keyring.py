@@ -176,7 +176,7 @@ def test_nobody_waits_while_a_passphrase_is_stretched_again(file, monkeypatch):
     derive_now, enough = keyring._derive, gevent.monkey.get_original("_thread", "allocate_lock")()
     enough.acquire()
     monkeypatch.setattr(keyring, "_derive", lambda *args: enough.acquire(timeout=BOUND_S / 2) and derive_now(*args))
-    file(NEW)
+    file(PASSPHRASE)
     reloading = gevent.spawn(ring.reload)
     turns = 0
     with bounded():
@@ -185,7 +185,7 @@ def test_nobody_waits_while_a_passphrase_is_stretched_again(file, monkeypatch):
             turns += 1
             if turns == 10:
                 enough.release()
-    assert turns >= 10 and ring.roots == roots(NEW)
+    assert turns >= 10 and ring.roots == roots(PASSPHRASE)
 
 
 def time_passes():

@@ -1,5 +1,6 @@
 """When users may come: the public port, shared or not, and what becomes of those who wait when it is closed."""
 
+import errno
 import re
 import socket
 from contextlib import closing
@@ -200,6 +201,26 @@ def test_a_successor_whose_certificate_has_gone_bad_leaves_callers_to_the_former
     broken = replace(running.server.config, tls=1, crt="/nowhere/crt", key="/nowhere/key")
     with pytest.raises(ConfigError, match="no such file"):
         Server(broken, running.server)
+    with closing(call_unseen(running.public)) as user:
+        running.greenlet.kill()
+        assert is_served(user, client)
+
+
+def test_a_successor_for_which_there_are_no_descriptors_leaves_all_as_it_was(serve, connect, monkeypatch):
+    running = serve()
+    client = connect(running).join().known()
+    made, duplicate = [], net.duplicate
+
+    def duplicate_one(sock):
+        if made:
+            raise OSError(errno.EMFILE, "too many open files")
+        made.append(duplicate(sock))
+        return made[0]
+
+    monkeypatch.setattr(net, "duplicate", duplicate_one)
+    with pytest.raises(OSError, match="too many open files"):
+        Server(running.server.config, running.server)
+    assert made[0].fileno() == -1
     with closing(call_unseen(running.public)) as user:
         running.greenlet.kill()
         assert is_served(user, client)

@@ -1,3 +1,4 @@
+import errno
 import logging
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from support import wait_until
 
 from nodepass_gevent.config import Address, Config, Limits
 from nodepass_gevent.crew import Crew
+from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.metrics import Counters
 from nodepass_gevent.tunnels import Tunnels
 
@@ -46,9 +48,12 @@ class Role:
 class World:
     def __init__(self):
         self.roles = []
+        self.bad = {}  # what cannot be made, by name, and why
         self.tunnels = Tunnels(self.make)
 
     def make(self, config, before):
+        if config.name in self.bad:
+            raise self.bad[config.name]
         self.roles.append(Role(config, before))
         return self.roles[-1]
 
@@ -93,6 +98,23 @@ def test_how_many_tunnels_have_changed_is_counted(world):
     assert world.apply(first, other) == 0
     assert world.apply(replace(CONFIG, log="debug"), replace(other, semaphore_limit=7)) == 2
     assert world.apply(replace(CONFIG, log="debug"), replace(CONFIG, name="c")) == 2
+
+
+@pytest.mark.parametrize("failure", [ConfigError("crt: gone"), OSError(errno.EMFILE, "too many open files")])
+def test_a_tunnel_that_cannot_be_made_stays_as_it_was_and_all_others_follow(world, failure):
+    names = "abcd"
+    before, after = ([replace(CONFIG, name=name, network=network) for name in names] for network in ("tcp", "udp"))
+    world.apply(*before)
+    world.bad = {"b": failure, "new": failure}
+    with pytest.raises(type(failure), match=str(failure.args[-1])):
+        world.apply(*after[:3], replace(CONFIG, name="new"), replace(CONFIG, name="e"))
+    gevent.idle()
+    assert [(role.config.name, role.config.network) for role in world.running()] == [
+        ("a", "udp"), ("b", "tcp"), ("c", "udp"), ("e", CONFIG.network),
+    ]  # fmt: skip
+    assert all(role.done[-1] == "run" for role in world.running())
+    world.bad = {}
+    assert world.apply(*after[:3], replace(CONFIG, name="e")) == 1
 
 
 def test_a_tunnel_that_is_removed_says_what_it_will_cut(world, caplog):

@@ -139,16 +139,20 @@ def test_a_file_that_is_wrong_is_refused_with_its_place_and_the_old_one_goes_on(
 def test_a_signal_to_a_process_that_is_only_starting_does_not_end_it(number, tmp_path):
     path = tmp_path / "pipe"
     os.mkfifo(path)
-    settings = f"[tunnel a]\nurl = server://127.0.0.1:{free_port()}/127.0.0.1:{free_port('both')}\n"
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_text("a passphrase, which takes a moment to be made a key")
+    url = f"server://127.0.0.1:{free_port()}/127.0.0.1:{free_port('both')}"
+    settings = f"[tunnel a]\nurl = {url}\ntls = 1\ntunnel-key-file = {key}\n"
     with Process([sys.executable, "-m", "nodepass_gevent", "--config", str(path)]) as process:
         with path.open("w") as pipe:  # it has opened the other end
             os.kill(process.pid, number)
             pipe.write(settings)
         if number == signal.SIGHUP:
+            process.wait_for_line("SIGHUP: reading configuration")
             path.write_text(settings)
             process.wait_for_line("configuration taken up; tunnels added, changed or removed: 0")
-        else:
-            process.wait_for_line("listening:")
+        process.wait_for_line("listening:")
         assert process.returncode is None
 
 
