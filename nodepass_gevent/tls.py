@@ -261,8 +261,14 @@ class TLSStream(Transport):
     def push(self, data: memoryview | bytes) -> int:
         if self._backlog and not self.flush():
             return 0
+        taken = self._encrypt(data)
+        self.flush()
+        return taken
+
+    def _encrypt(self, data: memoryview | bytes) -> int:
+        """Add a batch to what is to be sent; give its length in plain text."""
         taken, most = 0, min(len(data), BATCH)
-        records = []
+        records = [self._backlog]
         try:
             while taken < most:
                 taken += self._connection.send(data[taken : taken + RECORD])
@@ -270,7 +276,6 @@ class TLSStream(Transport):
         except SSL.Error as exc:
             raise _translate(exc) from exc
         self._backlog = b"".join(records)
-        self.flush()
         return taken
 
     def flush(self) -> bool:
@@ -284,15 +289,25 @@ class TLSStream(Transport):
         return True
 
     def finish(self) -> None:
-        if self._finished:
-            return
+        if not self._finished:
+            self._encrypt_end()
+            self.flush()
+
+    def _encrypt_end(self) -> None:
         self._finished = True
         try:
             self._connection.shutdown()
         except SSL.Error as exc:
             raise _translate(exc) from exc
         self._backlog += self._output(OVERHEAD)
-        self.flush()
+
+    def send_last(self, data: bytes) -> None:
+        if len(data) > BATCH:
+            self.sendall(data[:-BATCH])
+        self._encrypt(data[-BATCH:])
+        self._encrypt_end()
+        text, self._backlog = self._backlog, b""
+        self.stream.send_last(text)  # together: who answers at once, and closes, would reset what comes behind
 
     def peek(self) -> bool | None:
         try:

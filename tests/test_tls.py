@@ -1,6 +1,7 @@
 """TLSStream: the byte stream over TLS, against itself and against Python's own ssl module."""
 
 import contextlib
+import os
 import socket
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import gevent
 import pytest
 from OpenSSL import SSL
 from secure import client_context, handshake, key_updater, presented, stream_pair
-from support import bounded, wait_until
+from support import bounded, segments_out, wait_until
 
 from nodepass_gevent import tls
 from nodepass_gevent.transport import Stream, deadline
@@ -118,6 +119,26 @@ def test_late_bytes_arrive_after_half_close(ends, spawn, forward):
     assert read_to_end(late) == b"question"
     spawn(lambda: (late.sendall(LATE), late.shutdown_write()))
     assert read_to_end(early) == LATE
+
+
+@pytest.mark.parametrize("size", [0, 1, 16384, 65536, 65537, 3_000_000])
+def test_last_bytes_arrive_whole_with_the_end_of_stream_behind_them(ends, spawn, size):
+    client, server = ends
+    data = os.urandom(size)
+    sending = spawn(server.send_last, data)
+    with bounded():
+        assert client.recv_exactly(size) == data
+        assert client.recv(1) == b""
+        sending.get()
+
+
+def test_the_last_bytes_and_the_end_of_stream_share_a_segment(ends):
+    client, server = ends
+    before = segments_out(server.stream)
+    server.send_last(b"all")
+    with bounded():
+        assert client.recv(100) == b"all"
+    assert segments_out(server.stream) == before + 1
 
 
 def test_the_fin_follows_close_notify_at_once(ends):

@@ -1,14 +1,13 @@
 import contextlib
 import os
 import socket
-import struct
 import time
 
 import gevent
 import pytest
 from gevent.event import Event
 from gevent.socket import wait_read
-from support import Flooded, bounded, is_reset, read_all, read_exactly, reset, wait_until
+from support import Flooded, bounded, is_reset, read_all, read_exactly, reset, segments_out, wait_until
 
 from nodepass_gevent.errors import ProtocolError
 from nodepass_gevent.transport import shared_deadline
@@ -149,11 +148,6 @@ def test_the_last_bytes_and_the_end_of_stream_share_a_segment(pair):
     peer.sendall(b"more")
     with bounded():
         assert stream.recv_exactly(4) == b"more"
-
-
-def segments_out(stream):
-    """Read tcpi_segs_out of <linux/tcp.h>."""
-    return struct.unpack_from("=I", stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 140), 136)[0]
 
 
 def test_last_bytes_that_are_more_than_the_kernel_keeps_arrive_whole(pair, spawn):
