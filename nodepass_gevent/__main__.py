@@ -1,16 +1,15 @@
 """The entry point: makes blocking code cooperative before anything else is imported, then runs the command."""
 
-import signal
-
-# Who is told to read its configuration again, or to open its log anew, while it is only starting does so when it can:
-# unhandled, these signals would end it.
-signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
-
-from gevent import monkey  # noqa: E402  importing takes a third of a second
+from gevent import monkey
 
 monkey.patch_all()
 
-import sys  # noqa: E402  little may stand before the patch
+import signal  # noqa: E402  nothing may stand before the patch
+import sys  # noqa: E402
+
+# Who is told to read its configuration again, or to open its log anew, while it is only starting does so when it can:
+# unhandled, these signals would end it. ``process.take_signals`` ends that.
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
 
 from .cli import main  # noqa: E402
 

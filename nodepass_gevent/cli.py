@@ -6,7 +6,6 @@ before anything runs; else what the process returns.
 
 import os
 import secrets
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         line = options.read_line(argv)
         if line.action != "run":
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # see __main__
+            process.take_signals()  # nothing here handles them
         if line.action == "check":
             return _check(line)
         parsed = options.parse(argv, os.environ)

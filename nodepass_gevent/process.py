@@ -76,6 +76,11 @@ def run(plan: Plan, load: Callable[[], Plan], make: MakeRole) -> int:
     return 0
 
 
+def take_signals() -> None:
+    """Let those signals come that the entry point keeps back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
+
+
 def _report(notifier: Notifier, tunnels: Tunnels) -> Group:
     """Tell the service manager when all tunnels have begun, and from then on how they are."""
     reports = Group()
@@ -118,7 +123,7 @@ class _Signals:
         gevent.signal_handler(signal.SIGHUP, self._hang_up)
         gevent.signal_handler(signal.SIGUSR1, logs.reopen)
         gevent.signal_handler(signal.SIGUSR2, self._dump)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # see __main__
+        take_signals()
 
     def follow(self, plan: Plan) -> int:
         """Make the process what a plan says; give the number of tunnels that were added, changed or removed."""
@@ -148,7 +153,7 @@ class _Signals:
         self._stop.set()
 
     def _hang_up(self) -> None:
-        """Read the configuration again: a good one is followed, a bad one changes nothing."""
+        """Read the configuration again: a good one is followed, a bad one, or tunnel, changes nothing."""
         with self.changing:
             self._notifier.reloading()
             log.info("SIGHUP: reading configuration, certificates and keys again")
@@ -156,9 +161,9 @@ class _Signals:
                 plan = self._load()
                 _set_up_log(plan)
                 changed = self.follow(plan)
-            except (ConfigError, OSError) as exc:  # of one tunnel alone, where a file has gone bad since it was checked
-                log.error("configuration refused, the old one goes on: %s", reason(exc))
-                self._status.refused = Ended(reason(exc))
+            except ConfigError as exc:
+                log.error("configuration refused, the old one goes on: %s", exc)
+                self._status.refused = Ended(str(exc))
             else:
                 log.info("configuration taken up; tunnels added, changed or removed: %d", changed)
                 self._status.refused = None

@@ -1,4 +1,5 @@
 import os
+import signal
 from functools import partial
 from typing import NamedTuple
 
@@ -157,6 +158,16 @@ def test_without_arguments_a_short_usage_goes_to_stderr(world, capsys):
     assert err.endswith("nodepass --help shows all options\n")
     assert err.count("\n") == 11
     assert world.ran is None
+
+
+def test_what_does_not_run_tunnels_ends_by_a_signal_as_any_program(world):
+    kept_back = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, kept_back)  # as the entry point does
+    try:
+        assert cli.main(["--version"]) == 0
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(kept_back)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @pytest.mark.parametrize("option", ["-V", "--version"])
