@@ -10,6 +10,7 @@ from . import log as logs
 from .config import Address, Config, setting_name
 from .errors import ConfigError
 from .service import Role, Service
+from .transport import reason
 
 BEGUN_POLL_S = 0.5  # another role may come in the place of one that has not begun
 
@@ -56,11 +57,10 @@ class Tunnels:
     def apply(self, configs: Iterable[Config]) -> int:
         """Make the tunnels those of ``configs``: what is not named there is drained, what has not changed goes on.
 
-        Gives the number of those that were added, changed or removed. Raises ConfigError or OSError at the end when one
-        could not be made: that one is left as it was.
+        Gives the number of those that were added, changed or removed. Those that could not be made are left as they
+        were; ConfigError says at the end which, and why.
         """
-        wanted, changed = {config.name: config for config in configs}, 0
-        failure: ConfigError | OSError | None = None
+        wanted, changed, failures = {config.name: config for config in configs}, 0, []
         for name in [name for name in self._services if name not in wanted]:
             self._remove(name)
             changed += 1
@@ -69,10 +69,10 @@ class Tunnels:
                 logs.set_level(config.log, name)
             try:
                 changed += self._change(self._services[name], config) if name in self._services else self._add(config)
-            except (ConfigError, OSError) as exc:
-                failure = exc
-        if failure:
-            raise failure
+            except (ConfigError, OSError) as exc:  # a file has gone bad since it was checked; no descriptors
+                failures.append(f"{name}: {reason(exc)}" if name else reason(exc))
+        if failures:
+            raise ConfigError("; ".join(failures))
         return changed
 
     def reload(self) -> None:
