@@ -33,7 +33,7 @@ from .transport import reason
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = 32  # at once; a further one takes the place of whose request is not here yet, or waits
+CONNECTIONS = 32  # at once; further ones wait, until whose request is not here in time gives way
 REQUEST_BYTES = 16384  # of a request with all its headers; a browser's has about 1,000
 REQUEST_S = 5.0  # for the request to come and the answer to be read
 ASK_S = 0.1  # for the request to come, where another caller waits
@@ -77,8 +77,6 @@ class StatusServer:
         """Close everything."""
         self._running.kill()
         self._connections.kill()
-        for connection in self._unread:  # of whom no greenlet had begun
-            connection.close()
 
     def _sample(self) -> None:
         while True:
@@ -116,14 +114,14 @@ class StatusServer:
                 continue
             try:
                 self._make_room()
-                self._unread[connection] = time.monotonic()
-                self._connections.spawn(self._serve, server, connection, caller)
             except gevent.GreenletExit:
                 connection.close()
                 raise
+            self._unread[connection] = time.monotonic()
+            self._connections.spawn(self._serve, server, connection, caller)
 
     def _make_room(self) -> None:
-        """Cut those who have not asked in time, the oldest first, until there is room."""
+        """Wait for room; meanwhile cut those who have not asked in time, the oldest first."""
         while self._connections.full() and self._unread:
             oldest, came = next(iter(self._unread.items()))
             self._connections.wait_available(max(came + ASK_S - time.monotonic(), 0))
@@ -131,6 +129,7 @@ class StatusServer:
             if self._connections.full() and oldest in self._unread:
                 self._cut(oldest)
                 self._connections.wait_available()
+        self._connections.wait_available()
 
     def _serve(self, server: pywsgi.WSGIServer, connection: socket.socket, caller: tuple) -> None:
         """Answer one request, in bounded time: whoever is too slow is cut."""

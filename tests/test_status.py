@@ -537,6 +537,18 @@ def test_callers_that_say_nothing_or_half_a_request_give_way_to_others_at_once(a
         assert request("/healthz")[0] == 200
 
 
+def test_a_stop_leaves_nobody_open_who_waits_for_room(ask, monkeypatch):
+    monkeypatch.setattr(status_server, "ASK_S", 3600.0)
+    request = ask(service())
+    with contextlib.ExitStack() as stack:
+        address = "127.0.0.1", request.server.port
+        callers = [stack.enter_context(socket.create_connection(address, BOUND_S)) for _ in range(CONNECTIONS + 1)]
+        wait_until(lambda: len(request.server._unread) == CONNECTIONS)
+        gevent.idle()
+        request.server.stop()
+        assert [read_all(caller) for caller in callers] == [b""] * len(callers)
+
+
 def test_of_those_who_have_asked_nobody_gives_way(ask, monkeypatch):
     monkeypatch.setattr(status_server, "SHARE", 0)
     request = ask(service())
