@@ -53,9 +53,8 @@ class _SharedDeadline:
         self._seconds, self._what = seconds, what
         self._due: dict[gevent.Greenlet, float] = {}  # when the wait of each has to end
         look_s = seconds / LOOKS
-        self._timer = gevent.get_hub().loop.timer(
-            look_s, look_s, ref=False, priority=-1
-        )  # first whom something has come
+        # of less priority than arrivals: what is here counts, also when we are late ourselves
+        self._timer = gevent.get_hub().loop.timer(look_s, look_s, ref=False, priority=-1)
 
     def __enter__(self) -> None:
         if not self._timer.active:

@@ -32,6 +32,24 @@ def test_a_shared_deadline_ends_every_wait_and_none_too_soon(spawn):
         gevent.sleep(SHORT_S)
 
 
+def test_what_has_arrived_counts_although_the_process_was_held_up_past_a_shared_deadline(pair, spawn):
+    stream, peer = pair()
+
+    def read():
+        with shared_deadline(SHORT_S, "answer"):
+            return stream.recv(10)
+
+    for _ in range(10):
+        reading = spawn(read)
+        gevent.sleep(0)
+        peer.sendall(b"here")
+        end = time.monotonic() + 2 * SHORT_S
+        while time.monotonic() < end:  # nobody else has a turn
+            pass
+        with bounded():
+            assert reading.get() == b"here"
+
+
 @pytest.mark.parametrize("how", ["in time", "by an error", "killed"])
 def test_who_has_left_a_shared_deadline_is_not_disturbed_later(spawn, how):
     def work(go_on):
