@@ -268,7 +268,7 @@ class TLSStream(Transport):
     def _encrypt(self, data: memoryview | bytes) -> int:
         """Add a batch to what is to be sent; give its length in plain text."""
         taken, most = 0, min(len(data), BATCH)
-        records = [self._backlog]
+        records = [self._backlog] if self._backlog else []
         try:
             while taken < most:
                 taken += self._connection.send(data[taken : taken + RECORD])
@@ -294,6 +294,7 @@ class TLSStream(Transport):
             self.flush()
 
     def _encrypt_end(self) -> None:
+        """Add our close_notify to what is to be sent."""
         self._finished = True
         try:
             self._connection.shutdown()

@@ -59,7 +59,7 @@ class Kind(bytes, Enum):
     UDP = b"2"
     UDP_SESSION = b"3"
 
-    __hash__ = bytes.__hash__  # enumerations have one in Python
+    __hash__ = bytes.__hash__  # Enum's own is Python code: a launch looks its kind up
 
 
 _KINDS = {bytes(kind): kind for kind in Kind}
