@@ -18,6 +18,7 @@ from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import KeyMismatch, PolicyError, RefusedByPeer, SessionLost
 
 SECRET = b"the user's own words"
+POOL = 2
 
 
 class Around:
@@ -35,7 +36,7 @@ class Around:
             "tunnel": Address("127.0.0.1", self.mitm.port),
             "target": Address("127.0.0.1", port_of(self.target)),
         }
-        config = Config(role="client", tunnel_key=key, min_pool_capacity=2, limits=limits, **addresses | settings)
+        config = Config(role="client", tunnel_key=key, min_pool_capacity=POOL, limits=limits, **addresses | settings)
         self.client = Client(config)
         self.session = gevent.spawn(self._run)
         self.stack.callback(self.session.kill)
@@ -175,6 +176,7 @@ def test_recorded_connections_played_back_open_nothing(around, said):
     """Byte for byte what the client sent, TLS and all, while its session lives and after it."""
     pair = around(kinds=())
     assert pair.served()
+    wait_until(lambda: len(pair.running.server._clients.current().pool) == POOL)  # what is recorded is whole
     recorded = [b"".join(sent) for sent in pair.mitm.passed]
     assert {sent.partition(b"\n")[0].rpartition(b"#")[2] for sent in recorded} == {b"hello", b"data"}
     for alive in (True, False):
