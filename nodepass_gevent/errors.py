@@ -2,6 +2,7 @@
 
     NodePassError
     ├── ConfigError         the operator's settings: one line, exit code 2
+    │   └── TunnelsRefused      of some tunnels, while others are what their settings say
     ├── ProtocolError       a peer sent what the wire protocol does not allow
     ├── PolicyError         a peer is understood, and refused: TLS mode, certificate, name
     │   ├── CertificateRefused  by this side, within the TLS handshake
@@ -29,6 +30,14 @@ class NodePassError(Exception):
 
 class ConfigError(NodePassError):
     """A setting is wrong; the text names the setting, its source and what is allowed."""
+
+
+class TunnelsRefused(ConfigError):
+    """Some tunnels could not be made, and are left as they were; ``others`` were added, changed or removed."""
+
+    def __init__(self, text: str, others: int) -> None:
+        super().__init__(text)
+        self.others = others
 
 
 class ProtocolError(NodePassError):

@@ -16,7 +16,7 @@ from gevent.pool import Group
 from . import log as logs
 from . import relay
 from .config import LOG_LEVELS, Address, Config, Process
-from .errors import ConfigError
+from .errors import ConfigError, TunnelsRefused
 from .notify import Notifier
 from .state import Ended
 from .status import Status
@@ -130,9 +130,10 @@ class _Signals:
         for warning in plan.warnings:
             log.warning("%s", warning)
         relay.pipes.most = plan.pipes
-        changed = self._tunnels.apply(plan.configs)
-        self._serve_status(plan.process.status, plan.status_token)
-        return changed
+        try:
+            return self._tunnels.apply(plan.configs)
+        finally:
+            self._serve_status(plan.process.status, plan.status_token)
 
     def _serve_status(self, address: Address | None, token: str | None) -> None:
         """Let the status server be where a plan says, with its token; it goes on where neither has changed."""
@@ -162,8 +163,11 @@ class _Signals:
                 _set_up_log(plan)
                 changed = self.follow(plan)
             except ConfigError as exc:
-                log.error("configuration refused, the old one goes on: %s", exc)
-                self._status.refused = Ended(str(exc))
+                why = str(exc)
+                if isinstance(exc, TunnelsRefused) and exc.others:
+                    why += f"; of the other tunnels, taken up: {exc.others}"
+                log.error("configuration refused, the old one goes on: %s", why)
+                self._status.refused = Ended(why)
             else:
                 log.info("configuration taken up; tunnels added, changed or removed: %d", changed)
                 self._status.refused = None

@@ -8,7 +8,7 @@ from gevent.pool import Group
 
 from . import log as logs
 from .config import Address, Config, setting_name
-from .errors import ConfigError
+from .errors import ConfigError, TunnelsRefused
 from .service import Role, Service
 from .transport import reason
 
@@ -58,7 +58,7 @@ class Tunnels:
         """Make the tunnels those of ``configs``: what is not named there is drained, what has not changed goes on.
 
         Gives the number of those that were added, changed or removed. Those that could not be made are left as they
-        were; ConfigError says at the end which, and why.
+        were; TunnelsRefused says at the end which, and why.
         """
         wanted, changed, failures = {config.name: config for config in configs}, 0, []
         for name in [name for name in self._services if name not in wanted]:
@@ -72,7 +72,7 @@ class Tunnels:
             except (ConfigError, OSError) as exc:  # a file has gone bad since it was checked; no descriptors
                 failures.append(f"{name}: {reason(exc)}" if name else reason(exc))
         if failures:
-            raise ConfigError("; ".join(failures))
+            raise TunnelsRefused("; ".join(failures), changed)
         return changed
 
     def reload(self) -> None:

@@ -177,6 +177,27 @@ def run(role):
         assert "role ended" in running.said
 
 
+def test_a_tunnel_that_goes_bad_is_named_and_the_others_are_taken_up_as_is_the_place_of_the_status():
+    code = """
+before, after = [Role("a"), Role("b")], [Role("a", cooldown_s=6.0), Role("b", cooldown_s=6.0)]
+def make(config, old):
+    if config is after[0].config:
+        raise ConfigError("crt: it went bad")
+    return next(role for role in before + after if role.config is config)
+Config.adopt = lambda self, other: False
+status = Process(status=Address("127.0.0.1", 0))
+def run(role):
+    load = lambda: process.Plan(status, tuple(role.config for role in after))
+    return process.run(process.Plan(Process(), tuple(role.config for role in before)), load, make)
+role = None
+"""
+    with script(code) as running:
+        running.wait_for("run 1")
+        running.kill(signal.SIGHUP)
+        running.wait_for("the old one goes on: a: crt: it went bad; of the other tunnels, taken up: 1\n")
+        running.wait_for("status: http://127.0.0.1:")
+
+
 def test_an_error_in_a_greenlet_is_logged_and_ends_no_other():
     with script("role = Role()\nrole.work = lambda: gevent.spawn(lambda: 1 / 0)") as running:
         running.wait_for("ZeroDivisionError")

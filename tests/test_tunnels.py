@@ -9,7 +9,7 @@ from support import wait_until
 
 from nodepass_gevent.config import Address, Config, Limits
 from nodepass_gevent.crew import Crew
-from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.errors import ConfigError, TunnelsRefused
 from nodepass_gevent.metrics import Counters
 from nodepass_gevent.tunnels import Tunnels
 
@@ -107,8 +107,9 @@ def test_a_tunnel_that_cannot_be_made_stays_as_it_was_and_all_others_follow(worl
     world.apply(*before)
     world.bad = {"b": failure, "new": failure}
     why = failure.args[-1]
-    with pytest.raises(ConfigError, match=f"^b: {why}; new: {why}$"):
+    with pytest.raises(TunnelsRefused, match=f"^b: {why}; new: {why}$") as refused:
         world.apply(*after[:3], replace(CONFIG, name="new"), replace(CONFIG, name="e"))
+    assert refused.value.others == len("ac" + "d" + "e")
     gevent.idle()
     assert [(role.config.name, role.config.network) for role in world.running()] == [
         ("a", "udp"), ("b", "tcp"), ("c", "udp"), ("e", CONFIG.network),
