@@ -86,7 +86,7 @@ class _Flow:
     """One direction: what ``source`` says, ``sink`` gets."""
 
     __slots__ = (
-        "_calm", "_done", "_ending", "_full", "_held", "_on_first", "_pipe", "_rest", "_writer",
+        "_calm", "_done", "_ending", "_full", "_held", "_on_first", "_pipe", "_rest", "_waits", "_writer",
         "began", "ended", "moved", "sink", "source",
     )  # fmt: skip
 
@@ -108,48 +108,52 @@ class _Flow:
         self._calm = 0  # small splices in a row
         self._held = 0  # bytes in the pipe
         self._pipe: tuple[int, int] | None = None
+        self._waits = False  # for the sink, and does not read meanwhile
         self._writer: Any = None  # made when the sink first has to be waited for
 
     def start(self) -> None:
-        self.source.watch(self._guard, self._on_readable)
+        self.source.watch(self._go_on)
         if self.source.buffered:
-            self._guard(self._on_readable)
+            self._go_on()
 
     def stop(self) -> None:
-        self.source.unwatch()
+        if not self._ending:
+            self.source.unwatch()
         if self._writer is not None:
             self._writer.stop()
             self._writer.close()
-        self._drop_pipe()
+        if self._pipe:
+            self._drop_pipe()
         self._done = _nobody  # who holds this flow, and would live on with it until the next garbage collection
 
-    def _guard(self, step: Callable[[], None]) -> None:
-        """Run one step in the event loop, which must not see an exception."""
+    def _go_on(self) -> None:
+        """Move what can be moved. The event loop must not see an exception: it ends this exchange, and no other."""
         try:
-            step()
+            if self._waits and not self._catch_up():
+                return
+            while (self._splice() if self._pipe else self._copy()) and self.source.buffered:
+                pass
         except BlockingIOError:
             pass
-        except Exception as exc:  # ours or a peer's: it ends this exchange and no other
+        except Exception as exc:
             self._done(exc)
 
-    def _on_readable(self) -> None:
-        while (self._splice() if self._pipe else self._copy()) and self.source.buffered:
-            pass
-
-    def _on_writable(self) -> None:
+    def _catch_up(self) -> bool:
+        """Give the sink what it did not take; True when more can be moved at once."""
         if self._held:
             self._held -= self._splice_out()
         elif self._rest:
             self._take(self._rest)
         if self._held or self._rest or not self.sink.flush():
-            return
+            return False
+        self._waits = False
         self._writer.stop()
         if self._ending:
-            self._end_now()
-            return
-        self.source.watch(self._guard, self._on_readable)
-        if self.source.buffered:
-            self._on_readable()
+            self.ended = True
+            self._done(None)
+            return False
+        self.source.watch(self._go_on)
+        return self.source.buffered
 
     def _copy(self) -> bool:
         """Move one bufferful; True when more may be moved at once."""
@@ -162,17 +166,12 @@ class _Flow:
             return self._end()
         taken = self.sink.push(_buffer[:count])
         self.moved += taken
-        if taken < count:
+        if taken < count or self.sink.unsent:
             self._rest = bytes(_buffer[taken:count])
             return self._wait_for_sink()
-        if not self.sink.flush():
-            return self._wait_for_sink()
-        if count < BUFFER:
-            self._full = 0
-        else:
-            self._full += 1
-            if self._full >= BULKY:
-                self._start_splicing()
+        self._full = self._full + 1 if count == BUFFER else 0
+        if self._full >= BULKY:
+            self._start_splicing()
         return True
 
     def _take(self, data: bytes | memoryview) -> None:
@@ -181,26 +180,25 @@ class _Flow:
         self._rest = memoryview(data)[taken:] if taken < len(data) else b""
 
     def _wait_for_sink(self) -> bool:
+        self._waits = True
         self.source.unwatch()
         if self._writer is None:
             self._writer = gevent.get_hub().loop.io(self.sink.fileno(), WRITE)
-        self._writer.start(self._guard, self._on_writable)
+        self._writer.start(self._go_on)
         return False
 
     def _end(self) -> bool:
         """Pass the end of stream on, after all bytes before it."""
         self.source.unwatch()
         self._ending = True
-        self._drop_pipe()
+        if self._pipe:
+            self._drop_pipe()
         self.sink.finish()
-        if not self.sink.flush():
+        if self.sink.unsent:
             return self._wait_for_sink()
-        self._end_now()
-        return False
-
-    def _end_now(self) -> None:
         self.ended = True
         self._done(None)
+        return False
 
     def _start_splicing(self) -> None:
         self._full = self._calm = 0
@@ -239,10 +237,10 @@ class _Flow:
         return sent
 
     def _drop_pipe(self) -> None:
-        if self._pipe:
-            pipes.give_back(self._pipe, self._held)
-            self._pipe = None
-            self._held = 0
+        assert self._pipe
+        pipes.give_back(self._pipe, self._held)
+        self._pipe = None
+        self._held = 0
 
 
 class _Silences:

@@ -91,12 +91,15 @@ class Session:
         """Send what is due, without the writer as long as the kernel takes everything."""
         if self._wake.is_set():
             return
-        lines, taken, sent = b"".join(self._due), 0, False
-        with suppress(OSError):  # the writer meets it again, and ends
+        lines, taken = b"".join(self._due), 0
+        try:
             taken = self.control.push(lines)
-            sent = self.control.flush() and taken == len(lines)
-        self._due = [] if sent else [lines[taken:]]
-        if not sent:
+        except OSError:  # the writer meets it again, and ends
+            pass
+        if taken == len(lines) and not self.control.unsent:
+            self._due.clear()
+        else:
+            self._due = [lines[taken:]]
             self._wake.set()
 
     def run(self) -> None:

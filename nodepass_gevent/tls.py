@@ -101,13 +101,13 @@ class TLSStream(Transport):
     """A TLS connection over a Stream. A FIN without close_notify is a cut, not an end."""
 
     __slots__ = (
-        "_backlog", "_connection", "_ended", "_finished", "_header", "_lacking", "_records", "buffered", "stream",
+        "_connection", "_ended", "_finished", "_header", "_lacking", "_records", "buffered", "stream", "unsent",
     )  # fmt: skip
 
     def __init__(self, stream: Stream, connection: SSL.Connection) -> None:
         self.stream = stream
         self._connection = connection
-        self._backlog = b""  # cipher text that the kernel did not take yet
+        self.unsent = b""  # cipher text
         self._ended = False  # close_notify has come
         self._finished = False  # ours is written
         self.buffered = True  # bytes may have come right behind the handshake
@@ -253,13 +253,13 @@ class TLSStream(Transport):
         answer = self._output(BATCH + OVERHEAD)  # no longer than what was asked, and that came in one read
         if not answer:
             return
-        self._backlog += answer
+        self.unsent += answer
         self.flush()
-        if len(self._backlog) > MOST_BEHIND:
+        if len(self.unsent) > MOST_BEHIND:
             raise ConnectionAbortedError("TLS: the peer asks for key updates and reads none of the answers")
 
     def push(self, data: memoryview | bytes) -> int:
-        if self._backlog and not self.flush():
+        if self.unsent and not self.flush():
             return 0
         taken = self._encrypt(data)
         self.flush()
@@ -268,22 +268,22 @@ class TLSStream(Transport):
     def _encrypt(self, data: memoryview | bytes) -> int:
         """Add a batch to what is to be sent; give its length in plain text."""
         taken, most = 0, min(len(data), BATCH)
-        records = [self._backlog] if self._backlog else []
+        records = [self.unsent] if self.unsent else []
         try:
             while taken < most:
                 taken += self._connection.send(data[taken : taken + RECORD])
                 records.append(self._output(RECORD + OVERHEAD))
         except SSL.Error as exc:
             raise _translate(exc) from exc
-        self._backlog = b"".join(records)
+        self.unsent = b"".join(records)
         return taken
 
     def flush(self) -> bool:
-        while self._backlog:
-            sent = self.stream.push(self._backlog)
+        while self.unsent:
+            sent = self.stream.push(self.unsent)
             if not sent:
                 return False
-            self._backlog = self._backlog[sent:]
+            self.unsent = self.unsent[sent:]
         if self._finished:
             self.stream.finish()
         return True
@@ -300,14 +300,14 @@ class TLSStream(Transport):
             self._connection.shutdown()
         except SSL.Error as exc:
             raise _translate(exc) from exc
-        self._backlog += self._output(OVERHEAD)
+        self.unsent += self._output(OVERHEAD)
 
     def send_last(self, data: bytes) -> None:
         if len(data) > BATCH:
             self.sendall(data[:-BATCH])
         self._encrypt(data[-BATCH:])
         self._encrypt_end()
-        text, self._backlog = self._backlog, b""
+        text, self.unsent = self.unsent, b""
         self.stream.send_last(text)  # together: who answers at once, and closes, would reset what comes behind
 
     def peek(self) -> bool | None:

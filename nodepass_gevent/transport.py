@@ -83,27 +83,26 @@ def soon(callback: Callable[..., None], *args: object) -> None:
 class Alarm:
     """Calls once, ``seconds`` after it was set, and may be set again: libev's one-shot timers would ring at once."""
 
-    __slots__ = ("_timer",)
+    __slots__ = ("_timer", "is_set")
 
     def __init__(self, seconds: float) -> None:
         self._timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
-
-    @property
-    def is_set(self) -> bool:
-        """Whether it is going to call."""
-        return self._timer.active
+        self.is_set = False  # and is going to call
 
     def set(self, callback: Callable[[], None]) -> None:
         """Call ``callback()`` in the event loop when it is time; it must not block."""
         self._timer.again(self._ring, callback)
+        self.is_set = True
 
     def _ring(self, callback: Callable[[], None]) -> None:
         self._timer.stop()
+        self.is_set = False
         callback()
 
     def close(self) -> None:
         """Call nothing any more."""
         self._timer.close()
+        self.is_set = False
 
 
 def reason(exc: BaseException) -> str:
@@ -116,12 +115,13 @@ def reason(exc: BaseException) -> str:
 class Transport(ABC):
     """One connection. The verbs block; the engine under them never does.
 
-    Engine: ``pull`` and ``push`` move what can be moved now, ``flush`` and ``finish`` say whether
-    everything is with the kernel, ``buffered`` that ``pull`` has more than the descriptor shows.
+    Engine: ``pull`` and ``push`` move what can be moved now; ``buffered``: ``pull`` has more than the descriptor
+    shows; ``unsent``: what ``push`` or ``finish`` kept, because the kernel did not take it yet.
     """
 
     __slots__ = ()
     buffered = False
+    unsent = b""
 
     @abstractmethod
     def fileno(self) -> int:
@@ -289,6 +289,11 @@ class Stream(Transport):
             return self.socket.send(data)
         except BlockingIOError:
             return 0
+
+    def sendall(self, data: bytes) -> None:
+        taken = self.push(data)
+        if taken < len(data):
+            super().sendall(data[taken:])
 
     def flush(self) -> bool:
         return True

@@ -281,7 +281,7 @@ def test_a_peer_that_demands_key_updates_and_reads_no_answers_is_cut_and_little_
                     near.pull(memoryview(bytearray(10)))
             elif near.peek() is False:
                 raise ConnectionAbortedError("key updates, and peek calls it ended")
-            most = max(most, len(near._backlog))
+            most = max(most, len(near.unsent))
     assert most < 200_000
 
 
