@@ -41,7 +41,8 @@ class AcceptingPool:
         self._short = 0
         self._idle = Idle(self._drop, user_timeout_s)
         self._takers: deque[AsyncResult] = deque()
-        self._closed = Event()
+        self.closed = False
+        self.ended = Event()  # set when it is closed: for who waits for more than that
         self._why: str | TimeoutError = "the pool was closed"
 
     def __len__(self) -> int:
@@ -51,29 +52,20 @@ class AcceptingPool:
         return id in self._idle
 
     @property
-    def closed(self) -> bool:
-        return self._closed.is_set()
-
-    @property
-    def ended(self) -> Event:
-        """Set when it is closed: for who waits for more than that."""
-        return self._closed
-
-    @property
     def room(self) -> int:
         """How many more connections are welcome."""
         return self.capacity + len(self._takers) - len(self._idle)
 
     def add(self, id: bytes, transport: Transport) -> None:
         """Keep a connection, or hand it to whoever has waited longest; PoolClosed when it came too late."""
-        if self._closed.is_set():
+        if self.closed:
             raise PoolClosed("the session has ended")
         while self._takers:
             taker = self._takers.popleft()
             if not taker.ready():
                 taker.set((id, transport))
                 return
-        self._idle.add(id, transport)
+        self._idle.keep(id, transport)
 
     def take(self, timeout_s: float) -> tuple[bytes, Transport]:
         """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed.
@@ -81,11 +73,11 @@ class AcceptingPool:
         Does not switch when there is one, or no time to wait.
         """
         while self._idle:
-            id, transport = self._idle.pop_oldest()
+            id, transport = self._idle.give_oldest()
             if transport.peek() is None:
                 return id, transport
             transport.reset()
-        if self._closed.is_set():
+        if self.closed:
             raise PoolClosed("the session has ended")
         if timeout_s <= 0:
             raise NoDataConnection("no data connection is ready")
@@ -114,7 +106,7 @@ class AcceptingPool:
     def _drop(self, id: bytes, transport: Transport) -> None:
         if transport.peek() is None:
             return
-        self._idle.pop(id).reset()
+        self._idle.give(id).reset()
         self._log.debug("idle data connection %s dropped: its peer closed it or spoke out of turn", id.decode())
 
     def leave(self) -> None:
@@ -126,7 +118,7 @@ class AcceptingPool:
 
     def run(self) -> str | TimeoutError:
         """Live until closed; nothing to do meanwhile."""
-        self._closed.wait()
+        self.ended.wait()
         return self._why
 
     def forsake(self, why: str) -> None:
@@ -136,7 +128,8 @@ class AcceptingPool:
 
     def close(self) -> None:
         """Reset what is idle; whoever waits is told PoolClosed."""
-        self._closed.set()
+        self.closed = True
+        self.ended.set()
         self._idle.close()
         while self._takers:
             self._takers.popleft().set_exception(PoolClosed("the session has ended"))
@@ -206,7 +199,7 @@ class DialingPool:
         if self._lead_s:
             self._used_at.append(time.monotonic())
         if id in self._idle:
-            transport = self._idle.pop(id)
+            transport = self._idle.give(id)
             self._fill_soon()
             return transport
         for ended in (self._ended, self._ended_before):
@@ -323,7 +316,7 @@ class DialingPool:
         elif id in self._takers:
             self._takers.pop(id).set(transport)
         else:
-            self._idle.add(id, transport)
+            self._idle.keep(id, transport)
 
     def _adapt(self) -> None:
         if not self._taken and not self._dialled:
@@ -337,7 +330,7 @@ class DialingPool:
     def _drop_surplus(self) -> None:
         """Let go what a crowd that has passed left beyond the capacity: the newest, which the peer hands out last."""
         for id in [id for id in self._idle if id not in self._kept][self.capacity :]:
-            self._idle.pop(id).reset()
+            self._idle.give(id).reset()
 
     def _look(self, id: bytes, transport: Transport) -> None:
         """Something arrived on an idle connection. If it is the user's, it has overtaken the launch, which is
@@ -346,7 +339,7 @@ class DialingPool:
         if arrived:
             self._idle.ignore(id)
         elif arrived is False:  # not replaced before it is launched, or the round ends: a server could go on and on
-            self._ended[id] = self._idle.pop(id)
+            self._ended[id] = self._idle.give(id)
 
     def _forget_ended(self) -> None:
         """Drop what ended more than a round ago and was never launched."""
