@@ -119,7 +119,7 @@ class _Dialled:
     """Connections that were dialled lately. Those that last are given keepalives: most end before, and cost nothing."""
 
     def __init__(self) -> None:
-        self._lately: list[tuple[RawSocket, Limits]] = []
+        self._lately: dict[int, tuple[RawSocket, Limits]] = {}  # by descriptor: one that comes again has been closed
         self._alarm: Alarm | None = None  # for all of them
 
     def add(self, sock: RawSocket, limits: Limits) -> None:
@@ -127,11 +127,11 @@ class _Dialled:
             if self._alarm is None:
                 self._alarm = Alarm(LASTS_S)
             self._alarm.set(self._look)
-        self._lately.append((sock, limits))
+        self._lately[sock.fileno()] = sock, limits
 
     def _look(self) -> None:
-        lately, self._lately = self._lately, []
-        for sock, limits in lately:
+        lately, self._lately = self._lately, {}
+        for sock, limits in lately.values():
             if sock.fileno() >= 0:
                 with suppress(OSError):  # it is broken: who uses it will see
                     _keep_alive(sock, limits)
@@ -308,6 +308,17 @@ def _word(exc: OSError) -> str:
     return "refused" if isinstance(exc, ConnectionRefusedError) else "unreachable"
 
 
+@lru_cache(1)
+def _ports_drawn() -> range:
+    """Give the ports of which the kernel draws those of connections."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range") as setting:
+            first, last = map(int, setting.read().split())
+    except (OSError, ValueError):  # not Linux, or hidden: it may be any
+        return range(1, 65536)
+    return range(first, last + 1)
+
+
 def _connect(sock: RawSocket, endpoint: Endpoint, timeout_s: float) -> None:
     code = sock.connect_ex(endpoint.sockaddr)
     if code == errno.EINPROGRESS:
@@ -316,7 +327,7 @@ def _connect(sock: RawSocket, endpoint: Endpoint, timeout_s: float) -> None:
         with deadline(timeout_s, "connect"):
             wait_write(sock.fileno())
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if not code and sock.getsockname()[1] == endpoint.sockaddr[1] and sock.getsockname() == sock.getpeername():
+    if not code and endpoint.sockaddr[1] in _ports_drawn() and sock.getsockname() == sock.getpeername():
         code = errno.ECONNREFUSED  # nobody listens, and of all ports the kernel has drawn that one: it reached itself
     if code:
         raise OSError(code, os.strerror(code))

@@ -417,6 +417,13 @@ def test_a_connection_that_would_reach_itself_is_refused(no_leaks, monkeypatch, 
         net.connect([endpoint], 5, LIMITS)
 
 
+def test_the_ports_that_the_kernel_draws_are_known():
+    with closing(socket.socket()) as drawn:
+        drawn.bind(("127.0.0.1", 0))
+        assert drawn.getsockname()[1] in net._ports_drawn()
+    assert 80 not in net._ports_drawn()
+
+
 def test_a_connect_without_an_answer_times_out(no_leaks):
     with silent_endpoint() as endpoint:
         with pytest.raises(ConnectError, match=rf"^connect {endpoint}: connect: timed out after 0.05 s$"):
