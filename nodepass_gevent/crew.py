@@ -1,5 +1,6 @@
 """Greenlets that are used again: a new one costs a stack and several system calls, a waiting one a switch."""
 
+import math
 from collections.abc import Callable
 
 import gevent
@@ -19,6 +20,7 @@ class Crew:
 
     def __init__(self, limit: int | None = None) -> None:
         self._greenlets = Pool(limit)
+        self._limit = math.inf if limit is None else limit
         self._spare: list[Waiter] = []
         self._spares = SPARE  # that many may wait
         self._killed = False
@@ -30,7 +32,7 @@ class Crew:
 
     def full(self) -> bool:
         """Whether ``spawn`` would wait."""
-        return not self._spare and self._greenlets.full()
+        return not self._spare and self._all_used()
 
     def free_count(self) -> int:
         """Count those that may be spawned without a wait."""
@@ -44,7 +46,7 @@ class Crew:
     def spawn(self, function: Callable[..., object], *args: object) -> None:
         """Start ``function(*args)`` soon; waits for room when there is none."""
         if self._spare:
-            self._wake((function, args))
+            gevent.get_hub().loop.run_callback(self._spare.pop().switch, (function, args))
         else:
             self._greenlets.spawn(self._work, (function, args))
 
@@ -52,7 +54,7 @@ class Crew:
         """Wait until none runs, for ``timeout_s`` at most (None: for ever); greenlets end with what they do."""
         self._spares = 0
         while self._spare:
-            self._wake((None, ()))
+            gevent.get_hub().loop.run_callback(self._spare.pop().switch, (None, ()))
         self._greenlets.join(timeout_s)
 
     def kill(self, *, block: bool = True) -> None:
@@ -61,14 +63,14 @@ class Crew:
         self._spare.clear()
         self._greenlets.kill(block=block)
 
-    def _wake(self, work: Work) -> None:
-        gevent.get_hub().loop.run_callback(self._spare.pop().switch, work)
+    def _all_used(self) -> bool:
+        return len(self._greenlets.greenlets) >= self._limit
 
     def _work(self, work: Work) -> None:
         function, args = work
         while function and not self._killed:
             function(*args)
-            if len(self._spare) >= self._spares or self._greenlets.full():  # a spawn may wait for this one's place
+            if len(self._spare) >= self._spares or self._all_used():  # a spawn may wait for this one's place
                 return
             waiter = Waiter()
             self._spare.append(waiter)

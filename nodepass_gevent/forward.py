@@ -162,7 +162,8 @@ class Ingress:
                 self._counters.launches_failed += 1
                 self._log.warning("user %s reset: %s", user, outcome.error)
             tell(outcome)
-            _conclude(user, data, outcome, running.complete, self._counters)
+            if outcome.error:
+                _conclude(user, data, outcome.error, running.complete, self._counters)
         return True
 
     def _framed(self) -> bool:
@@ -294,7 +295,8 @@ class Egress:
             tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started)
             outcome = _run(running, limits.idle_timeout_s, self._counters, tell)
             tell(outcome)
-            _conclude(data, target, outcome, running.complete, self._counters)
+            if outcome.error:
+                _conclude(data, target, outcome.error, running.complete, self._counters)
 
     def _user(self, launch: Launch) -> tuple | None:
         """Give the user's address, where the peer has agreed to tell it."""
@@ -355,16 +357,13 @@ def _observe_answer(counters: Counters, since: float) -> None:
 
 
 def _conclude(
-    user_side: Transport, target_side: Transport, outcome: Outcome, complete: tuple[bool, bool], counters: Counters
+    user_side: Transport, target_side: Transport, error: BaseException, complete: tuple[bool, bool], counters: Counters
 ) -> None:
     """Count a failure, and pass that of one side on to the other as a reset.
 
     After a silence nothing is wrong with what was sent before. Who was sent all of it and its end gets no reset: that
     would throw away what is still on the way to a slow reader.
     """
-    error = outcome.error
-    if error is None:
-        return
     counters.exchanges_failed += 1
     silence = isinstance(error, TimeoutError) and error.errno is None
     for side, is_complete in zip((user_side, target_side), complete, strict=True):

@@ -24,6 +24,7 @@ import base64
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from . import tunnel_key
@@ -61,8 +62,7 @@ class Hello:
     capabilities: frozenset[bytes] = frozenset()
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """A caller of the tunnel port is a data connection of ``session``."""
 
     session: bytes

@@ -98,9 +98,10 @@ class Reception:
         """Bring a v2 data connection, which has not been greeted, into its pool. Waits only where there is TLS."""
         joined = False
         try:
-            with suppress(OSError):
-                key = net.peer_key(stream.peer[0])
-                joined = self._joining.join_session(stream, key, data, self._spent_line())
+            key = net.peer_key(stream.peer[0])
+            joined = self._joining.join_session(stream, key, data, self._spent_line())
+        except OSError:  # it has gone
+            pass
         finally:
             if not joined:
                 stream.close()

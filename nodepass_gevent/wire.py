@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
+from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from .errors import ProtocolError
@@ -65,8 +66,7 @@ class Kind(bytes, Enum):
 _KINDS = {bytes(kind): kind for kind in Kind}
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """A user waits on data connection ``id``."""
 
     id: bytes
