@@ -8,7 +8,7 @@ ROUND_S = 1.0  # after each round a pool's capacity follows the demand
 
 
 class Idle(dict[bytes, Transport]):
-    """The idle connections by id, oldest first, each watched for what arrives on it: see ``keep`` and ``give``.
+    """The idle connections by id, oldest first, each watched for what arrives on it from ``put`` until it is taken.
 
     Those that are left idle for a round get a deadline for acknowledgements; others are used before, and spared that.
     """
@@ -20,7 +20,7 @@ class Idle(dict[bytes, Transport]):
         self._bounded: set[bytes] = set()  # that have a deadline
         self._round = Alarm(ROUND_S)
 
-    def keep(self, id: bytes, transport: Transport) -> None:
+    def put(self, id: bytes, transport: Transport) -> None:
         self[id] = transport
         transport.watch(self._arrived, id, transport)
         if not self._round.is_set:
@@ -29,7 +29,7 @@ class Idle(dict[bytes, Transport]):
     def _arrived(self, id: bytes, transport: Transport) -> None:
         if self.get(id) is transport:
             self._on_arrival(id, transport)
-        else:  # its taker watches when it is ready to: until then nothing is stopped, and to go on costs no system call
+        else:  # its taker does not watch it yet; to stop before something has come would cost a system call
             transport.unwatch()
 
     def _bound(self) -> None:
@@ -42,6 +42,7 @@ class Idle(dict[bytes, Transport]):
         self[id].unwatch()
 
     def give(self, id: bytes) -> Transport:
+        """Take a connection out, without its deadline."""
         transport = self.pop(id)
         if id in self._bounded:
             self._bounded.remove(id)

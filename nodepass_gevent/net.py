@@ -310,7 +310,7 @@ def _word(exc: OSError) -> str:
 
 @lru_cache(1)
 def _ports_drawn() -> range:
-    """Give the ports of which the kernel draws those of connections."""
+    """Give the ports of which the kernel draws those of connections, as it was told when the first one was made."""
     try:
         with open("/proc/sys/net/ipv4/ip_local_port_range") as setting:
             first, last = map(int, setting.read().split())
@@ -327,7 +327,12 @@ def _connect(sock: RawSocket, endpoint: Endpoint, timeout_s: float) -> None:
         with deadline(timeout_s, "connect"):
             wait_write(sock.fileno())
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if not code and endpoint.sockaddr[1] in _ports_drawn() and sock.getsockname() == sock.getpeername():
-        code = errno.ECONNREFUSED  # nobody listens, and of all ports the kernel has drawn that one: it reached itself
+    if not code and endpoint.sockaddr[1] in _ports_drawn() and _reached_itself(sock, endpoint):
+        code = errno.ECONNREFUSED  # nobody listens, and of all ports the kernel has drawn that one
     if code:
         raise OSError(code, os.strerror(code))
+
+
+def _reached_itself(sock: RawSocket, endpoint: Endpoint) -> bool:
+    own = sock.getsockname()
+    return own[1] == endpoint.sockaddr[1] and own == sock.getpeername()

@@ -42,7 +42,7 @@ class AcceptingPool:
         self._idle = Idle(self._drop, user_timeout_s)
         self._takers: deque[AsyncResult] = deque()
         self.closed = False
-        self.ended = Event()  # set when it is closed: for who waits for more than that
+        self.ended = Event()  # set when it is closed, for who waits; ``closed`` is asked for each connection
         self._why: str | TimeoutError = "the pool was closed"
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class AcceptingPool:
             if not taker.ready():
                 taker.set((id, transport))
                 return
-        self._idle.keep(id, transport)
+        self._idle.put(id, transport)
 
     def take(self, timeout_s: float) -> tuple[bytes, Transport]:
         """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed.
@@ -316,7 +316,7 @@ class DialingPool:
         elif id in self._takers:
             self._takers.pop(id).set(transport)
         else:
-            self._idle.keep(id, transport)
+            self._idle.put(id, transport)
 
     def _adapt(self) -> None:
         if not self._taken and not self._dialled:

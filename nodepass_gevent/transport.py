@@ -116,7 +116,7 @@ class Transport(ABC):
     """One connection. The verbs block; the engine under them never does.
 
     Engine: ``pull`` and ``push`` move what can be moved now; ``buffered``: ``pull`` has more than the descriptor
-    shows; ``unsent``: what ``push`` or ``finish`` kept, because the kernel did not take it yet.
+    shows; ``unsent``: what is kept because the kernel did not take it yet.
     """
 
     __slots__ = ()
@@ -141,7 +141,7 @@ class Transport(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Say end of stream to the peer, after all that was pushed; reading goes on. ``flush`` follows."""
+        """Say end of stream to the peer, behind all that was pushed; reading goes on. Flush what is ``unsent``."""
 
     @abstractmethod
     def peek(self) -> bool | None:

@@ -183,7 +183,7 @@ class UDPRelay:
                 self._queued = 0
             taken = data.push(self._rest)
             self._rest = memoryview(self._rest)[taken:] if taken < len(self._rest) else b""
-            if (self._rest and not taken) or not data.flush():
+            if (self._rest and not taken) or data.unsent:
                 self._wait_for_data_connection()
 
     def _wait_for_data_connection(self) -> None:
