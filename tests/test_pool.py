@@ -149,6 +149,18 @@ def test_takers_that_have_to_wait_are_told_once_a_turn(spawn):
     pool.close()
 
 
+def test_what_comes_on_a_connection_that_was_taken_does_not_touch_the_next_one_of_its_id(accepting, pair):
+    (taken, peer), (later, _) = pair(), pair()
+    accepting.add(b"00000001", taken)
+    accepting.take(0)
+    accepting.add(b"00000001", later)
+    peer.sendall(b"for its taker")
+    wait_until(lambda: taken.seen(1))
+    gevent.idle()
+    assert accepting.take(0) == (b"00000001", later)
+    assert taken.recv(100) == b"for its taker"
+
+
 def test_a_connection_that_stays_idle_has_a_deadline_for_acknowledgements_until_it_is_taken(pair):
     accepting = AcceptingPool(4, user_timeout_s=20)
     stream, _ = pair()
