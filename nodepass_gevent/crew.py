@@ -1,6 +1,5 @@
 """Greenlets that are used again: a new one costs a stack and several system calls, a waiting one a switch."""
 
-import math
 from collections.abc import Callable
 
 import gevent
@@ -20,7 +19,6 @@ class Crew:
 
     def __init__(self, limit: int | None = None) -> None:
         self._greenlets = Pool(limit)
-        self._limit = math.inf if limit is None else limit
         self._spare: list[Waiter] = []
         self._spares = SPARE  # that many may wait
         self._killed = False
@@ -46,7 +44,7 @@ class Crew:
     def spawn(self, function: Callable[..., object], *args: object) -> None:
         """Start ``function(*args)`` soon; waits for room when there is none."""
         if self._spare:
-            gevent.get_hub().loop.run_callback(self._spare.pop().switch, (function, args))
+            self._wake((function, args))
         else:
             self._greenlets.spawn(self._work, (function, args))
 
@@ -54,7 +52,7 @@ class Crew:
         """Wait until none runs, for ``timeout_s`` at most (None: for ever); greenlets end with what they do."""
         self._spares = 0
         while self._spare:
-            gevent.get_hub().loop.run_callback(self._spare.pop().switch, (None, ()))
+            self._wake((None, ()))
         self._greenlets.join(timeout_s)
 
     def kill(self, *, block: bool = True) -> None:
@@ -64,7 +62,12 @@ class Crew:
         self._greenlets.kill(block=block)
 
     def _all_used(self) -> bool:
-        return len(self._greenlets.greenlets) >= self._limit
+        """Do as the pool's own ``full``, with half of its calls."""
+        size = self._greenlets.size
+        return size is not None and len(self._greenlets.greenlets) >= size
+
+    def _wake(self, work: Work) -> None:
+        gevent.get_hub().loop.run_callback(self._spare.pop().switch, work)
 
     def _work(self, work: Work) -> None:
         function, args = work

@@ -149,8 +149,7 @@ class _Flow:
         self._waits = False
         self._writer.stop()
         if self._ending:
-            self.ended = True
-            self._done(None)
+            self._end_now()
             return False
         self.source.watch(self._go_on)
         return self.source.buffered
@@ -196,9 +195,12 @@ class _Flow:
         self.sink.finish()
         if self.sink.unsent:
             return self._wait_for_sink()
+        self._end_now()
+        return False
+
+    def _end_now(self) -> None:
         self.ended = True
         self._done(None)
-        return False
 
     def _start_splicing(self) -> None:
         self._full = self._calm = 0

@@ -83,26 +83,27 @@ def soon(callback: Callable[..., None], *args: object) -> None:
 class Alarm:
     """Calls once, ``seconds`` after it was set, and may be set again: libev's one-shot timers would ring at once."""
 
-    __slots__ = ("_timer", "is_set")
+    __slots__ = ("_timer",)
 
     def __init__(self, seconds: float) -> None:
         self._timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
-        self.is_set = False  # and is going to call
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it is going to call."""
+        return self._timer.active
 
     def set(self, callback: Callable[[], None]) -> None:
         """Call ``callback()`` in the event loop when it is time; it must not block."""
         self._timer.again(self._ring, callback)
-        self.is_set = True
 
     def _ring(self, callback: Callable[[], None]) -> None:
         self._timer.stop()
-        self.is_set = False
         callback()
 
     def close(self) -> None:
         """Call nothing any more."""
         self._timer.close()
-        self.is_set = False
 
 
 def reason(exc: BaseException) -> str:
@@ -292,7 +293,7 @@ class Stream(Transport):
 
     def sendall(self, data: bytes) -> None:
         taken = self.push(data)
-        if taken < len(data):
+        if taken < len(data):  # seldom: short lines need no more
             super().sendall(data[taken:])
 
     def flush(self) -> bool:

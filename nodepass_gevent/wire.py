@@ -66,7 +66,7 @@ class Kind(bytes, Enum):
 _KINDS = {bytes(kind): kind for kind in Kind}
 
 
-class Launch(NamedTuple):
+class Launch(NamedTuple):  # and no dataclass, for there is one per connection
     """A user waits on data connection ``id``."""
 
     id: bytes
