@@ -11,7 +11,7 @@ from gevent.event import Event
 from . import wire
 from .config import Limits
 from .errors import LaunchFailed, NoDataConnection, PeerLeft, PeerSilent, SessionEnded, SessionLost
-from .forward import Abortable
+from .launching import Abortable
 from .metrics import Counters
 from .pool import AcceptingPool
 from .session import Session

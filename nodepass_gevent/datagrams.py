@@ -19,6 +19,7 @@ from .access import AccessLog
 from .config import Config
 from .crew import Crew
 from .errors import ConnectError, NotCarried, TunnelError
+from .launching import Launched, Launcher
 from .metrics import Counters, Traffic
 from .net import Endpoint
 from .transport import Transport, reason, shared_deadline
@@ -45,23 +46,17 @@ class Reply(Protocol):
 
 
 class DatagramIngress:
-    """Users of the public UDP port. ``framed()`` says whether the peer of now carries sessions.
-
-    ``launch(kind, timeout_s, user)`` gives a data connection's id, itself and what runs at its peer, by id; or it
-    raises TunnelError: NotCarried when the peer that has come does not carry that kind.
-    """
+    """Users of the public UDP port."""
 
     def __init__(
         self,
-        launch: Callable[[Kind, float, tuple], tuple[bytes, Transport, MutableMapping[bytes, Any]]],
-        framed: Callable[[], bool],
+        launcher: Launcher,
         exchanges: Crew,
         config: Config,
         counters: Counters,
         entrance: Entrance | None = None,
     ) -> None:
-        self._launch = launch
-        self._framed = framed
+        self._launcher = launcher
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
@@ -99,7 +94,7 @@ class DatagramIngress:
             session.send(datagram)
         elif self._leaving is not None:
             self._counters.datagrams_dropped_busy += 1
-        elif self._framed():
+        elif self._launcher.carries_sessions():
             self._open_session(datagram, reply)
         else:
             self._open_exchange(datagram, reply)
@@ -151,9 +146,10 @@ class DatagramIngress:
         traffic = partial(_traffic_of_user, session)
         carried = True
         try:
-            id, data, launched = self._launch(Kind.UDP_SESSION, self._config.limits.pool_wait_s, reply.sender)
+            id, data, link = self._launcher.launch(Kind.UDP_SESSION, self._config.limits.pool_wait_s, reply.sender)
             self._counters.udp_sessions += 1
             self._counters.running.add(traffic)
+            launched = link.launched
             launched[id] = session
             with data:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges))
@@ -194,21 +190,16 @@ class DatagramIngress:
         elif self._enter(reply):
             self._counters.udp_exchanges += 1
             self._asking += 1
-            launched = None
-            with suppress(TunnelError):  # the launch, where it need not wait, goes before the datagram: its client is
-                launched = self._launch_one(reply, 0)  # woken by what it waits for
+            launched = self._launcher.launch_at_once(Kind.UDP, reply.sender)  # before: it wakes its client
             self._exchanges.spawn(self._run_exchange, datagram, reply, launched)
 
-    def _launch_one(self, reply: Reply, timeout_s: float) -> tuple[bytes, Transport]:
-        return self._launch(Kind.UDP, timeout_s, reply.sender)[:2]
-
-    def _run_exchange(self, datagram: bytes, reply: Reply, launched: tuple[bytes, Transport] | None) -> None:
+    def _run_exchange(self, datagram: bytes, reply: Reply, launched: Launched | None) -> None:
         timeout_s = self._config.udp_read_timeout_s
         started, id, answer = time.monotonic(), b"", b""
         end = access.CUT, ""
         try:
             with shared_deadline(timeout_s, "datagram"):
-                id, data = launched or self._launch_one(reply, timeout_s)
+                id, data, _ = launched or self._launcher.launch(Kind.UDP, timeout_s, reply.sender)
                 answer = self._ask(datagram, reply, data)
             end = access.ENDED, ""
         except (OSError, TunnelError) as exc:

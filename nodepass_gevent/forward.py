@@ -7,22 +7,22 @@ launched it.
 
 import logging
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import gevent
-from gevent.event import Event
 from gevent.pool import Pool
 
-from . import access, opening, proxy_protocol, wire
+from . import access, proxy_protocol, wire
 from . import log as logs
 from .access import AccessLog
 from .config import Config
 from .crew import Crew
 from .datagrams import DatagramEgress, DatagramIngress
-from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, NotCarried, ProtocolError, TunnelError
+from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, ProtocolError, TunnelError
+from .launching import Launched, Launcher, Link
 from .metrics import Counters
 from .net import Endpoint, connect, resolve
 from .relay import Exchange, Outcome
@@ -31,13 +31,6 @@ from .udp import Entrance
 from .wire import Kind, Launch
 
 CHUNK = 4096  # bytes per read of what nobody wants
-
-
-class OldestFirst(Protocol):
-    """The pool that Ingress takes from."""
-
-    def take(self, timeout_s: float) -> tuple[bytes, Transport]:
-        """Give a data connection and its id, or raise a TunnelError."""
 
 
 class ById(Protocol):
@@ -50,37 +43,11 @@ class ById(Protocol):
         """Let the data connection of that id wait until it is taken."""
 
 
-class Link(Protocol):
-    """The way to a peer: a control channel to launch on, and its pool."""
-
-    @property
-    def pool(self) -> OldestFirst:
-        """Its data connections."""
-
-    @property
-    def capabilities(self) -> frozenset[bytes]:
-        """What it and this side can beyond v1."""
-
-    @property
-    def launched(self) -> MutableMapping[bytes, "Abortable"]:
-        """The exchanges that run on its data connections, by id."""
-
-    def send(self, line: bytes) -> bool:
-        """Queue a line for it; False when it takes none any more."""
-
-
-class Abortable(Protocol):
-    """A launched exchange that its peer may declare failed."""
-
-    def abort(self, error: Exception) -> bool:
-        """End it with ``error``; False when the peer has answered already, and then it goes on."""
-
-    def forsake(self, since: float, error: Exception) -> None:
-        """End it where its user loses nothing by that, unless the peer has been heard ``since`` then (monotonic)."""
+_Begun = tuple[Launched, Exchange, float]  # an exchange that does not run yet, and since when (monotonic)
 
 
 class Ingress:
-    """Users of the public port. ``link(timeout_s)`` waits for a peer, or raises NoDataConnection."""
+    """Users of the public port; how a peer is found, ``Launcher`` knows."""
 
     def __init__(
         self,
@@ -90,15 +57,13 @@ class Ingress:
         counters: Counters,
         entrance: Entrance | None = None,
     ) -> None:
-        self._link = link
+        self._launcher = Launcher(link)
         self._exchanges = exchanges
         self._config = config
         self._counters = counters
-        self._launching = 0  # that wait for a peer or a data connection
-        self._settled = Event()  # set when none of them is left
         self._log = logs.of(config.name)
         self._access = AccessLog(config, access.PUBLIC)
-        self.udp = DatagramIngress(self._launch_datagrams, self._framed, exchanges, config, counters, entrance)
+        self.udp = DatagramIngress(self._launcher, exchanges, config, counters, entrance)
 
     def room(self) -> int:
         """Wait until there is room for a user, and say for how many."""
@@ -107,54 +72,59 @@ class Ingress:
 
     def settle(self, timeout_s: float) -> None:
         """Wait until nobody who has come waits for a launch, for ``timeout_s`` at most."""
-        if timeout_s > 0:
-            gevent.sleep(0)  # who has come this moment begins
-            self._settled.clear()
-            if self._launching:
-                self._settled.wait(timeout_s)
+        self._launcher.settle(timeout_s)
 
     def user(self, user: Stream, ended: Callable[[], object] | None = None) -> None:
-        """Start the exchange of a TCP user; ``ended()`` is called behind it."""
+        """Start the exchange of a TCP user; ``ended()`` is called behind it.
+
+        With a data connection that is ready it is launched before anything else has its turn.
+        """
         self._counters.tcp_exchanges += 1
-        if ended is None:
-            self._exchanges.spawn(self._tcp, user)
-        else:
-            self._exchanges.spawn(self._tcp_then, user, ended)
-
-    def _tcp_then(self, user: Stream, ended: Callable[[], object]) -> None:
-        try:
-            self._tcp(user)
-        finally:
-            ended()
-
-    def _tcp(self, user: Stream) -> None:
         came = time.monotonic()
+        launched = self._launcher.launch_at_once(Kind.TCP, user.peer)
+        begun = self._begin(user, came, launched) if launched else None
+        self._exchanges.spawn(self._tcp, user, came, begun, ended)
+
+    def _tcp(self, user: Stream, came: float, begun: _Begun | None, ended: Callable[[], object] | None) -> None:
+        end = came + self._config.limits.pool_wait_s
         with user:
             try:
-                if not self._carry(user, came):
+                if begun is None:
+                    begun = self._begin(user, came, self._wait(end, user))
+                if not self._carry(user, begun, end):
                     self._counters.launches_repeated += 1
-                    self._carry(user, came, again=True)
+                    begun = self._begin(user, came, self._wait(end, user))
+                    self._carry(user, begun)
             except TunnelError as exc:
                 self._counters.exchanges_failed += 1
                 self._log.warning("user %s refused: %s", user, exc)
                 self._access.nothing("tcp", b"", user.peer, came, (access.NO_DATA_CONNECTION, str(exc)))
                 user.reset()
+            finally:
+                if ended:
+                    ended()
 
-    def _carry(self, user: Stream, came: float, *, again: bool = False) -> bool:
-        """Carry a user on a data connection; False when that proved dead before a byte, and another may do."""
-        limits = self._config.limits
-        end = came + limits.pool_wait_s
-        id, data, link = self._launch(Kind.TCP, end - time.monotonic(), user.peer)
-        started = time.monotonic()
+    def _wait(self, end: float, user: Stream) -> Launched:
+        return self._launcher.launch(Kind.TCP, end - time.monotonic(), user.peer)
+
+    def _begin(self, user: Stream, came: float, launched: Launched) -> _Begun:
+        """Register the exchange of a user on the data connection that it was given."""
+        id, data, link = launched
+        on_answer = partial(_observe_answer, self._counters, came)
+        running = Exchange(user, data, self._config.limits.half_closed_timeout_s, on_answer)
+        link.launched[id] = running
+        return launched, running, time.monotonic()
+
+    def _carry(self, user: Stream, begun: _Begun, end: float = 0) -> bool:
+        """Carry a user on a data connection; False when that proves dead before a byte and ``end``: another may do."""
+        (id, data, link), running, started = begun
         with data:
             tell = partial(self._access.tcp, id, user.peer, (user, data), started)
-            on_answer = partial(_observe_answer, self._counters, came)
-            running = link.launched[id] = Exchange(user, data, limits.half_closed_timeout_s, on_answer)
             try:
-                outcome = _run(running, limits.idle_timeout_s, self._counters, tell)
+                outcome = _run(running, self._config.limits.idle_timeout_s, self._counters, tell)
             finally:
                 link.launched.pop(id, None)
-            if not again and not running.began and _is_dead(outcome.error, user, end):
+            if end and not running.began and _is_dead(outcome.error, user, end):
                 self._log.debug("data connection %s of user %s was dead: %s", id.decode(), user, outcome.error)
                 data.reset()
                 return False
@@ -165,45 +135,6 @@ class Ingress:
             if outcome.error:
                 _conclude(user, data, outcome.error, running.complete, self._counters)
         return True
-
-    def _framed(self) -> bool:
-        """Whether the peer of now carries UDP sessions; while there is none, hope so."""
-        try:
-            return wire.UDP in self._link(0).capabilities
-        except TunnelError:
-            return True
-
-    def _launch_datagrams(
-        self, kind: Kind, timeout_s: float, user: tuple
-    ) -> tuple[bytes, Transport, MutableMapping[bytes, Any]]:
-        id, data, link = self._launch(kind, timeout_s, user)
-        return id, data, link.launched
-
-    def _launch(self, kind: Kind, timeout_s: float, user: tuple | None = None) -> tuple[bytes, Transport, Link]:
-        """Take a data connection from whichever peer has one first, and say what it is for, and for whom."""
-        self._launching += 1
-        try:
-            return self._launch_in_time(kind, timeout_s, user)
-        finally:
-            self._launching -= 1
-            if not self._launching:
-                self._settled.set()
-
-    def _launch_in_time(self, kind: Kind, timeout_s: float, user: tuple | None) -> tuple[bytes, Transport, Link]:
-        end = time.monotonic() + timeout_s
-        while True:
-            link = self._link(end - time.monotonic())
-            if kind is Kind.UDP_SESSION and wire.UDP not in link.capabilities:
-                raise NotCarried("the peer has no UDP sessions")
-            try:
-                id, data = link.pool.take(max(end - time.monotonic(), 0))
-            except TunnelError:
-                if time.monotonic() < end:  # this peer is gone; perhaps the next comes in time
-                    continue
-                raise
-            if link.send(wire.format_launch(Launch(id, kind, user if opening.FROM in link.capabilities else None))):
-                return id, data, link
-            data.reset()  # this peer has gone in between
 
 
 class Egress:

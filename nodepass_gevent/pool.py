@@ -70,16 +70,22 @@ class AcceptingPool:
                 return
         self._idle.put(id, transport)
 
-    def take(self, timeout_s: float) -> tuple[bytes, Transport]:
-        """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed.
-
-        Does not switch when there is one, or no time to wait.
-        """
+    def take_ready(self) -> tuple[bytes, Transport] | None:
+        """Give the oldest live connection, if there is one."""
         while self._idle:
             id, transport = self._idle.give_oldest()
             if transport.peek() is None:
                 return id, transport
             transport.reset()
+        return None
+
+    def take(self, timeout_s: float) -> tuple[bytes, Transport]:
+        """Give the oldest live connection, or wait for one; NoDataConnection, PoolClosed.
+
+        Does not switch when there is one, or no time to wait.
+        """
+        if ready := self.take_ready():
+            return ready
         if self.closed:
             raise PoolClosed("the session has ended")
         if timeout_s <= 0:

@@ -30,7 +30,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"config", "log_writer"},
     {"log"},
     {"configfile", "descriptors", "keyring", "opening", "penalties", "ports", "settings", "transport", "url"},
-    {"command_line", "example", "idle", "net", "notify", "relay", "udp_relay", "unframed"},
+    {"command_line", "example", "idle", "launching", "net", "notify", "relay", "udp_relay", "unframed"},
     {"access", "options", "status_client", "udp", "verification"},
     {"datagrams", "generate", "tls_context"},
     {"tls"},

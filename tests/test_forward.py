@@ -1,7 +1,9 @@
 import gevent
 import pytest
-from exchanges import SHORT_S, FakeLink
+from exchanges import ID, SHORT_S, FakeLink
 from support import is_reset, read_all, read_exactly, reset, wait_until
+
+from nodepass_gevent.errors import LaunchFailed
 
 
 def test_a_user_is_launched_and_talks_both_ways_until_both_have_ended(ingress):
@@ -15,6 +17,28 @@ def test_a_user_is_launched_and_talks_both_ways_until_both_have_ended(ingress):
     client.close()
     assert read_all(user) == b"a late answer"
     assert side.counted == {"tcp_exchanges": 1, "bytes_up": 8, "bytes_down": 13}
+
+
+def test_a_user_for_whom_a_data_connection_is_ready_is_launched_before_anything_else_has_its_turn(ingress):
+    side = ingress()
+    side.add_data()
+    user = side.user()
+    assert side.link.sent == [b"//0a1b2c3d#1\n"]
+    assert side.link.launched[ID].abort(LaunchFailed("its target is gone"))  # before its greenlet has begun
+    assert is_reset(user)
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1, "launches_failed": 1}
+
+
+def test_a_user_whose_client_goes_in_the_moment_of_the_launch_is_served_by_the_next(ingress):
+    side = ingress()
+    lost = side.link
+    lost.send = lambda line: False
+    taken, user = side.add_data(), side.user()
+    assert is_reset(taken)
+    side.link = FakeLink()
+    client = side.add_data()
+    user.sendall(b"hello")
+    assert read_exactly(client, 5) == b"hello"
 
 
 def test_a_user_waits_for_a_data_connection(ingress):
