@@ -111,9 +111,9 @@ class _Flow:
         self._waits = False  # for the sink, and does not read meanwhile
         self._writer: Any = None  # made when the sink first has to be waited for
 
-    def start(self) -> None:
+    def start(self, *, at_once: bool = False) -> None:
         self.source.watch(self._go_on)
-        if self.source.buffered:
+        if at_once or self.source.buffered:
             self._go_on()
 
     def stop(self) -> None:
@@ -326,7 +326,7 @@ class Exchange:
         there, back = self._flows
         idle: _Silences | None = _silences(idle_timeout_s, "idle") if idle_timeout_s else None
         try:
-            there.start()
+            there.start(at_once=True)  # a request is here by now, as a rule, and needs no turn of the event loop
             back.start()
             if idle:
                 idle.add(self)

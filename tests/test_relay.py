@@ -110,6 +110,20 @@ def test_late_bytes_arrive_after_half_close(exchange, spawn, direction):
     assert exchange.outcome() == (*counts, None)
 
 
+def test_what_the_user_said_before_an_exchange_began_needs_no_turn_of_the_event_loop(pair, spawn):
+    class Unwatched(Stream):
+        __slots__ = ()
+
+        def watch(self, callback, *args):
+            pass
+
+    (user_side, user), (target_side, target) = pair(), pair()
+    user.sendall(b"question")
+    user_side.wait_for_arrival()
+    spawn(run_exchange, Unwatched(user_side.socket), target_side, NEVER_S)
+    assert target.recv(100) == b"question"
+
+
 def test_an_exchange_without_a_byte_ends_with_its_two_ends(exchange):
     assert finish(exchange) == (0, 0, None)
     assert (exchange.user.recv(1), exchange.target.recv(1)) == (b"", b"")
