@@ -65,7 +65,7 @@ def _plan(parsed: options.Parsed, taken: int) -> process.Plan:
     taken += status_server.DESCRIPTORS if parsed.process.status else 0
     budget = descriptors.plan(parsed.configs, descriptors.allowed(), taken)
     warnings = (*parsed.warnings, *budget.warnings)
-    return process.Plan(parsed.process, budget.configs, warnings, budget.pipes, token)
+    return process.Plan(parsed.process, budget.configs, warnings, budget.most, budget.pipes, token)
 
 
 def _make_role(config: Config, before: Role | None) -> Role:

@@ -5,10 +5,12 @@ the limits are made to fit what the system allows before anything runs, all in t
 is told. Pipes, which only make bulky exchanges cheaper, get what is left.
 """
 
+import fcntl
 import os
 import resource
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from .config import Config, setting_name
@@ -23,10 +25,11 @@ WHOLE = 1000  # shares are per mille
 
 @dataclass(frozen=True)
 class Budget:
-    """What fits: the tunnels with their limits, what to tell about it, and the most pipes."""
+    """What fits: the tunnels with their limits, and what to tell about it."""
 
     configs: tuple[Config, ...]
     warnings: tuple[str, ...]
+    most: int  # descriptors, without those of pipes
     pipes: int
 
 
@@ -41,6 +44,16 @@ def taken() -> int:
     """Count the descriptors that are open already, and those that the event loop takes."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return sum(int(name) < most for name in os.listdir("/proc/self/fd")) + EVENT_LOOP  # higher ones do not count
+
+
+def make_room(count: int) -> None:
+    """Let the kernel's table have room for ``count`` descriptors from now on.
+
+    It grows by doubling, and of a process with threads each growth takes 10 to 20 ms in which nobody is served
+    (``synchronize_rcu`` in Linux's fs/file.c): better before there is anybody.
+    """
+    with suppress(OSError), open(os.devnull) as any_file:  # where it cannot be had at once, it grows
+        os.close(fcntl.fcntl(any_file, fcntl.F_DUPFD_CLOEXEC, count - 1))
 
 
 def plan(configs: Sequence[Config], allowed: int, taken: int) -> Budget:
@@ -60,7 +73,8 @@ def plan(configs: Sequence[Config], allowed: int, taken: int) -> Budget:
     if warnings:
         wanted = need(WHOLE) + taken + reserve
         warnings.insert(0, f"open files: {allowed} are allowed, and {wanted} would be needed; {_HINT}")
-    return Budget(lowered, tuple(warnings), (room - need(share)) // 2)
+    left = room - need(share)
+    return Budget(lowered, tuple(warnings), allowed - left, left // 2)
 
 
 _HINT = "raise the hard limit (ulimit -Hn, LimitNOFILE)"

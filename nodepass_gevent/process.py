@@ -16,6 +16,7 @@ from gevent.pool import Group
 from . import log as logs
 from . import relay
 from .config import LOG_LEVELS, Address, Config, Process
+from .descriptors import make_room
 from .errors import ConfigError, TunnelsRefused
 from .notify import Notifier
 from .state import Ended
@@ -37,6 +38,7 @@ class Plan:
     process: Process
     configs: tuple[Config, ...]
     warnings: tuple[str, ...] = ()
+    descriptors: int = 1  # at most, without those of pipes
     pipes: int = 0  # for bulky exchanges, at most
     status_token: str | None = field(default=None, repr=False)
 
@@ -129,6 +131,7 @@ class _Signals:
         """Make the process what a plan says; give the number of tunnels that were added, changed or removed."""
         for warning in plan.warnings:
             log.warning("%s", warning)
+        make_room(plan.descriptors)
         relay.pipes.most = plan.pipes
         try:
             return self._tunnels.apply(plan.configs)

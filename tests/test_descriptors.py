@@ -107,6 +107,28 @@ def test_when_not_even_the_least_fits_the_start_is_refused():
     assert plan([tiny], 5 + 8, 8).warnings == ()  # who asks for less than the least gets that
 
 
+def test_the_most_descriptors_are_those_that_are_needed_and_what_is_kept_in_reserve():
+    one = config("client", semaphore_limit=10)
+    least = needed([one])
+    assert [plan([one], least + more, taken).most for more, taken in ((0, 0), (9, 0), (9, 5))] == [
+        least, least, least + 5,
+    ]  # fmt: skip
+
+
+def test_room_for_descriptors_is_made_once_and_stays():
+    script = """
+import os, re
+from nodepass_gevent.descriptors import make_room
+size = lambda: int(re.search(r"FDSize:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before, open_before = size(), os.listdir("/proc/self/fd")
+make_room(1000)
+assert before < 1000 <= size(), (before, size())
+make_room(1 << 40)  # more than the system allows
+assert os.listdir("/proc/self/fd") == open_before
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_pipes_get_what_is_left():
     one = config("client", semaphore_limit=10, max_pool_capacity=16)
     least = needed([one])

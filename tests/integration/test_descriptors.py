@@ -1,11 +1,13 @@
 """Processes with few descriptors under many users: they go on serving, use little processor time, and recover."""
 
 import contextlib
+import re
 import resource
 import select
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,16 @@ def cpu_used(processes):
     before = [process.cpu_s() for process in processes]
     time.sleep(WATCHED_S)
     return [process.cpu_s() - used for process, used in zip(processes, before, strict=True)]
+
+
+def test_a_tunnel_has_room_for_all_its_descriptors_before_anybody_comes():
+    url = f"server://127.0.0.1:{free_port()}/127.0.0.1:{free_port()}"
+    with Process(
+        [sys.executable, "-m", "nodepass_gevent", url], env={"SEMAPHORE_LIMIT": "1000"}, name="server"
+    ) as server:
+        server.wait_for_line("listening")
+        table = re.search(r"FDSize:\s+(\d+)", Path(f"/proc/{server.pid}/status").read_text())
+        assert int(table[1]) >= 2 * 1000  # it grows only while everybody waits
 
 
 def readable(users):
