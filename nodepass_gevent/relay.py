@@ -293,7 +293,7 @@ class Exchange:
     TimeoutError. ``on_answer()`` is called when the first byte has come from ``b``.
     """
 
-    __slots__ = ("_ended", "_flows", "_half_closed")
+    __slots__ = ("_ended", "_flows", "_half_closed", "_over")
 
     def __init__(
         self,
@@ -304,6 +304,7 @@ class Exchange:
     ) -> None:
         self._flows = _Flow(a, b, self.end), _Flow(b, a, self.end, on_answer)
         self._ended = Waiter()
+        self._over = False
         self._half_closed: _Silences = _silences(half_closed_timeout_s, "half-closed and idle")
 
     @property
@@ -360,7 +361,8 @@ class Exchange:
         """Note that one flow has ended, or why both must."""
         there, back = self._flows
         if error is not None or (there.ended and back.ended):
-            if not self._ended.ready():
-                self._ended.switch(error)
+            if not self._over:
+                self._over = True
+                soon(self._ended.switch, error)  # what has arrived for others is passed on first
         else:
             self._half_closed.add(self)
