@@ -1,8 +1,8 @@
 """The two-way way of the datagrams of one UDP session over its data connection, with a bounded queue.
 
 ``send(datagram)`` never blocks; ``run(data, ...)`` blocks its greenlet until the session has ended. Underneath
-everything runs in callbacks of watchers, as in ``relay``: no greenlet and no task per datagram. What comes in one turn
-of the event loop leaves in one write.
+everything runs in callbacks of watchers, as in ``relay``: no greenlet and no task per datagram. The first of a turn of
+the event loop leaves at once, what follows in that turn in one write.
 """
 
 import errno
@@ -46,8 +46,8 @@ class UDPRelay:
     """
 
     __slots__ = (
-        "_blocked", "_data", "_deliver", "_end", "_frames", "_loop", "_queue", "_queued", "_rest",
-        "_scheduled", "_target", "_watchers", "_writer", "active_at", "answered_at", "delivered", "delivered_bytes",
+        "_blocked", "_data", "_deliver", "_end", "_frames", "_gathers", "_loop", "_queue", "_queued", "_rest",
+        "_target", "_watchers", "_writer", "active_at", "answered_at", "delivered", "delivered_bytes",
         "dropped_network", "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "refused",
         "running",
     )  # fmt: skip
@@ -62,7 +62,7 @@ class UDPRelay:
         self._data: Transport | None = None
         self._target: Target | None = None
         self._blocked = True  # nothing can be written now
-        self._scheduled = False  # what is queued will be written in this turn
+        self._gathers = False  # one was written in this turn of the event loop: further ones wait for its end
         self._end: Any = Waiter()
         self._writer: Any = None  # made when the data connection first has to be waited for
         self._watchers: list[Any] = []
@@ -91,9 +91,10 @@ class UDPRelay:
         self._queue.append(format_frame(datagram))
         self._queued += size
         self.active_at = time.monotonic()
-        if not self._scheduled and not self._blocked:
-            self._scheduled = True
-            self._loop.run_callback(self._guard, self._write)
+        if not self._gathers and not self._blocked:
+            self._gathers = True
+            self._loop.run_callback(self._guard, self._write_gathered)
+            self._guard(self._write)
 
     def take_waiting(self) -> list[bytes]:
         """Take back the datagrams that are not written yet."""
@@ -169,9 +170,12 @@ class UDPRelay:
 
     # Into the data connection
 
+    def _write_gathered(self) -> None:
+        self._gathers = False
+        self._write()
+
     def _write(self) -> None:
         """Write what waits, as far as the data connection takes it now."""
-        self._scheduled = False
         data = self._data
         assert data
         while not self._blocked and (self._queue or self._rest):
