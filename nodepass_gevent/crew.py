@@ -6,7 +6,7 @@ import gevent
 from gevent.hub import Waiter
 from gevent.pool import Pool
 
-SPARE = 64  # greenlets that wait for work, at most
+SPARE = 128  # greenlets that wait for work, at most: users who come at once by the hundred find them
 
 Work = tuple[Callable[..., object] | None, tuple]  # nothing to do: the greenlet ends
 
