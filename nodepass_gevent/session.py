@@ -20,6 +20,7 @@ from .transport import Transport, reason, soon
 from .wire import Bye
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory
+GATHERED = 4  # lines that one segment waits for: fewer cost more segments, and of more the peer would begin late
 MAX_DUE = 65536  # lines; a peer that reads leaves at most as many as it has data connections
 
 
@@ -69,7 +70,7 @@ class Session:
         self._ending = False  # no line follows those that are due
 
     def send(self, line: bytes) -> bool:
-        """Send a line; what follows it in the same turn of the event loop goes out in one segment. Never blocks.
+        """Send a line; what follows it in the same turn of the event loop goes out in groups of GATHERED. Never blocks.
 
         False: the session is ending, and the line is not sent.
         """
@@ -79,6 +80,8 @@ class Session:
         if not self._gathers:  # the peer can begin with the first while the others of a crowd are got ready
             self._gathers = True
             soon(self._send_gathered)
+            self._send_now()
+        elif len(self._due) >= GATHERED:
             self._send_now()
         return True
 

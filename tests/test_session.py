@@ -9,7 +9,7 @@ from support import bounded, read_all, read_exactly, reset, wait_until
 from nodepass_gevent import wire
 from nodepass_gevent.errors import PolicyError, ProtocolError, SessionLost
 from nodepass_gevent.pool import AcceptingPool
-from nodepass_gevent.session import Session
+from nodepass_gevent.session import GATHERED, Session
 from nodepass_gevent.transport import Stream
 
 
@@ -172,15 +172,16 @@ def test_the_limit_of_silence_is_asked_for_anew_with_each_arrival(run):
 # Sending
 
 
-def test_the_first_line_of_a_turn_goes_out_alone_and_all_others_in_one_write(run):
+def test_the_first_line_of_a_turn_goes_out_alone_and_the_others_in_groups(run):
     running = run()
-    lines = (b"//0000000a#1\n", b"//0000000b#1\n", b"//0000000c#2\n")
+    lines = [b"//%08x#1\n" % number for number in range(1 + GATHERED + 2)]
+    first, group, rest = lines[0], b"".join(lines[1 : 1 + GATHERED]), b"".join(lines[1 + GATHERED :])
     for _ in range(2):
         for line in lines:
             running.session.send(line)
-        assert running.control.writes == [lines[0]]
-        assert read_exactly(running.peer, 3 * len(lines[0])) == b"".join(lines)
-        assert running.control.writes == [lines[0], lines[1] + lines[2]]
+        assert running.control.writes == [first, group]
+        assert read_exactly(running.peer, len(first + group + rest)) == b"".join(lines)
+        assert running.control.writes == [first, group, rest]
         running.control.writes.clear()
 
 
