@@ -46,7 +46,7 @@ class Crew:
         if self._spare:
             self._wake((function, args))
         else:
-            self._greenlets.spawn(self._work, (function, args))
+            self._greenlets.spawn(self._work, [(function, args)])
 
     def join(self, timeout_s: float | None) -> None:
         """Wait until none runs, for ``timeout_s`` at most (None: for ever); greenlets end with what they do."""
@@ -69,10 +69,11 @@ class Crew:
     def _wake(self, work: Work) -> None:
         gevent.get_hub().loop.run_callback(self._spare.pop().switch, work)
 
-    def _work(self, work: Work) -> None:
-        function, args = work
+    def _work(self, first: list[Work]) -> None:
+        function, args = first.pop()  # nothing keeps what is done
         while function and not self._killed:
             function(*args)
+            function, args = None, ()
             if len(self._spare) >= self._spares or self._all_used():  # a spawn may wait for this one's place
                 return
             waiter = Waiter()

@@ -77,7 +77,8 @@ class Ingress:
     def user(self, user: Stream, ended: Callable[[], object] | None = None) -> None:
         """Start the exchange of a TCP user; ``ended()`` is called behind it.
 
-        With a data connection that is ready it is launched before anything else has its turn.
+        With a data connection that is ready it is launched before anything else has its turn. Its greenlet must not be
+        killed before it has begun: nobody else closes the two.
         """
         self._counters.tcp_exchanges += 1
         came = time.monotonic()
@@ -116,7 +117,7 @@ class Ingress:
         return launched, running, time.monotonic()
 
     def _carry(self, user: Stream, begun: _Begun, end: float = 0) -> bool:
-        """Carry a user on a data connection; False when that proves dead before a byte and ``end``: another may do."""
+        """Carry a user on its data connection; False when that is dead before a byte and before ``end`` (0: never)."""
         (id, data, link), running, started = begun
         with data:
             tell = partial(self._access.tcp, id, user.peer, (user, data), started)

@@ -79,7 +79,10 @@ class Launcher:
             return True
 
     def launch_at_once(self, kind: Kind, user: tuple) -> Launched | None:
-        """Do as ``launch`` where a data connection is ready; None where its user has to wait for one."""
+        """Do as ``launch`` where a data connection is ready; None where its user has to wait for one.
+
+        Does not switch. Not for UDP sessions, which not every peer carries.
+        """
         try:
             link = self._link(0)
         except TunnelError:
@@ -88,10 +91,7 @@ class Launcher:
         return (*ready, link) if ready and _say(link, *ready, kind, user) else None
 
     def launch(self, kind: Kind, timeout_s: float, user: tuple) -> Launched:
-        """Launch for ``user``, a sockaddr; TunnelError when nothing is ready in time, or that peer does not carry it.
-
-        Does not switch when there is no time to wait.
-        """
+        """Launch for ``user``, a sockaddr; TunnelError when nothing is ready in time, or its peer does not carry it."""
         self._waiting += 1
         try:
             return self._launch_in_time(kind, timeout_s, user)

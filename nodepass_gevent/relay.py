@@ -328,7 +328,8 @@ class Exchange:
         idle: _Silences | None = _silences(idle_timeout_s, "idle") if idle_timeout_s else None
         try:
             there.start(at_once=True)  # a request is here by now, as a rule, and needs no turn of the event loop
-            back.start()
+            if not self._over:
+                back.start()
             if idle:
                 idle.add(self)
             error = self._ended.get()
@@ -361,8 +362,12 @@ class Exchange:
         """Note that one flow has ended, or why both must."""
         there, back = self._flows
         if error is not None or (there.ended and back.ended):
-            if not self._over:
-                self._over = True
-                soon(self._ended.switch, error)  # what has arrived for others is passed on first
+            if self._over:
+                return
+            self._over = True
+            if error is None:
+                soon(self._ended.switch, None)  # what has arrived for others is passed on first
+            else:
+                self._ended.switch(error)  # now: a reset is told once, and the other flow would be told an end
         else:
             self._half_closed.add(self)

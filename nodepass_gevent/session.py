@@ -65,7 +65,7 @@ class Session:
         self._silence_s = silence_s
         self._leave_s = leave_s
         self._due: list[bytes] = []
-        self._gathers = False  # a line was sent in this turn of the event loop: further ones wait for its end
+        self._gathers = False  # a line was sent in this turn of the event loop: more wait for others, or its end
         self._wake = Event()  # what is due is for the writer: the peer reads slowly, or not at all
         self._ending = False  # no line follows those that are due
 

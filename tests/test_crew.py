@@ -1,3 +1,5 @@
+import weakref
+
 import gevent
 import pytest
 from gevent.event import Event
@@ -36,6 +38,20 @@ def test_a_greenlet_that_has_finished_is_used_again(crew):
         gevent.idle()
     assert len(used) == 3
     assert len(set(used)) == 1
+
+
+def test_who_waits_for_work_keeps_nothing_of_what_is_done(crew):
+    class Argument:
+        pass
+
+    kept = []
+    for _ in range(2):  # a new greenlet's, and one's that is used again
+        argument = Argument()
+        kept.append(weakref.ref(argument))
+        crew.spawn(lambda argument: None, argument)
+        del argument
+        gevent.idle()
+    assert [reference() for reference in kept] == [None, None]
 
 
 def test_no_more_than_some_wait_for_work(crew):

@@ -12,7 +12,7 @@ import gevent
 import pytest
 from exchanges import run_exchange
 from secure import handshake, stream_pair, transports
-from support import BOUND_S, bounded, wait_until
+from support import BOUND_S, bounded, reset, wait_until
 
 from nodepass_gevent import relay
 from nodepass_gevent.transport import Stream
@@ -122,6 +122,25 @@ def test_what_the_user_said_before_an_exchange_began_needs_no_turn_of_the_event_
     user_side.wait_for_arrival()
     spawn(run_exchange, Unwatched(user_side.socket), target_side, NEVER_S)
     assert target.recv(100) == b"question"
+
+
+def test_a_reset_that_one_direction_is_told_is_no_end_for_the_other(pair, spawn):
+    ends = []
+
+    class Noting(Stream):
+        __slots__ = ()
+
+        def finish(self):
+            ends.append(self)
+            super().finish()
+
+    (user_side, user), (target_side, target) = pair(), pair()
+    running = spawn(run_exchange, Noting(user_side.socket), target_side, NEVER_S)
+    gevent.idle()
+    reset(target)  # the kernel lists it first, and libev serves it last
+    user.sendall(b"more")
+    assert isinstance(running.get(timeout=BOUND_S).error, ConnectionError)
+    assert not ends
 
 
 def test_an_exchange_without_a_byte_ends_with_its_two_ends(exchange):
