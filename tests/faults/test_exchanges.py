@@ -86,6 +86,27 @@ def test_a_targets_reset_reaches_the_user_as_a_reset(tunnel, target):
                 assert how_it_ends(user) == (b"", "reset")
 
 
+@pytest.mark.fault(44)
+def test_a_crowd_whose_target_resets_while_it_speaks_on_is_told_of_no_end(tunnel, target):
+    gate = threading.Event()
+
+    def half_and_reset(conn, _seen):
+        conn.sendall(b"half")
+        gate.wait(10)
+        reset(conn)
+
+    with behaving(target, half_and_reset), contextlib.ExitStack() as stack:
+        users = [stack.enter_context(dial(tunnel.public_port)) for _ in range(40)]
+        assert [user.recv(4) for user in users] == [b"half"] * 40
+        gate.set()
+        for user in tuple(users):
+            try:
+                user.sendall(b"more")
+            except ConnectionError:  # it is told already, and the kernel tells once
+                users.remove(user)
+        assert {how_it_ends(user) for user in users} <= {(b"", "reset")}
+
+
 @contextlib.contextmanager
 def relayed(target, tls):
     """A tunnel whose client calls through a relay that can spoil what passes."""
