@@ -53,7 +53,8 @@ def make_room(count: int) -> None:
     (``synchronize_rcu`` in Linux's fs/file.c): better before there is anybody.
     """
     with suppress(OSError), open(os.devnull) as any_file:  # where it cannot be had at once, it grows
-        os.close(fcntl.fcntl(any_file, fcntl.F_DUPFD_CLOEXEC, count - 1))
+        highest = fcntl.fcntl(any_file, fcntl.F_DUPFD_CLOEXEC, count - 1)
+        os.closerange(highest, highest + 1)  # gevent's own close comes a turn of the event loop later
 
 
 def plan(configs: Sequence[Config], allowed: int, taken: int) -> Budget:
