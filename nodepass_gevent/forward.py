@@ -101,6 +101,10 @@ class Ingress:
                 self._log.warning("user %s refused: %s", user, exc)
                 self._access.nothing("tcp", b"", user.peer, came, (access.NO_DATA_CONNECTION, str(exc)))
                 user.reset()
+            except BaseException:
+                if begun:
+                    begun[0][1].reset()  # nobody else closes it
+                raise
             finally:
                 if ended:
                     ended()

@@ -305,7 +305,8 @@ class DialingPool:
             except PolicyError as exc:
                 self._refusal = exc
             except (OSError, NodePassError) as exc:
-                (self._log.debug if self._failing else self._log.warning)("no data connection: %s", reason(exc))
+                quiet = self._failing or self._leaving
+                (self._log.debug if quiet else self._log.warning)("no data connection: %s", reason(exc))
                 self._failing = True
             self._sleep(pause_s)
             pause_s = min(pause_s * 2, RETRY_MAX_S)
