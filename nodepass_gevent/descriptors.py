@@ -49,7 +49,7 @@ def taken() -> int:
 def make_room(count: int) -> None:
     """Let the kernel's table have room for ``count`` descriptors from now on.
 
-    It grows by doubling, and of a process with threads each growth takes 10 to 20 ms in which nobody is served
+    It grows by doubling, and of a process with threads each growth takes 7 to 20 ms in which nobody is served
     (``synchronize_rcu`` in Linux's fs/file.c): better before there is anybody.
     """
     with suppress(OSError), open(os.devnull) as any_file:  # where it cannot be had at once, it grows
