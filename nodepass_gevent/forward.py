@@ -82,9 +82,21 @@ class Ingress:
         """
         self._counters.tcp_exchanges += 1
         came = time.monotonic()
-        launched = self._launcher.launch_at_once(Kind.TCP, user.peer)
-        begun = self._begin(user, came, launched) if launched else None
-        self._exchanges.spawn(self._tcp, user, came, begun, ended)
+        begun = None
+        try:
+            launched = self._launcher.launch_at_once(Kind.TCP, user.peer)
+            begun = self._begin(user, came, launched) if launched else None
+            self._exchanges.spawn(self._tcp, user, came, begun, ended)
+        except MemoryError:  # no greenlet: nobody else ends this exchange
+            self._counters.exchanges_failed += 1
+            user.reset()
+            if begun:
+                id, data, link = begun[0]
+                del link.launched[id]
+                data.reset()
+            if ended:
+                ended()
+            raise
 
     def _tcp(self, user: Stream, came: float, begun: _Begun | None, ended: Callable[[], object] | None) -> None:
         end = came + self._config.limits.pool_wait_s
@@ -115,10 +127,15 @@ class Ingress:
     def _begin(self, user: Stream, came: float, launched: Launched) -> _Begun:
         """Register the exchange of a user on the data connection that it was given."""
         id, data, link = launched
-        on_answer = partial(_observe_answer, self._counters, came)
-        running = Exchange(user, data, self._config.limits.half_closed_timeout_s, on_answer)
-        link.launched[id] = running
-        return launched, running, time.monotonic()
+        try:
+            on_answer = partial(_observe_answer, self._counters, came)
+            running = Exchange(user, data, self._config.limits.half_closed_timeout_s, on_answer)
+            begun = launched, running, time.monotonic()
+            link.launched[id] = running
+        except MemoryError:  # nobody else closes it
+            data.reset()
+            raise
+        return begun
 
     def _carry(self, user: Stream, begun: _Begun, end: float = 0) -> bool:
         """Carry a user on its data connection; False when that is dead before a byte and before ``end`` (0: never)."""

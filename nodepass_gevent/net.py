@@ -187,14 +187,14 @@ def duplicate(sock: RawSocket) -> RawSocket:
 def serve(
     listener: RawSocket,
     handle: Callable[[Stream], object],
-    on_pause: Callable[[OSError], None],
+    on_pause: Callable[[Exception], None],
     room: Callable[[], int] = lambda: ACCEPT_BATCH,
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Accept for ever and do nothing else: ``handle`` must not block, ``room`` may, and says for how many.
 
-    When accepting fails (out of descriptors or memory), the loop pauses, longer each time, and tells
-    ``on_pause``. Kill the greenlet before the listener is closed.
+    When accepting fails, or ``handle`` for want of memory, the loop pauses, longer each time, and tells ``on_pause``
+    why. Kill the greenlet before the listener is closed.
     """
     pause_s = limits.accept_pause_s
     hub = gevent.get_hub()
@@ -211,7 +211,7 @@ def serve(
                     alike += 1
             except (BlockingIOError, ConnectionAbortedError):  # all accepted; or the caller is gone again
                 pass
-            except OSError as exc:
+            except (OSError, MemoryError) as exc:
                 on_pause(exc)
                 gevent.sleep(pause_s)
                 pause_s = min(pause_s * 2, limits.accept_pause_longest_s)

@@ -85,7 +85,7 @@ class PublicPort:
         clients: Clients,
         ingress: Ingress,
         admission: Admission,
-        on_pause: Callable[[OSError], None],
+        on_pause: Callable[[Exception], None],
     ) -> None:
         self._config = config
         self._log = logs.of(config.name)

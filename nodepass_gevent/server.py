@@ -188,7 +188,7 @@ class Server:
                     raise
         raise OSError(errno.EADDRINUSE, f"no free data port in {DATA_PORTS.start}-{DATA_PORTS.stop - 1}")
 
-    def _paused(self, exc: OSError) -> None:
+    def _paused(self, exc: Exception) -> None:
         warn = self.counters.accept_pauses % PAUSES_PER_WARNING == 0
         self.counters.accept_pauses += 1
         self._log.log(logging.WARNING if warn else logging.DEBUG, "accepting pauses: %s", reason(exc))

@@ -110,7 +110,7 @@ class Entrance:
 class IngressSide(Side):
     def __init__(self, pair, settings, *capabilities):
         super().__init__(settings)
-        self._pair = pair
+        self.pair = pair
         self.link = FakeLink(*capabilities)
         self.answers = []
         self.entrance = Entrance()
@@ -128,13 +128,13 @@ class IngressSide(Side):
 
     def add_data(self, id=ID):
         """Make a data connection ready, and give the client's end of it."""
-        data, client = self._pair()
+        data, client = self.pair()
         self.link.pool.add(id, data)
         return client
 
     def user(self):
         """Let a user come, and give the user's end."""
-        accepted, user = self._pair()
+        accepted, user = self.pair()
         self.ingress.user(accepted)
         return user
 

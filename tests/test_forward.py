@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import gevent
 import pytest
 from exchanges import ID, SHORT_S, FakeLink
@@ -27,6 +29,19 @@ def test_a_user_for_whom_a_data_connection_is_ready_is_launched_before_anything_
     assert side.link.launched[ID].abort(LaunchFailed("its target is gone"))  # before its greenlet has begun
     assert is_reset(user)
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1, "launches_failed": 1}
+
+
+def test_a_user_for_whom_there_is_no_memory_for_a_greenlet_is_reset_with_its_data_connection(ingress, monkeypatch):
+    side = ingress()
+    taken = side.add_data()
+    monkeypatch.setattr(side.exchanges, "spawn", Mock(side_effect=MemoryError))
+    accepted, user = side.pair()
+    left = Mock()
+    with pytest.raises(MemoryError):
+        side.ingress.user(accepted, left)
+    assert is_reset(taken) and is_reset(user)
+    assert left.call_count == 1 and not side.link.launched
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
 def test_a_user_whose_client_goes_in_the_moment_of_the_launch_is_served_by_the_next(ingress):

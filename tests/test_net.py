@@ -284,6 +284,21 @@ def test_the_accept_loop_outlives_a_lack_of_descriptors(listener, accepted, spaw
     assert not loop.ready()
 
 
+def test_the_accept_loop_outlives_a_lack_of_memory(listener, accepted, spawn):
+    pauses = []
+    no_memory = MemoryError("no memory for this one")
+
+    def handle(caller):
+        accepted.append(caller)
+        if len(accepted) == 1:
+            raise no_memory
+
+    with dial(listener), dial(listener):
+        spawn(net.serve, listener, handle, pauses.append)
+        wait_until(lambda: len(accepted) == 2)
+    assert pauses == [no_memory]
+
+
 def test_out_of_descriptors_the_accept_loop_pauses_and_does_not_spin(listener, accepted, spawn):
     pauses = []
     with dial(listener), out_of_descriptors():
