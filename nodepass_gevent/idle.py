@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from .transport import Alarm, Transport
+from .alarm import Alarm
+from .transport import Transport
 
 ROUND_S = 1.0  # after each round a pool's capacity follows the demand
 

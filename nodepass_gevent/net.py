@@ -16,9 +16,10 @@ from typing import NamedTuple
 import gevent
 from gevent.socket import wait_read, wait_write
 
+from .alarm import Alarm
 from .config import Address, Limits
 from .errors import ConnectError
-from .transport import READ, Alarm, RawSocket, Stream, deadline, reason
+from .transport import READ, RawSocket, Stream, deadline, reason
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 ACCEPT_BATCH = 64  # connections per wake-up, then everybody else has a turn

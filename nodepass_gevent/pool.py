@@ -12,15 +12,16 @@ from collections.abc import Callable
 import gevent
 from gevent.event import AsyncResult, Event
 
+from .alarm import Alarm, Lull
 from .crew import Crew
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
 from .idle import ROUND_S, Idle
-from .transport import Alarm, Transport, reason, soon
+from .transport import Transport, reason, soon
 
 log = logging.getLogger(__name__)
 
 SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
-GATHER_S = 0.001  # dials in a batch cost both sides less: fewer wake-ups
+GATHER_S = 0.001  # while there are others to serve: dials in a batch cost both sides less, fewer wake-ups
 DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
 RETRY_MIN_S, RETRY_MAX_S = (0.05, 5.0)  # pause after a failed dial, doubled for each further one
 
@@ -175,7 +176,7 @@ class DialingPool:
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
-        self._gathering = Alarm(lead_s / 6 or GATHER_S)
+        self._gathering: Alarm = Alarm(lead_s / 6) if lead_s else Lull(GATHER_S)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
         self._idle = Idle(self._look, user_timeout_s)
@@ -266,7 +267,7 @@ class DialingPool:
         return self.capacity + len(self._used_at) + len(self._takers) - len(self._idle) - self._dialling
 
     def _fill_soon(self) -> None:
-        """Dial for what is used, together with what else is used in this moment while there is enough left."""
+        """Dial for what is used; while there is enough left together with what else is used, and when nobody waits."""
         if 2 * len(self._idle) < self.capacity:
             self._fill()
         elif not self._gathering.is_set:

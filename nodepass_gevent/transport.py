@@ -80,32 +80,6 @@ def soon(callback: Callable[..., None], *args: object) -> None:
     gevent.get_hub().loop.run_callback(callback, *args)
 
 
-class Alarm:
-    """Calls once, ``seconds`` after it was set, and may be set again: libev's one-shot timers would ring at once."""
-
-    __slots__ = ("_timer",)
-
-    def __init__(self, seconds: float) -> None:
-        self._timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
-
-    @property
-    def is_set(self) -> bool:
-        """Whether it is going to call."""
-        return self._timer.active
-
-    def set(self, callback: Callable[[], None]) -> None:
-        """Call ``callback()`` in the event loop when it is time; it must not block."""
-        self._timer.again(self._ring, callback)
-
-    def _ring(self, callback: Callable[[], None]) -> None:
-        self._timer.stop()
-        callback()
-
-    def close(self) -> None:
-        """Call nothing any more."""
-        self._timer.close()
-
-
 def reason(exc: BaseException) -> str:
     """Say why, in a few words: the text of an errno, or the exception's own."""
     if isinstance(exc, OSError) and exc.strerror:

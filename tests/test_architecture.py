@@ -14,6 +14,7 @@ PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
     {"__init__", "errors", "state"},
     {
+        "alarm",
         "callers",
         "certificates",
         "crew",
@@ -52,7 +53,9 @@ SANS_IO = {
     "config", "errors", "frames", "metrics", "opening", "proxy_protocol", "tunnel_key", "url", "values",
     "wire",
 }  # fmt: skip
-KNOW_WATCHERS = {"crew", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay"}  # may use the loop
+KNOW_WATCHERS = {  # may use the loop
+    "alarm", "crew", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay",
+}  # fmt: skip
 CATCH_ALL = {"relay": 1, "service": 1, "status_server": 2, "udp_relay": 1}  # ends of exchanges, loop, requests
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines
 

@@ -6,6 +6,7 @@ import pytest
 from gevent.event import Event
 from support import bounded, is_reset, read_all, reset, wait_until
 
+from nodepass_gevent import pool as pool_module
 from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
 from nodepass_gevent.pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
 
@@ -118,6 +119,15 @@ def test_the_pool_is_filled_and_refilled_the_moment_connections_are_used(minimum
     dialler.open.set()
     wait_until(lambda: len(pool) == minimum)
     assert len(dialler.ids) == 2 * minimum
+
+
+def test_a_connection_is_replaced_at_once_when_there_is_nobody_else_to_serve(dialler, dialing, monkeypatch):
+    monkeypatch.setattr(pool_module, "GATHER_S", 3600)
+    pool = dialing(16)
+    wait_until(lambda: len(pool) == 16)
+    take(pool, dialler.ids[0]).close()
+    assert len(dialler.ids) == 16
+    wait_until(lambda: len(dialler.ids) == 17)
 
 
 def test_where_launches_come_late_as_many_more_are_kept_ready_as_came_lately(dialler, dialing):
