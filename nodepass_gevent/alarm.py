@@ -6,12 +6,17 @@ import gevent
 
 
 class Alarm:
-    """Calls once, ``seconds`` after it was set, and may be set again: libev's one-shot timers would ring at once."""
+    """Calls once, ``seconds`` after it was set, and may be set again: libev's one-shot timers would ring at once.
 
-    __slots__ = ("_timer",)
+    ``in_lull``: earlier, as soon as the event loop has nothing else to do.
+    """
 
-    def __init__(self, seconds: float) -> None:
-        self._timer = gevent.get_hub().loop.timer(seconds, seconds, ref=False)
+    __slots__ = ("_lull", "_timer")
+
+    def __init__(self, seconds: float, *, in_lull: bool = False) -> None:
+        loop = gevent.get_hub().loop
+        self._timer = loop.timer(seconds, seconds, ref=False)
+        self._lull = loop.idle(ref=False) if in_lull else None
 
     @property
     def is_set(self) -> bool:
@@ -21,33 +26,17 @@ class Alarm:
     def set(self, callback: Callable[[], None]) -> None:
         """Call ``callback()`` in the event loop when it is time; it must not block."""
         self._timer.again(self._ring, callback)
+        if self._lull:
+            self._lull.start(self._ring, callback)
 
     def _ring(self, callback: Callable[[], None]) -> None:
         self._timer.stop()
+        if self._lull:
+            self._lull.stop()
         callback()
 
     def close(self) -> None:
-        """Call nothing any more."""
+        """Call nothing any more; it may not be set again."""
         self._timer.close()
-
-
-class Lull(Alarm):
-    """Calls once, when the event loop has nothing else to do, and ``seconds`` after it was set at the latest."""
-
-    __slots__ = ("_idle",)
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self._idle = gevent.get_hub().loop.idle(ref=False)
-
-    def set(self, callback: Callable[[], None]) -> None:
-        super().set(callback)
-        self._idle.start(self._ring, callback)
-
-    def _ring(self, callback: Callable[[], None]) -> None:
-        self._idle.stop()
-        super()._ring(callback)
-
-    def close(self) -> None:
-        super().close()
-        self._idle.close()
+        if self._lull:
+            self._lull.close()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import gevent
 from gevent.event import AsyncResult, Event
 
-from .alarm import Alarm, Lull
+from .alarm import Alarm
 from .crew import Crew
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
 from .idle import ROUND_S, Idle
@@ -176,7 +176,7 @@ class DialingPool:
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
-        self._gathering: Alarm = Alarm(lead_s / 6) if lead_s else Lull(GATHER_S)
+        self._gathering = Alarm(lead_s / 6 or GATHER_S, in_lull=not lead_s)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
         self._idle = Idle(self._look, user_timeout_s)
@@ -267,7 +267,7 @@ class DialingPool:
         return self.capacity + len(self._used_at) + len(self._takers) - len(self._idle) - self._dialling
 
     def _fill_soon(self) -> None:
-        """Dial for what is used; while there is enough left together with what else is used, and when nobody waits."""
+        """Replace what is used: at once when less than half is left, else in a batch, a little later."""
         if 2 * len(self._idle) < self.capacity:
             self._fill()
         elif not self._gathering.is_set:

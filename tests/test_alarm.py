@@ -5,7 +5,7 @@ import pytest
 from gevent.event import Event
 from support import bounded
 
-from nodepass_gevent.alarm import Alarm, Lull
+from nodepass_gevent.alarm import Alarm
 
 SHORT_S, FOREVER_S = 0.05, 3600
 
@@ -21,10 +21,10 @@ def busy(spawn):
     spawn(work)
 
 
-@pytest.mark.parametrize("kind", [Alarm, Lull])
+@pytest.mark.parametrize("in_lull", [False, True])
 @pytest.mark.usefixtures("busy")
-def test_an_alarm_calls_once_when_it_is_time_and_may_be_set_again(kind):
-    alarm, called = kind(SHORT_S), []
+def test_an_alarm_calls_once_when_it_is_time_and_may_be_set_again(in_lull):
+    alarm, called = Alarm(SHORT_S, in_lull=in_lull), []
     rung = Event()
     for number in (1, 2):
         begin = time.monotonic()
@@ -39,18 +39,18 @@ def test_an_alarm_calls_once_when_it_is_time_and_may_be_set_again(kind):
 
 
 def test_in_a_lull_nobody_waits_for_the_time():
-    lull, called = Lull(FOREVER_S), Event()
+    alarm, called = Alarm(FOREVER_S, in_lull=True), Event()
     for _ in (1, 2):
-        lull.set(called.set)
+        alarm.set(called.set)
         with bounded():
             called.wait()
         called.clear()
-        assert not lull.is_set
+        assert not alarm.is_set
 
 
-@pytest.mark.parametrize("kind", [Alarm, Lull])
-def test_an_alarm_that_is_closed_calls_nothing(kind):
-    alarm, called = kind(SHORT_S), []
+@pytest.mark.parametrize("in_lull", [False, True])
+def test_an_alarm_that_is_closed_calls_nothing(in_lull):
+    alarm, called = Alarm(SHORT_S, in_lull=in_lull), []
     alarm.set(lambda: called.append(None))
     alarm.close()
     gevent.sleep(3 * SHORT_S)
