@@ -8,6 +8,7 @@ the event loop leaves at once, what follows in that turn in one write.
 import errno
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import gevent
@@ -140,6 +141,9 @@ class UDPRelay:
             if data.buffered:
                 self._guard(self._on_readable)
             self._end.get()
+            if not self.failed:
+                with suppress(OSError):  # an end that is not taken for a cut, in TLS too
+                    data.finish()
         finally:
             self.running = False
             self.how = self.how or "killed"

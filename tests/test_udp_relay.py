@@ -281,10 +281,13 @@ def test_a_frame_longer_than_any_datagram_ends_the_session(session):
     assert session.relay.failed and session.delivered == [b"good"]
 
 
-def test_a_session_in_which_nothing_moves_ends(make):
-    session = make(idle_s=SOON_S).start()
+@pytest.mark.parametrize("kind", ["plain", "1.2", "1.3"])
+def test_a_session_in_which_nothing_moves_ends_and_its_peer_sees_an_end_and_no_cut(make, kind):
+    session = make(kind, idle_s=SOON_S).start()
     assert session.ended() == "idle for 0.08 s"
     assert not session.relay.failed
+    session.data.close()
+    assert session.peer.recv(1) == b""
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
