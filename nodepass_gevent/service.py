@@ -111,11 +111,13 @@ class Service:
         return cut
 
     def run(self) -> None:
-        """Run the role for ever; whatever ends it is logged and followed by the next try."""
+        """Run the role until it is stopped; whatever else ends it is logged and followed by the next try."""
         while True:
             self.next_try_at = None
             pause_s = self._try()
             self.role.begun.set()
+            if self.role.exchanges.draining:  # an error on the way out hid that it is stopped
+                return
             self._retry_now.clear()
             self.next_try_at = wall_clock() + pause_s
             self._retry_now.wait(pause_s)
@@ -159,5 +161,6 @@ class Service:
             level = logging.DEBUG
         else:
             self._said, self._said_at = why, now
-        self._log.log(level, "%s: %s; trying again %s", self.role, why, f"in {pause_s:g} s" if pause_s else "now")
+        again = "" if self.role.exchanges.draining else f"; trying again {f'in {pause_s:g} s' if pause_s else 'now'}"
+        self._log.log(level, "%s: %s%s", self.role, why, again)
         return pause_s

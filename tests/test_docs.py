@@ -82,7 +82,7 @@ def test_the_tables_hold_nothing_else():
 TROUBLE = " ".join((DOCS / "troubleshooting.rst").read_text().split())
 TERMS = re.findall(r"^``.*``$", (DOCS / "troubleshooting.rst").read_text().partition("By message")[2], re.MULTILINE)
 SAID_ELSEWHERE = {  # what needs no word of its own, and why
-    "%s: %s; trying again %s": "by its reason, of either side",
+    "%s: %s%s": "by its reason, of either side",
     "%s: unexpected error": "as unexpected error",
     "refused %s": "by who is refused, and why",
     "exchange %s: %s %s -> %s: %s after %.3f s, %s": "the access line, in logs.rst",

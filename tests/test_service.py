@@ -1,3 +1,4 @@
+import errno
 import logging
 import re
 from dataclasses import replace
@@ -5,7 +6,7 @@ from dataclasses import replace
 import gevent
 import pytest
 from gevent.event import Event
-from support import wait_until
+from support import bounded, wait_until
 
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
@@ -148,6 +149,26 @@ def test_an_unexpected_error_is_logged_with_its_traceback_and_survived(serve, ca
     (record,) = [record for record in caplog.records if record.exc_info]
     assert record.levelname == "ERROR"
     assert record.exc_info[0] is ZeroDivisionError
+
+
+class FailsToLeave(Failing):
+    """A role that fails once more on its way out."""
+
+    def run(self):
+        try:
+            super().run()
+        finally:
+            raise OSError(errno.ENOPROTOOPT, "Protocol not available")
+
+
+def test_an_error_on_the_way_out_does_not_hide_that_the_role_is_stopped(caplog):
+    role = FailsToLeave()
+    service = Service(role)
+    service.start()
+    assert role.works.wait(5)
+    with bounded():
+        service.stop()
+    assert caplog.messages == ["role: protocol not available"]
 
 
 def test_files_are_looked_at_again_and_again_and_no_pause_is_cut_short_by_that(spawn):
