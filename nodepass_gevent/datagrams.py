@@ -84,7 +84,7 @@ class DatagramIngress:
         for session in self._sessions.values():
             session.end(why)
         if self._leaving is not None:
-            self._leaving.kill(block=False)
+            self._leaving.kill()
             self._leaving = None
 
     def datagram(self, datagram: bytes, reply: Reply) -> None:

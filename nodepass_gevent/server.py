@@ -94,6 +94,7 @@ class Server:
 
     def run(self) -> None:
         """Listen and serve; raises OSError or ConnectError when an address cannot be had."""
+        self._ingress.udp.end("the server begins anew")  # sessions of the last try may still keep the public socket
         with ExitStack() as stack:
             stack.callback(self._sockets.close_inherited)  # also where another address cannot be had
             self._clients.open()

@@ -2,7 +2,9 @@
 
 import contextlib
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from integration.harness import wait_until
@@ -59,6 +61,41 @@ def test_two_thousand_empty_datagrams_stop_nobody(udp, profile):
                 time.sleep(0.01)  # so that they arrive
         recovers(tunnel)
     assert users.tried and users.served == users.tried
+
+
+@pytest.mark.fault(66)
+@PROFILES
+def test_memory_that_runs_out_at_a_datagram_costs_that_one_alone(target, profile):
+    where = "launching:Launcher.launch_at_once@6" if profile == "protocol=1" else "udp_relay:UDPRelay.send@7"
+    raising = f"nodepass_gevent.datagrams:DatagramIngress._enter@5,nodepass_gevent.{where}"
+    env = PATIENT | {"FAULT_ERROR": "MemoryError", "FAULT_RAISE": raising}
+    with Tunnel(target.address, 0, profile, env=env) as tunnel, standing(tunnel):
+        assert 17 <= sum(answered(tunnel) for _ in range(20)) < 20
+        assert not any("control channel lost" in line for line in tunnel.client.lines)
+
+
+@pytest.mark.fault(72)
+def test_a_user_who_speaks_on_does_not_keep_a_server_that_has_failed_from_beginning_anew(target):
+    env = {"FAULT_RAISE": "nodepass_gevent.reception:Reception.take_data@60"}
+    with Tunnel(target.address, env=env) as tunnel, user_of(tunnel) as user, ThreadPoolExecutor() as threads:
+        silent = threading.Event()
+
+        def speak():
+            while not silent.wait(0.05):
+                with contextlib.suppress(OSError):
+                    user.send(b"word")
+
+        recovers(tunnel)
+        user.send(b"word")
+        assert user.recv(4) == b"word"
+        threads.submit(speak)
+        try:
+            while not any("injected" in line for line in tunnel.server.lines):
+                tunnel.served(10)
+            tunnel.recovers(SLACK * 2)
+            recovers(tunnel)
+        finally:
+            silent.set()
 
 
 @pytest.mark.fault(56)
