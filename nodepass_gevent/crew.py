@@ -56,7 +56,7 @@ class Crew:
         self._greenlets.join(timeout_s)
 
     def kill(self, *, block: bool = True) -> None:
-        """End all of them, and start no more."""
+        """End all of them; what is spawned from now on, or has not begun, never runs."""
         self._killed = True
         self._spare.clear()
         self._greenlets.kill(block=block)
@@ -70,7 +70,7 @@ class Crew:
         gevent.get_hub().loop.run_callback(self._spare.pop().switch, work)
 
     def _work(self, first: list[Work]) -> None:
-        function, args = first.pop()  # nothing keeps what is done
+        function, args = first.pop()  # out of the greenlet's own arguments: nothing keeps what is done
         while function and not self._killed:
             function(*args)
             function, args = None, ()

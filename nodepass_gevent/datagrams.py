@@ -74,7 +74,7 @@ class DatagramIngress:
         try:
             receiver.get()
         finally:
-            if self._sessions or self._asking:
+            if (self._sessions or self._asking) and not receiver.ready():
                 self._leaving = receiver
             else:
                 receiver.kill()
@@ -88,7 +88,7 @@ class DatagramIngress:
             self._leaving = None
 
     def datagram(self, datagram: bytes, reply: Reply) -> None:
-        """Take a datagram of a user. Never blocks."""
+        """Take a datagram of a user. Never blocks. MemoryError: it is dropped."""
         session = self._sessions.get(reply)
         if session is not None:
             session.send(datagram)
@@ -126,9 +126,15 @@ class DatagramIngress:
             self._leave(reply)
             self._counters.datagrams_dropped_busy += 1
             return
-        session = self._sessions[reply] = UDPRelay(reply)
-        session.send(datagram)
-        self._exchanges.spawn(self._run_session, session, reply)
+        try:
+            session = self._sessions[reply] = UDPRelay(reply)
+            session.send(datagram)
+            self._exchanges.spawn(self._run_session, session, reply)
+        except MemoryError:
+            self._sessions.pop(reply, None)
+            self._leave(reply)
+            self._counters.datagrams_dropped_busy += 1
+            raise
 
     def _evict(self) -> None:
         """End one session that has been idle; those that are looked at and stay are last in the row after that."""
@@ -190,8 +196,17 @@ class DatagramIngress:
         elif self._enter(reply):
             self._counters.udp_exchanges += 1
             self._asking += 1
-            launched = self._launcher.launch_at_once(Kind.UDP, reply.sender)  # before: it wakes its client
-            self._exchanges.spawn(self._run_exchange, datagram, reply, launched)
+            launched = None
+            try:
+                launched = self._launcher.launch_at_once(Kind.UDP, reply.sender)  # before: it wakes its client
+                self._exchanges.spawn(self._run_exchange, datagram, reply, launched)
+            except MemoryError:
+                if launched:
+                    launched[1].reset()
+                self._asking -= 1
+                self._leave(reply)
+                self._counters.datagrams_dropped_busy += 1
+                raise
 
     def _run_exchange(self, datagram: bytes, reply: Reply, launched: Launched | None) -> None:
         timeout_s = self._config.udp_read_timeout_s

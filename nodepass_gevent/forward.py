@@ -78,7 +78,7 @@ class Ingress:
         """Start the exchange of a TCP user; ``ended()`` is called behind it.
 
         With a data connection that is ready it is launched before anything else has its turn. Its greenlet must not be
-        killed before it has begun: nobody else closes the two.
+        killed before it has begun: nobody else closes user and data connection. MemoryError: both are reset.
         """
         self._counters.tcp_exchanges += 1
         came = time.monotonic()
@@ -87,7 +87,7 @@ class Ingress:
             launched = self._launcher.launch_at_once(Kind.TCP, user.peer)
             begun = self._begin(user, came, launched) if launched else None
             self._exchanges.spawn(self._tcp, user, came, begun, ended)
-        except MemoryError:  # no greenlet: nobody else ends this exchange
+        except MemoryError:  # there is no greenlet to end this exchange
             self._counters.exchanges_failed += 1
             user.reset()
             if begun:
@@ -115,7 +115,7 @@ class Ingress:
                 user.reset()
             except BaseException:
                 if begun:
-                    begun[0][1].reset()  # nobody else closes it
+                    begun[0][1].reset()  # it may be that nothing was carried yet
                 raise
             finally:
                 if ended:
@@ -191,14 +191,17 @@ class Egress:
 
     def launch(self, launch: Launch) -> None:
         """Start the exchange of one launch. Never blocks."""
-        if not self._waiting and not self._exchanges.full():
-            self._exchanges.spawn(self._run, launch)
-        elif not self._waiting.full():
-            self._pool.keep(launch.id)
-            self._waiting.spawn(self._exchanges.spawn, self._run, launch)
-        else:  # more launches than there are data connections: the peer does not keep the protocol
-            self._counters.launches_lost += 1
-            self._fail(launch.id, "busy")
+        with suppress(MemoryError):
+            if not self._waiting and not self._exchanges.full():
+                self._exchanges.spawn(self._run, launch)
+                return
+            if not self._waiting.full():
+                self._pool.keep(launch.id)
+                self._waiting.spawn(self._exchanges.spawn, self._run, launch)
+                return
+        # No memory, or more launches than there are data connections: then the peer does not keep the protocol.
+        self._counters.launches_lost += 1
+        self._fail(launch.id, "busy")
 
     def _run(self, launch: Launch) -> None:
         started = time.monotonic()

@@ -118,7 +118,10 @@ class Launcher:
 
 def _say(link: Link, id: bytes, data: Transport, kind: Kind, user: tuple) -> bool:
     """Say what a data connection is for, and for whom; False, and it is reset, when its peer has gone in between."""
-    if link.send(wire.format_launch(Launch(id, kind, user if opening.FROM in link.capabilities else None))):
-        return True
-    data.reset()
-    return False
+    said = False
+    try:
+        said = link.send(wire.format_launch(Launch(id, kind, user if opening.FROM in link.capabilities else None)))
+    finally:
+        if not said:
+            data.reset()
+    return said

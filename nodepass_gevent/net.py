@@ -256,18 +256,23 @@ def serve_last(
                 wait_read(listener.fileno())
         except ConnectionAbortedError:
             pass
-        except OSError:
+        except (OSError, MemoryError):
             return
         else:
             if diverted_s:
                 with suppress(OSError):  # inherited, unless it was through before
                     caller.socket.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-            handle(caller)
+            with suppress(MemoryError):
+                handle(caller)
 
 
 def _accept(listener: RawSocket) -> Stream:
     descriptor, peer = listener._accept()  # type: ignore[attr-defined]  # what socket.accept() itself calls, without its wrapper
-    sock = RawSocket(listener.family, _NONBLOCKING, 0, descriptor)
+    try:
+        sock = RawSocket(listener.family, _NONBLOCKING, 0, descriptor)
+    except MemoryError:
+        socket.close(descriptor)
+        raise
     sock.setblocking(False)
     return Stream(sock, peer)
 

@@ -280,8 +280,11 @@ class DialingPool:
         held = len(self._idle) + len(self._ended) + len(self._ended_before)
         begun = max(min(wanted, DIALS_AT_ONCE - self._dialling, self._maximum - held - self._dialling), 0)
         for _ in range(begun):
+            try:
+                self._dials.spawn(self._add_one)
+            except MemoryError:  # the next round fills again
+                return
             self._dialling += 1
-            self._dials.spawn(self._add_one)
         self._owed = max(self._owed - begun, 0)
 
     def _add_one(self) -> None:

@@ -20,7 +20,7 @@ from .transport import Transport, reason, soon
 from .wire import Bye
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory
-GATHERED = 4  # lines that one segment waits for: fewer cost more segments, and of more the peer would begin late
+GATHERED = 4  # lines per segment behind the first of a turn: fewer cost more segments, more let the peer begin late
 MAX_DUE = 65536  # lines; a peer that reads leaves at most as many as it has data connections
 
 

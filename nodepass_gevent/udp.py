@@ -77,6 +77,8 @@ class PublicSocket:
                             handle(bytes(_buffer[:size]), Reply(sock, sender, source))
                 except BlockingIOError:
                     pass
+                except MemoryError:
+                    gevent.sleep(MEMORY_PAUSE_S)
                 except OSError as exc:  # an ICMP error of an earlier reply, or no memory: for no sender in particular
                     gevent.sleep(MEMORY_PAUSE_S if exc.errno in (errno.ENOMEM, errno.ENOBUFS) else 0)
 

@@ -217,6 +217,8 @@ class UDPRelay:
     # Out of the data connection
 
     def _on_readable(self) -> None:
+        if self.how:  # it has ended since this was put off
+            return
         assert self._data
         count = self._data.pull(_buffer)
         if not count:

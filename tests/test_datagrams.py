@@ -3,6 +3,7 @@
 import os
 import select
 import time
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -34,6 +35,22 @@ def test_a_launch_goes_before_its_datagram_so_that_its_client_need_not_look_twic
     side.datagram(b"question")
     assert side.link.sent == [b"//0a1b2c3d#2\n"] and is_quiet(client)
     assert read_all(client) == b"question"
+
+
+@pytest.mark.parametrize("capabilities", [(), (b"udp",)])
+def test_a_datagram_for_which_there_is_no_memory_is_dropped_and_leaves_nothing(ingress, monkeypatch, capabilities):
+    side = ingress(*capabilities)
+    taken = side.add_data()
+    with monkeypatch.context() as without:
+        without.setattr(side.exchanges, "spawn", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            side.datagram(b"question")
+    assert side.counters.datagrams_dropped_busy == 1 and side.entrance.inside == 0
+    if not capabilities:
+        assert is_reset(taken)
+        taken = side.add_data()
+    side.datagram(b"another")
+    assert taken.recv(9)[-7:] == b"another"
 
 
 def is_quiet(sock):

@@ -44,6 +44,17 @@ def test_a_user_for_whom_there_is_no_memory_for_a_greenlet_is_reset_with_its_dat
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
+def test_a_user_for_whom_there_is_no_memory_for_a_launch_is_reset_with_its_data_connection(ingress, monkeypatch):
+    side = ingress()
+    taken = side.add_data()
+    monkeypatch.setattr(side.link, "send", Mock(side_effect=MemoryError))
+    accepted, user = side.pair()
+    with pytest.raises(MemoryError):
+        side.ingress.user(accepted)
+    assert is_reset(taken) and is_reset(user)
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+
+
 def test_a_user_whose_client_goes_in_the_moment_of_the_launch_is_served_by_the_next(ingress):
     side = ingress()
     lost = side.link

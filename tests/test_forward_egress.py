@@ -1,5 +1,6 @@
 import socket
 import time
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -159,6 +160,13 @@ def test_launches_of_a_new_session_get_the_slots_that_the_old_one_leaves(egress,
     second = new.launch(Kind.TCP)
     assert finish(first, target)
     assert finish(second, target)
+
+
+def test_a_launch_for_which_there_is_no_memory_is_counted_as_lost(egress, monkeypatch):
+    side = egress()
+    monkeypatch.setattr(side.exchanges, "spawn", Mock(side_effect=MemoryError))
+    side.launch(Kind.TCP)
+    assert side.counted == {"launches_lost": 1}
 
 
 def test_more_launches_than_there_can_be_data_connections_are_counted_as_lost(egress, target):

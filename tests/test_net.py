@@ -4,6 +4,7 @@ import socket
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -189,6 +190,24 @@ def test_who_waits_in_a_queue_is_accepted_before_the_end_while_there_is_room(lis
         assert len(accepted) == 70
 
 
+def test_who_waits_in_a_queue_at_the_end_is_accepted_although_there_was_no_memory_for_another(listener, accepted):
+    def handle(caller):
+        accepted.append(caller)
+        if len(accepted) == 1:
+            raise MemoryError
+
+    with dial(listener), dial(listener):
+        net.serve_last(listener, handle, lambda: 1)
+        assert len(accepted) == 2
+
+
+def test_a_kernel_that_has_no_filters_loses_nobody_who_waits(listener, accepted, monkeypatch):
+    monkeypatch.setattr(net, "_SO_ATTACH_FILTER", 9999)
+    with dial(listener):
+        net.serve_last(listener, accepted.append, lambda: 1, 60)
+        assert len(accepted) == 1
+
+
 def test_who_begins_to_call_a_listener_at_its_end_is_answered_by_another_one(shared, accepted, spawn):
     first, listen = shared
     second = listen()
@@ -297,6 +316,14 @@ def test_the_accept_loop_outlives_a_lack_of_memory(listener, accepted, spawn):
         spawn(net.serve, listener, handle, pauses.append)
         wait_until(lambda: len(accepted) == 2)
     assert pauses == [no_memory]
+
+
+def test_a_caller_for_whom_there_is_no_memory_leaves_no_descriptor(listener, monkeypatch):
+    with dial(listener) as caller:
+        monkeypatch.setattr(net, "RawSocket", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            net._accept(listener)
+        assert caller.recv(1) == b""
 
 
 def test_out_of_descriptors_the_accept_loop_pauses_and_does_not_spin(listener, accepted, spawn):

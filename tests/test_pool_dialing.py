@@ -1,5 +1,6 @@
 import logging
 import socket
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -128,6 +129,19 @@ def test_a_connection_is_replaced_at_once_when_there_is_nobody_else_to_serve(dia
     take(pool, dialler.ids[0]).close()
     assert len(dialler.ids) == 16
     wait_until(lambda: len(dialler.ids) == 17)
+
+
+def test_a_dial_for_which_there_is_no_memory_is_made_in_the_next_round(dialler, dialing, clock, monkeypatch):
+    pool = dialing(2)
+    wait_until(lambda: len(pool) == 2)
+    with monkeypatch.context() as without:
+        without.setattr(pool._dials, "spawn", Mock(side_effect=MemoryError))
+        for id in list(dialler.ids):
+            assert leads_to(take(pool, id), dialler.peers[dialler.ids.index(id)])
+        gevent.idle()
+    assert len(pool) == 0
+    clock.advance(ROUND_S)
+    wait_until(lambda: len(pool) == pool.capacity)
 
 
 def test_where_launches_come_late_as_many_more_are_kept_ready_as_came_lately(dialler, dialing):
