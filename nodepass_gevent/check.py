@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 
-from . import configfile, descriptors, net, options, ports
-from .certificates import load_certificate
+from . import configfile, descriptors, log_writer, net, options, ports
+from .certificates import load_authorities, load_certificate
 from .config import Address, Config, Process
 from .errors import ConfigError, ConnectError
 from .keyring import read_keys, read_token
@@ -63,7 +63,7 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
     clashes = ports.clashes(ports.of_process(process, configs))
     for config in configs:
         findings += [Finding(level, config.name, text) for level, text in _look_at(config, clashes)]
-    findings += [Finding(ERROR, "", f"{port.what}: {text}") for port, text in clashes.items() if port.what == "status"]
+    findings += [Finding(level, "", text) for level, text in _look_at_process(process, clashes)]
     return [*dict.fromkeys(findings), *_count_descriptors(configs)]
 
 
@@ -103,6 +103,15 @@ def _tunnels(argv: Sequence[str]) -> list[str]:
         return []
 
 
+def _look_at_process(process: Process, clashes: Mapping[ports.Port, str]) -> Iterator[tuple[str, str]]:
+    for port in ports.of_process(process, ()):
+        yield _look_at_port(port, clashes)
+    try:
+        log_writer.check(process.log_to)
+    except OSError as exc:
+        yield ERROR, str(process.fault("log_to", f"cannot be opened: {reason(exc)}"))
+
+
 def _look_at(config: Config, clashes: Mapping[ports.Port, str]) -> Iterator[tuple[str, str]]:
     yield OK, f"settings of {config.url}"
     try:
@@ -111,13 +120,11 @@ def _look_at(config: Config, clashes: Mapping[ports.Port, str]) -> Iterator[tupl
         yield ERROR, str(exc)
     else:
         yield from _look_at_certificate(config)
+        yield from _look_at_authorities(config)
     if config.role == "client":
         yield from (_resolve(what, address) for what, address in (("tunnel", config.tunnel), ("target", config.target)))
     for port in ports.of_tunnel(config):
-        if port in clashes:
-            yield ERROR, f"{port.what}: {clashes[port]}"
-        else:
-            yield _bind(port.what, port.address, port.kind)
+        yield _look_at_port(port, clashes)
 
 
 def _look_at_certificate(config: Config) -> Iterator[tuple[str, str]]:
@@ -131,6 +138,24 @@ def _look_at_certificate(config: Config) -> Iterator[tuple[str, str]]:
         yield WARNING, f"crt: the certificate expires on {expires.date()}, in {left.days} days"
     else:
         yield OK, f"certificate, valid until {expires.date()}, and its key"
+
+
+def _look_at_authorities(config: Config) -> Iterator[tuple[str, str]]:
+    if not config.ca:
+        return
+    authorities, now = load_authorities(config.ca), datetime.datetime.now(datetime.timezone.utc)
+    expired = sum(authority.not_valid_after_utc < now for authority in authorities)
+    if expired:
+        level = ERROR if expired == len(authorities) else WARNING
+        yield level, f"ca: {expired} of {len(authorities)} authorities expired [from {config.source('ca')}]"
+    else:
+        yield OK, f"authorities: {len(authorities)}"
+
+
+def _look_at_port(port: ports.Port, clashes: Mapping[ports.Port, str]) -> tuple[str, str]:
+    if port in clashes:
+        return ERROR, f"{port.what}: {clashes[port]}"
+    return _bind(port.what, port.address, port.kind)
 
 
 def _resolve(what: str, address: Address) -> tuple[str, str]:

@@ -4,6 +4,7 @@ That thread alone may block in ``write``. When it falls MAX_QUEUED lines behind,
 counted, as are those that could not be written, and both numbers are said once lines go out again.
 """
 
+import errno
 import logging
 import os
 import queue
@@ -180,6 +181,17 @@ class Writer(logging.Handler):
             self._torn = False
         self._torn = self._torn or written > 0
         return missing
+
+
+def check(to: str) -> None:
+    """Raise OSError where lines cannot be written to a stream or file; makes no file."""
+    if to in STREAMS or os.path.exists(to):
+        os.close(_open(to))
+        return
+    directory = os.path.join(os.path.dirname(to), ".")
+    os.stat(directory)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _open(to: str) -> int:

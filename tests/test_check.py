@@ -3,7 +3,7 @@ import json
 import socket
 
 import pytest
-from authority import make_authority
+from authority import make_authority, write_authorities
 
 from nodepass_gevent import check as checks
 from nodepass_gevent.check import ERROR, OK, WARNING, Finding, check, report
@@ -52,6 +52,26 @@ def test_a_client_has_its_names_resolved():
 def test_a_wrong_setting_is_found():
     (finding,) = check([SERVER.format(1, 2), "--tls", "3"], {})
     assert finding == Finding(ERROR, "", "tls: '3' is not one of 0, 1, 2 [from command line]")
+
+
+@pytest.mark.parametrize("path", ["no/such/directory/x.log", ""])
+def test_a_log_file_that_cannot_be_opened_is_found_and_none_is_made(ports, tmp_path, path):
+    server = SERVER.format(*ports)
+    (finding,) = worst(check([server, "--log-to", str(tmp_path / path)], {}))
+    assert finding.level == ERROR and finding.text.startswith("log-to: ") and "cannot be opened: " in finding.text
+    assert not worst(check([server, "--log-to", str(tmp_path / "x.log")], {}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_status_address_that_is_taken_or_not_of_this_machine_is_found(ports, tmp_path):
+    server, token = SERVER.format(*ports), tmp_path / "token"
+    token.touch(0o600)
+    token.write_text("a-token-of-some-length")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        (finding,) = worst(check([server, "--status", f"127.0.0.1:{taken.getsockname()[1]}"], {}))
+    assert finding.level == WARNING and finding.text.startswith("status: address already in use: 127.0.0.1:")
+    (finding,) = worst(check([server, "--status", "192.0.2.9:80", "--status-token-file", str(token)], {}))
+    assert finding == Finding(ERROR, "", "status: cannot assign requested address: 192.0.2.9:80")
 
 
 def test_no_tunnel_is_an_error():
@@ -110,6 +130,15 @@ def test_the_expiry_of_a_certificate_is_looked_at(tmp_path, ports, days, level, 
     assert (finding.level, finding.text[: len(text)]) == (level, text)
     day = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
     assert str(day.date()) in finding.text
+
+
+@pytest.mark.parametrize(("ends", "level"), [((-1, -1), ERROR), ((-1, 5), WARNING), ((5, 5), OK)])
+def test_authorities_that_have_expired_are_found(tmp_path, ends, level):
+    ca = write_authorities(tmp_path / "ca.pem", *(make_authority(days=(-3, end)) for end in ends))
+    found = check(["client://127.0.0.1:1/127.0.0.1:2?tls=2", "--ca", ca], {})
+    (finding,) = [finding for finding in found if "authorities" in finding.text]
+    assert finding.level == level
+    assert ("expired [from command line]" in finding.text) == (level != OK)
 
 
 def test_a_key_that_does_not_fit_is_found_with_its_source(tmp_path, ports):
