@@ -1,9 +1,10 @@
 """The command line alone: its parser, the commands, and the words and options that each of them takes."""
 
+import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import configargparse
 
@@ -90,6 +91,17 @@ class _Parser(configargparse.ArgumentParser):
         raise ConfigError(re.split(" ['\"]", message)[0])  # argparse quotes the value, which may be a secret
 
 
+class _Once(argparse.Action):
+    """Refuses an option that is given twice, as a key that stands twice in a query or a file: neither is meant."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise ConfigError(f"{self.dest}: given twice [from {SOURCE}]")
+        setattr(namespace, self.dest, values)
+
+
 def build_parser() -> configargparse.ArgumentParser:
     """Build the command line's parser; it leaves every value as text, and what is not given as None."""
     parser = _Parser(
@@ -109,6 +121,7 @@ def build_parser() -> configargparse.ArgumentParser:
     for setting in SETTINGS:
         groups[setting.group].add_argument(
             f"--{setting.name}",
+            action=_Once,
             dest=setting.name,
             env_var=setting.env,
             metavar=setting.metavar,
@@ -161,7 +174,7 @@ def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
             return Line(name)
     if command.alone and rest:
         raise ConfigError(f"{action} is followed by nothing [from {SOURCE}]")
-    if len(words) < len(command.words) or any(word.startswith("-") for word in words):
+    if len(words) < len(command.words) or any(word.startswith("-") or "://" in word for word in words):
         raise ConfigError(f"{action} is followed by {' '.join(command.words)} [from {SOURCE}]")
     if values["show_config"] and action == "run":
         action = "show-config"

@@ -180,7 +180,8 @@ def _collect(entries: Iterable[Entry], known: Iterable[str], warnings: list[str]
         if name not in known:
             raise ConfigError(f"unknown key {shown(entry.key)}{_hint(name, known)} [from {entry.source}]")
         if name in found:
-            raise ConfigError(f"{name}: given twice; first in {found[name].source} [from {entry.source}]")
+            first = "" if entry.source == found[name].source else f"; first in {found[name].source}"
+            raise ConfigError(f"{name}: given twice{first} [from {entry.source}]")
         found[name] = entry._replace(key=name)
     return found
 

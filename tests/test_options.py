@@ -355,8 +355,9 @@ def test_a_file_without_a_url_is_refused(write):
         ([URL + "?zz=1"], {}, "unknown key 'zz'; nodepass --help shows all of them [from URL query]"),
         ([URL + "?url=x"], {}, "unknown key 'url'"),
         ([URL + "?config=x"], {}, "unknown key 'config', an option of the command line only [from URL query]"),
-        ([URL + "?tls=1&tls=1"], {}, "tls: given twice; first in URL query [from URL query]"),
+        ([URL + "?tls=1&tls=1"], {}, "tls: given twice [from URL query]"),
         ([URL + "?tls=&tls=1"], {}, "tls: given twice"),
+        ([URL, "--tls", "1", "--tls=0"], {}, "tls: given twice [from command line]"),
         ([URL + "?log-x=1&log=a"], {}, "unknown key 'log-x'"),
         ([URL + "?udp_read_timeout=1s&udp-read-timeout=1s"], {}, "udp-read-timeout: given twice"),
         ([URL + "?crt=a&cert=b"], {}, "crt: given twice"),
@@ -418,6 +419,7 @@ def test_a_key_of_a_later_release_is_named_as_such(key):
         (["state"], "unknown command 'state' (did you mean 'status'?)"),
         (["server"], "unknown command 'server'; a tunnel is server://<tunnel_addr>/<target_addr> or client://"),
         (["generate", "supervisor", "--json"], "generate supervisor is followed by NAME [from command line]"),
+        (["generate", "supervisor", URL], "generate supervisor is followed by NAME [from command line]"),
         (["generate"], "generate is followed by config, supervisor, systemd or systemd-template [from command line]"),
         (
             ["generate", "sytemd", "x"],
