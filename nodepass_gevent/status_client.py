@@ -36,7 +36,7 @@ def status(process: Process, flags: frozenset[str]) -> int:
             if watched and sys.stdout.isatty():
                 print(end=CLEAR)
             if code != http.client.OK:
-                print(f"nodepass: error: {body}", file=sys.stderr)
+                print(f"nodepass: error: {body.rstrip()}", file=sys.stderr)
             else:
                 text = body.rstrip() if "json" in flags else _format(json.loads(body))
                 print(fit(text) if watched and sys.stdout.isatty() else text, flush=True)
@@ -72,8 +72,13 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
             answer = connection.getresponse()
             if answer.status == http.client.NOT_FOUND or answer.headers.get_content_type() not in OURS:
                 return 0, f"{address}: answers, but not as the status address of this program: {answer.status}"
-            return answer.status, answer.read(MAX_ANSWER).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException) as exc:
+            body = answer.read(MAX_ANSWER).decode("utf-8", "replace")
+            if answer.status == http.client.UNAUTHORIZED:
+                body = f"{address}: {body.rstrip()}, and given by --status-token-file"
+            return answer.status, body
+    except http.client.HTTPException:
+        return 0, f"{address}: answers, but not in HTTP: is it the status address?"
+    except OSError as exc:
         return 0, f"{address}: {reason(exc)}"
     finally:
         connection.close()

@@ -713,6 +713,29 @@ def test_what_is_not_ready_is_one_sentence_each(ask, capsys):
     assert capsys.readouterr().out == f"unhealthy: not ready; web: {said}; ssh: {said}\n"
 
 
+@pytest.mark.parametrize("command", ["status", "health"])
+def test_an_address_that_speaks_no_http_is_said_to(command, capsys, spawn):
+    def serve():
+        caller, _ = listener.accept()
+        with caller:
+            caller.sendall(b"//10102?v=2&n=fU5r#1\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        spawn(serve)
+        address = "{}:{}".format(*listener.getsockname())
+        assert cli.main([command, "--status", address]) == 1
+    assert f"{address}: answers, but not in HTTP: is it the status address?\n" in "".join(capsys.readouterr())
+
+
+def test_who_asks_without_the_token_is_told_how_to_give_it(ask, capsys):
+    request = ask(service(name="web"), token=TOKEN)
+    address = f"127.0.0.1:{request.server.port}"
+    assert cli.main(["status", "--status", address]) == 1
+    assert (
+        capsys.readouterr().err == f"nodepass: error: {address}: a token is needed, and given by --status-token-file\n"
+    )
+
+
 @pytest.mark.parametrize("answer", ["200 OK\r\nContent-Type: text/html", "404 Not Found\r\nContent-Type: text/plain"])
 @pytest.mark.parametrize("command", ["status", "health"])
 def test_an_address_of_another_program_is_not_taken_for_a_status_address(answer, command, capsys, spawn):
