@@ -61,6 +61,10 @@ def supervisor(parsed: Parsed, argv: Sequence[str], command: Command) -> str:
     each = [parsed, *(options.parse(argv, {}, number) for number in range(1, count))]
     for one in each:
         _check(one)
+    if _are_shared([{one.process.status} if one.process.status else set() for one in each]):
+        raise ConfigError(
+            f"numprocs: {count} processes need status addresses of their own, {_OWN_PORTS} [from {SOURCE}]"
+        )
     words = [*command.words, *_arguments(line), *_reuse_port(each)]
     suffix = "_%(process_num)02d" if count > 1 else ""
     directory = line.options.get("log-dir", _LOG_DIR)

@@ -11,7 +11,7 @@ examples:
   nodepass --config /etc/nodepass/nodepass.conf --show-config
   nodepass check --config /etc/nodepass/conf.d    # what would go wrong with these tunnels
   nodepass status --status 127.0.0.1:9100 --watch    # how the process with status=127.0.0.1:9100 is
-  nodepass generate supervisor web 'server://:10101/:8080' > /etc/supervisor/conf.d/web.conf
+  nodepass generate supervisor web 'server://:10101/:8080' > web.conf && mv web.conf /etc/supervisor/conf.d/
   nodepass genkey > tunnel.key    # a key for tunnel-key-file; umask 077 keeps others out
 """
 USAGE = """\

@@ -121,6 +121,8 @@ def test_processes_on_the_same_ports_need_to_share_them():
 def test_processes_need_data_ports_of_their_own():
     words = ("web", EACH_ITS_PORTS, "--numprocs", "2")
     assert refusal(supervisor, *words, "--data-port=10500").startswith("numprocs: 2 processes need data ports of")
+    status = refusal(supervisor, *words, "--status=127.0.0.1:9100")
+    assert status.startswith("numprocs: 2 processes need status addresses of their own, such as 101%(process_num)02d")
     assert "--data-port=105%(process_num)02d" in section(*words, "--data-port=105%(process_num)02d")["command"]
 
 
