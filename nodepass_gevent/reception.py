@@ -122,6 +122,7 @@ class Reception:
         neighbour = self._clients.at(key)
         # Where a v1 client is, a second one cannot be told from it by its data connections: serve no v1 there.
         port = None if neighbour and neighbour.profile == 1 else self._data_port
+        line = b""
         try:
             with ExitStack() as owned, self._hurry() as hurry, ExitStack() as unknown:
                 owned.enter_context(stream)
@@ -148,7 +149,8 @@ class Reception:
         except (OSError, ProtocolError, CertificateRefused, KeyMismatch) as exc:
             if isinstance(exc, KeyMismatch):
                 self._on_wrong_tag(key)
-            self._refuse(f"caller {stream}: {reason(exc)}")
+            silent = isinstance(exc, ConnectionError) and not line
+            self._refuse(f"caller {stream}: {reason(exc)}{self._lacking if silent else ''}")
 
     def _hurry(self) -> gevent.Timeout:
         """Bound the time in which a caller must prove the tunnel key, where there is one."""

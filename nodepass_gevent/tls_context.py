@@ -210,11 +210,13 @@ def _describe(certificate: Certificate) -> Presented:
 
 
 def _announce_certificate(log: logging.Logger, which: str, certificate: Certificate) -> None:
-    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=EXPIRY_WARNING_DAYS)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    soon = now + datetime.timedelta(days=EXPIRY_WARNING_DAYS)
     log.log(
         logging.WARNING if certificate.expires < soon else logging.INFO,
-        "%s %s, pin %s, valid until %s",
-        which, certificate.fingerprint, format_pin(certificate.key_digest), certificate.expires.date(),
+        "%s %s, pin %s, %s %s",
+        which, certificate.fingerprint, format_pin(certificate.key_digest),
+        "valid until" if certificate.expires > now else "expired on", certificate.expires.date(),
     )  # fmt: skip
 
 

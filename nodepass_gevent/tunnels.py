@@ -146,4 +146,5 @@ def _told(name: str, before: Config, now: Config) -> str:
     """Name a setting that has changed, an address with what it was and is."""
     old, new = getattr(before, name, None), getattr(now, name, None)
     moved = f" {old} -> {new}" if isinstance(old, Address) and isinstance(new, Address) else ""
-    return setting_name(name) + moved
+    word = "public" if name == "target" and now.role == "server" else setting_name(name)
+    return word + moved

@@ -8,7 +8,7 @@ import gevent
 import pytest
 from keyed import KEY, NONCE, OTHER_KEY, KeyedClient, fate
 from OpenSSL import SSL
-from support import as_stream, bounded, is_reset, wait_until
+from support import as_stream, bounded, is_reset, reset, wait_until
 from tunnel import ELSEWHERE, HERE, closed, dial, read_line
 
 from nodepass_gevent import opening, tls
@@ -77,11 +77,22 @@ def test_no_data_port_is_opened_and_no_v1_client_is_served(keyed, connect, said)
     )
 
 
-def test_a_client_that_sees_the_first_line_and_goes_is_named_as_one_without_a_key(keyed, connect, said):
-    caller = connect(keyed(), "caller")
+@pytest.mark.parametrize("leave", ["close", "reset"])
+@pytest.mark.parametrize("live", [False, True])
+def test_a_client_that_sees_the_first_line_and_goes_is_named_as_one_without_a_key(
+    keyed, connect, call, said, leave, live
+):
+    running = keyed()
+    if live:
+        call(running).authenticate()
+    caller = connect(running, "caller")
     read_line(caller)
-    caller.close()
-    wait_until(lambda: said.find("WARNING refused caller .*: it closed; perhaps it has no tunnel key, and this server"))
+    if leave == "reset":
+        reset(caller)
+    else:
+        caller.close()
+    hint = "perhaps it has no tunnel key, and this server"
+    wait_until(lambda: said.find(f"WARNING refused caller .*: .*; {hint}"))
 
 
 def test_a_client_that_says_hello_without_a_key_is_refused_at_once(keyed, connect, said):

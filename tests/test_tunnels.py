@@ -129,7 +129,7 @@ def test_a_tunnel_that_is_removed_says_what_it_will_cut(world, caplog):
 def test_an_address_that_has_changed_is_told(world, caplog):
     world.apply(CONFIG)
     world.apply(replace(CONFIG, target=Address("h", 3), semaphore_limit=7))
-    assert f"settings changed: target {CONFIG.target} -> h:3, semaphore-limit" in caplog.messages
+    assert f"settings changed: public {CONFIG.target} -> h:3, semaphore-limit" in caplog.messages
 
 
 LIVE = {

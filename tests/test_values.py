@@ -101,6 +101,7 @@ def test_an_address_is_parsed_and_printed_back(text, address):
     [
         ("", "has no port"),
         ("localhost", "has no port"),
+        ("8080", "has no port (did you mean :8080?)"),
         ("[::1]", "has no port"),
         ("localhost:", "the port is not a number"),
         ("localhost:65536", "the port is not a number from 0 to 65535"),

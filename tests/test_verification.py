@@ -496,10 +496,10 @@ def test_the_pin_is_logged_beside_the_fingerprint(caplog):
     assert f"certificate {certificate.fingerprint}, pin {pin}, valid until " in caplog.text
 
 
-@pytest.mark.parametrize("days", [DAYS, (-1, 3)])
-def test_a_certificate_that_expires_soon_is_a_warning(authority, tmp_path, caplog, days):
+@pytest.mark.parametrize(("days", "words"), [(DAYS, ""), ((-1, 3), ", valid until "), ((-3, -1), ", expired on ")])
+def test_a_certificate_that_expires_soon_or_has_expired_is_a_warning(authority, tmp_path, caplog, days, words):
     own(authority.issue(days=days), tmp_path)
-    assert bool(caplog.records) is (days != DAYS)
+    assert bool(caplog.records) is bool(words) and words in caplog.text
 
 
 def test_profiles_of_one_policy_have_contexts_of_their_own():
