@@ -92,7 +92,7 @@ class _Parser(configargparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Refuses an option that is given twice, as a key that stands twice in a query or a file: neither is meant."""
+    """Refuses an option that is given twice, as a query or a file refuses a key: which one is meant?"""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -130,7 +130,7 @@ def build_parser() -> configargparse.ArgumentParser:
     group = groups[_CONFIGURATION]
     add = group.add_argument
     add("-c", "--config", metavar="FILE", action="append", help="read a file, or all *.conf of a directory; repeatable")
-    add("--only", metavar="NAME", help="run this [tunnel NAME] alone")
+    add("--only", metavar="NAME", action=_Once, help="run this [tunnel NAME] alone")
     add("--show-config", action="store_true", help="print every setting with its source, and exit")
     add("-V", "--version", action="store_true", help="print the version, and exit")
     add("-h", "--help", action="store_true", help="print this, and exit")
@@ -139,7 +139,7 @@ def build_parser() -> configargparse.ArgumentParser:
         for name, text in command.flags.items():
             flags.setdefault(name, []).append(text)
         for name, (metavar, text) in command.options.items():
-            add(f"--{name}", dest=name, metavar=metavar, help=text)
+            add(f"--{name}", dest=name, metavar=metavar, action=_Once, help=text)
     for name, texts in flags.items():
         add(f"--{name}", action="store_true", help="; ".join(texts))
     return parser

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from . import options
@@ -30,6 +30,7 @@ HOMES = ("/home/", "/root/", "/run/user/")
 CREDENTIALS = "/run/credentials/"
 _FILES = ("crt", "key", "ca", "tunnel_key_file")
 _OWN_PORTS = "such as 101%(process_num)02d"
+_OWN_STATUS = "such as --status=127.0.0.1:91%(process_num)02d"
 _LOG_DIR = "/var/log"
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./?&~\[\]()-]+")
 
@@ -63,7 +64,7 @@ def supervisor(parsed: Parsed, argv: Sequence[str], command: Command) -> str:
         _check(one)
     if _are_shared([{one.process.status} if one.process.status else set() for one in each]):
         raise ConfigError(
-            f"numprocs: {count} processes need status addresses of their own, {_OWN_PORTS} [from {SOURCE}]"
+            f"numprocs: {count} processes need status addresses of their own, {_OWN_STATUS} [from {SOURCE}]"
         )
     words = [*command.words, *_arguments(line), *_reuse_port(each)]
     suffix = "_%(process_num)02d" if count > 1 else ""
@@ -125,6 +126,8 @@ def _reuse_port(each: Sequence[Parsed]) -> list[str]:
         raise ConfigError(f"numprocs: {len(each)} processes need ports of their own, {_OWN_PORTS} [from {SOURCE}]")
     if all(config.value(setting.field) for config in servers[0]):
         return []
+    if setting.name in each[0].line.given:
+        raise servers[0][0].fault(setting.field, f"must be 1 for {len(each)} processes on the same ports")
     if len(servers[0]) < len(each[0].configs):  # an option would be refused for the clients
         raise ConfigError(
             f"numprocs: {len(each)} processes need {setting.name} = 1 in each server's section [from {SOURCE}]"
@@ -155,7 +158,7 @@ def systemd(parsed: Parsed, command: Command) -> str:
     for path in map(os.path.abspath, parsed.line.files):
         if path.startswith(HOMES):
             raise ConfigError(f"config: {shown_path(path)}: homes are hidden from the unit [from {SOURCE}]")
-    words, extra = [*command.words, *_arguments(parsed.line)], []
+    credentials, extra = [], []
     if parsed.line.files:
         paths = dict.fromkeys(path for config in parsed.configs for path in _paths(config))
         needed = [path for path in paths if not path.startswith(CREDENTIALS)]
@@ -164,8 +167,9 @@ def systemd(parsed: Parsed, command: Command) -> str:
         for field in filter(parsed.configs[0].value, _FILES):
             path, setting = parsed.configs[0].value(field), setting_name(field)
             if not path.startswith(CREDENTIALS):
-                words.append(f"--{setting}=%d/{setting}")
+                credentials.append(setting)
                 extra.append(f"LoadCredential={setting}:{_doubled(path)}")
+    words = [*command.words, *_arguments(parsed.line, credentials), *(f"--{name}=%d/{name}" for name in credentials)]
     low = any(address.port < FIRST_FREE_PORT for config in parsed.configs for address in _listening(config))
     start = " ".join(systemd_word(word) for word in words)
     return _unit(name, start, _stop_s(parsed.configs), command, extra, low)
@@ -306,12 +310,12 @@ def _check_absolute(setting: str, path: str, source: str) -> None:
         )
 
 
-def _arguments(line: Line) -> list[str]:
-    """Write a line's settings again, its files with their whole path."""
+def _arguments(line: Line, without: Container[str] = ()) -> list[str]:
+    """Write a line's settings again, but those of ``without``, its files with their whole path."""
     for path in line.files:
         if not path.isprintable():
             raise ConfigError(f"config: {shown_path(path)} holds control characters [from {SOURCE}]")
-    given = [entry for name, entry in line.given.items() if name != "url"]
+    given = [entry for name, entry in line.given.items() if name != "url" and name not in without]
     words = [f"--config={os.path.abspath(path)}" for path in line.files]
     words += [f"--only={line.only}"] if line.only else []
     words += [f"--{entry.key}={entry.text}" for entry in given]

@@ -122,7 +122,11 @@ def test_processes_need_data_ports_of_their_own():
     words = ("web", EACH_ITS_PORTS, "--numprocs", "2")
     assert refusal(supervisor, *words, "--data-port=10500").startswith("numprocs: 2 processes need data ports of")
     status = refusal(supervisor, *words, "--status=127.0.0.1:9100")
-    assert status.startswith("numprocs: 2 processes need status addresses of their own, such as 101%(process_num)02d")
+    assert status.startswith(
+        "numprocs: 2 processes need status addresses of their own, such as --status=127.0.0.1:91%(p"
+    )
+    shared = refusal(supervisor, "web", SERVER, "--numprocs", "2", "--reuse-port=0", "--data-port=105%(process_num)02d")
+    assert shared == "reuse-port: '0' must be 1 for 2 processes on the same ports [from command line]"
     assert "--data-port=105%(process_num)02d" in section(*words, "--data-port=105%(process_num)02d")["command"]
 
 
@@ -239,7 +243,10 @@ def test_secret_files_come_as_credentials():
         "LoadCredential=crt:/etc/100%%/c.pem\nLoadCredential=key:/etc/k\nLoadCredential=tunnel-key-file:/etc/t\n"
         in unit
     )
-    assert unit_of(unit)["ExecStart"].endswith("--crt=%d/crt --key=%d/key --tunnel-key-file=%d/tunnel-key-file")
+    start = unit_of(unit)["ExecStart"]
+    assert start.endswith("--crt=%d/crt --key=%d/key --tunnel-key-file=%d/tunnel-key-file")
+    started = options.parse(shlex.split(start.replace("%d/", "/run/credentials/").replace("%%", "%"))[1:], {})
+    assert started.configs[0].tunnel_key_file == "/run/credentials/tunnel-key-file"
 
 
 def test_files_that_a_file_names_are_said_once_to_be_read_by_the_units_user(tmp_path):
