@@ -74,12 +74,13 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
                 return 0, f"{address}: answers, but not as the status address of this program: {answer.status}"
             body = answer.read(MAX_ANSWER).decode("utf-8", "replace")
             if answer.status == http.client.UNAUTHORIZED:
-                body = f"{address}: {body.rstrip()}, and given by --status-token-file"
-            return answer.status, body
-    except http.client.HTTPException:
-        return 0, f"{address}: answers, but not in HTTP: is it the status address?"
+                why = "the token is wrong" if token else "a token is needed: give --status-token-file"
+                body = f"{address}: {why}"
+            return answer.status, body or "not ready; who gives the token is told why"
     except OSError as exc:
         return 0, f"{address}: {reason(exc)}"
+    except http.client.HTTPException:
+        return 0, f"{address}: answers, but not in HTTP: is it the status address?"
     finally:
         connection.close()
 

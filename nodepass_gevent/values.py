@@ -74,7 +74,7 @@ class Address:
         if ":" in host and "[" not in text:
             raise ConfigError(f"{shown(text)} has too many colons; an IPv6 address is written in brackets: [::1]:80")
         if not colon or "]" in port:
-            hint = f" (did you mean :{text}?)" if text.isdecimal() else ""
+            hint = f" (did you mean :{text}?)" if re.fullmatch("[0-9]{1,5}", text) else ""
             raise ConfigError(f"{shown(text)} has no port{hint}; allowed: host:port, :port, [ipv6]:port")
         if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
             raise ConfigError(f"{shown(text)}: the port is not a number from 0 to 65535")

@@ -727,13 +727,23 @@ def test_an_address_that_speaks_no_http_is_said_to(command, capsys, spawn):
     assert f"{address}: answers, but not in HTTP: is it the status address?\n" in "".join(capsys.readouterr())
 
 
+def test_an_address_that_hangs_up_is_said_to(capsys, spawn):
+    def serve():
+        caller, _ = listener.accept()
+        with caller:
+            caller.recv(1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        spawn(serve)
+        assert cli.main(["status", "--status", "{}:{}".format(*listener.getsockname())]) == 1
+    assert "Remote end closed connection without response" in capsys.readouterr().err
+
+
 def test_who_asks_without_the_token_is_told_how_to_give_it(ask, capsys):
     request = ask(service(name="web"), token=TOKEN)
     address = f"127.0.0.1:{request.server.port}"
     assert cli.main(["status", "--status", address]) == 1
-    assert (
-        capsys.readouterr().err == f"nodepass: error: {address}: a token is needed, and given by --status-token-file\n"
-    )
+    assert capsys.readouterr().err == f"nodepass: error: {address}: a token is needed: give --status-token-file\n"
 
 
 @pytest.mark.parametrize("answer", ["200 OK\r\nContent-Type: text/html", "404 Not Found\r\nContent-Type: text/plain"])
