@@ -67,7 +67,8 @@ class Crew:
         return size is not None and len(self._greenlets.greenlets) >= size
 
     def _wake(self, work: Work) -> None:
-        gevent.get_hub().loop.run_callback(self._spare.pop().switch, work)
+        gevent.get_hub().loop.run_callback(self._spare[-1].switch, work)
+        self._spare.pop()
 
     def _work(self, first: list[Work]) -> None:
         function, args = first.pop()  # out of the greenlet's own arguments: nothing keeps what is done

@@ -196,10 +196,10 @@ class Egress:
                 self._exchanges.spawn(self._run, launch)
                 return
             if not self._waiting.full():
-                self._pool.keep(launch.id)
                 self._waiting.spawn(self._exchanges.spawn, self._run, launch)
+                self._pool.keep(launch.id)
                 return
-        # No memory, or more launches than there are data connections: then the peer does not keep the protocol.
+        # No memory; or the peer breaks the protocol, with more launches than data connections.
         self._counters.launches_lost += 1
         self._fail(launch.id, "busy")
 

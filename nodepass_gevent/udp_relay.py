@@ -93,8 +93,8 @@ class UDPRelay:
         self._queued += size
         self.active_at = time.monotonic()
         if not self._gathers and not self._blocked:
-            self._gathers = True
             self._loop.run_callback(self._guard, self._write_gathered)
+            self._gathers = True
             self._guard(self._write)
 
     def take_waiting(self) -> list[bytes]:

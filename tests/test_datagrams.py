@@ -418,6 +418,30 @@ def test_the_public_socket_stays_open_until_the_last_session_and_takes_no_new_us
     assert side.counters.datagrams_dropped_busy == 1
 
 
+def test_sessions_that_are_ended_let_the_public_socket_go_at_once(framed, spawn):
+    side, user, public = framed(), User("a"), FakePublic()
+    serving = spawn(side.ingress.udp.serve, public)
+    client = side.add_data()
+    side.ingress.udp.datagram(b"question", user)
+    assert read_exactly(client, 10) == frames(b"question")
+    serving.kill()
+    assert not public.closed
+    side.ingress.udp.end("it is to be bound anew")
+    assert public.closed
+
+
+def test_where_receiving_has_ended_by_itself_nobody_counts_as_leaving(framed, spawn):
+    side, failed = framed(), FakePublic()
+    failed.serve = Mock(side_effect=gevent.GreenletExit)
+    client = side.add_data()
+    side.ingress.udp.datagram(b"question", User("a"))
+    assert read_exactly(client, 10) == frames(b"question")
+    side.ingress.udp.serve(failed)
+    side.ingress.udp.datagram(b"hello", User("b"))
+    gevent.idle()
+    assert side.counters.datagrams_dropped_busy == 0
+
+
 def test_the_public_socket_is_closed_at_once_when_there_is_no_session(framed, spawn):
     side, public = framed(), FakePublic()
     serving = spawn(side.ingress.udp.serve, public)

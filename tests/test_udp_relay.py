@@ -273,6 +273,16 @@ def test_a_data_connection_that_is_cut_in_a_frame_ends_the_session_and_half_a_da
     assert session.delivered == [b"whole"]
 
 
+def test_datagrams_that_came_behind_the_end_of_a_session_are_not_delivered(session):
+    session.peer.sendall(format_frame(b"first"))
+    wait_until(lambda: session.delivered)
+    session.peer.sendall(format_frame(b"late"))
+    session.relay.end("idle")
+    session.relay._on_readable()  # as it is called where it was put off
+    session.ended()
+    assert session.delivered == [b"first"]
+
+
 def test_a_frame_longer_than_any_datagram_ends_the_session(session):
     session.peer.sendall(format_frame(b"good"))
     wait_until(lambda: session.delivered)
