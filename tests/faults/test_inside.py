@@ -49,7 +49,7 @@ def test_exchanges_that_are_killed_wherever_they_are_leave_nothing_behind(target
 
 
 IN_EXCHANGES = (
-    "relay:_Flow._copy@150", "relay:_Flow._end@30", "relay:Exchange.run@50", "transport:Stream.pull@400",
+    "relay:_Flow._copy@150", "relay:_Flow._copy@400", "relay:_Flow._end@30", "relay:Exchange.run@50",
     "relay:Exchange.__init__@55", "forward:Ingress._carry@60", "forward:Egress._tcp@70",
 )  # fmt: skip
 
