@@ -400,12 +400,19 @@ class FakePublic:
         self.closed = True
 
 
-def test_the_public_socket_stays_open_until_the_last_session_and_takes_no_new_user(framed, spawn):
+@pytest.fixture
+def speaking(framed, spawn):
+    """A user in the middle of a session: the side, the user, the public socket, who receives on it, the client."""
     side, user, public = framed(), User("a"), FakePublic()
     serving = spawn(side.ingress.udp.serve, public)
     client = side.add_data()
     side.ingress.udp.datagram(b"question", user)
     assert read_exactly(client, 10) == frames(b"question")
+    return side, user, public, serving, client
+
+
+def test_the_public_socket_stays_open_until_the_last_session_and_takes_no_new_user(speaking):
+    side, user, public, serving, client = speaking
     serving.kill()
     side.ingress.udp.datagram(b"more", user)
     side.ingress.udp.datagram(b"hello", User("b"))
@@ -418,12 +425,8 @@ def test_the_public_socket_stays_open_until_the_last_session_and_takes_no_new_us
     assert side.counters.datagrams_dropped_busy == 1
 
 
-def test_sessions_that_are_ended_let_the_public_socket_go_at_once(framed, spawn):
-    side, user, public = framed(), User("a"), FakePublic()
-    serving = spawn(side.ingress.udp.serve, public)
-    client = side.add_data()
-    side.ingress.udp.datagram(b"question", user)
-    assert read_exactly(client, 10) == frames(b"question")
+def test_sessions_that_are_ended_let_the_public_socket_go_at_once(speaking):
+    side, _, public, serving, _ = speaking
     serving.kill()
     assert not public.closed
     side.ingress.udp.end("it is to be bound anew")
