@@ -51,6 +51,8 @@ def health(process: Process, flags: frozenset[str]) -> int:
     code, body = _ask(process, "/readyz" if "ready" in flags else "/healthz")
     healthy = code == http.client.OK
     said = "; ".join(line.rstrip(".") for line in body.split("\n") if line)
+    if not said:  # without its token
+        said = "ready" if healthy else "not ready; who gives the token is told why"
     print(f"{'healthy' if healthy else 'unhealthy'}: {said}")
     return 0 if healthy else 1
 
@@ -76,7 +78,7 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
             if answer.status == http.client.UNAUTHORIZED:
                 why = "the token is wrong" if token else "a token is needed: give --status-token-file"
                 body = f"{address}: {why}"
-            return answer.status, body or "not ready; who gives the token is told why"
+            return answer.status, body
     except OSError as exc:
         return 0, f"{address}: {reason(exc)}"
     except http.client.HTTPException:

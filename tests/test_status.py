@@ -718,6 +718,7 @@ def test_an_address_that_speaks_no_http_is_said_to(command, capsys, spawn):
     def serve():
         caller, _ = listener.accept()
         with caller:
+            caller.recv(1000)  # what is unread would be answered by a reset
             caller.sendall(b"//10102?v=2&n=fU5r#1\n")
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -739,11 +740,27 @@ def test_an_address_that_hangs_up_is_said_to(capsys, spawn):
     assert "Remote end closed connection without response" in capsys.readouterr().err
 
 
-def test_who_asks_without_the_token_is_told_how_to_give_it(ask, capsys):
-    request = ask(service(name="web"), token=TOKEN)
+def test_who_asks_without_the_token_or_with_a_wrong_one_is_told_so(ask, capsys, tmp_path):
+    request, path = ask(service(name="web"), token=TOKEN), tmp_path / "token"
+    path.touch(0o600)
+    path.write_text(TOKEN[::-1])
     address = f"127.0.0.1:{request.server.port}"
     assert cli.main(["status", "--status", address]) == 1
     assert capsys.readouterr().err == f"nodepass: error: {address}: a token is needed: give --status-token-file\n"
+    assert cli.main(["status", "--status", address, "--status-token-file", str(path)]) == 1
+    assert capsys.readouterr().err == f"nodepass: error: {address}: the token is wrong\n"
+
+
+@pytest.mark.parametrize(
+    ("peers", "said"), [(1, "healthy: ready"), (0, "unhealthy: not ready; who gives the token is told why")]
+)
+def test_who_asks_for_readiness_without_the_token_is_told_that_alone(ask, capsys, peers, said):
+    each = service(name="web")
+    if not peers:
+        each.role.description = Description((), None)
+    request = ask(each, token=TOKEN)
+    assert cli.main(["health", "--ready", "--status", f"127.0.0.1:{request.server.port}"]) == int(not peers)
+    assert capsys.readouterr().out == f"{said}\n"
 
 
 @pytest.mark.parametrize("answer", ["200 OK\r\nContent-Type: text/html", "404 Not Found\r\nContent-Type: text/plain"])
