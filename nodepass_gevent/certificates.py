@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -110,6 +110,12 @@ def load_certificate(crt: str, key: str) -> Certificate:
 def load_authorities(path: str) -> tuple[x509.Certificate, ...]:
     """Read the certificates of authorities, at least one, from a PEM file; raise ConfigError."""
     return _load_certificates("ca", path)
+
+
+def expired(authorities: Sequence[x509.Certificate]) -> list[datetime.datetime]:
+    """Give when those came to their end that are not valid any more."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return [authority.not_valid_after_utc for authority in authorities if authority.not_valid_after_utc < now]
 
 
 def _load_certificates(setting: str, path: str) -> tuple[x509.Certificate, ...]:

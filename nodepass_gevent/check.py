@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 
 from . import configfile, descriptors, log_writer, net, options, ports
-from .certificates import load_authorities, load_certificate
+from .certificates import expired, load_authorities, load_certificate
 from .config import Address, Config, Process
 from .errors import ConfigError, ConnectError
 from .keyring import read_keys, read_token
@@ -143,11 +143,10 @@ def _look_at_certificate(config: Config) -> Iterator[tuple[str, str]]:
 def _look_at_authorities(config: Config) -> Iterator[tuple[str, str]]:
     if not config.ca:
         return
-    authorities, now = load_authorities(config.ca), datetime.datetime.now(datetime.timezone.utc)
-    expired = sum(authority.not_valid_after_utc < now for authority in authorities)
-    if expired:
-        level = ERROR if expired == len(authorities) else WARNING
-        yield level, f"ca: {expired} of {len(authorities)} authorities expired [from {config.source('ca')}]"
+    authorities = load_authorities(config.ca)
+    if ends := expired(authorities):
+        level = ERROR if len(ends) == len(authorities) else WARNING
+        yield level, f"ca: {len(ends)} of {len(authorities)} authorities expired [from {config.source('ca')}]"
     else:
         yield OK, f"authorities: {len(authorities)}"
 

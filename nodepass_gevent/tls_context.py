@@ -14,7 +14,7 @@ from cryptography import x509
 from OpenSSL import SSL, crypto
 
 from . import opening
-from .certificates import Certificate, FromFiles, load_authorities, load_certificate, make_certificate
+from .certificates import Certificate, FromFiles, expired, load_authorities, load_certificate, make_certificate
 from .config import Config
 from .errors import ConfigError, PolicyError
 from .net import is_literal
@@ -222,9 +222,7 @@ def _announce_certificate(log: logging.Logger, which: str, certificate: Certific
 
 def _announce_authorities(log: logging.Logger, demand: str, path: str, authorities: Sequence[x509.Certificate]) -> None:
     log.info("%s an authority in %r; certificates there: %d", demand, path, len(authorities))
-    now = datetime.datetime.now(datetime.timezone.utc)
-    ends = [authority.not_valid_after_utc for authority in authorities if authority.not_valid_after_utc < now]
-    if ends:
+    if ends := expired(authorities):
         log.warning("ca: %d of %d in %r expired, the last on %s", len(ends), len(authorities), path, max(ends).date())
 
 
