@@ -184,13 +184,14 @@ class Writer(logging.Handler):
 
 
 def check(to: str) -> None:
-    """Raise OSError where lines cannot be written to a stream or file; makes no file."""
-    if to in STREAMS or os.path.exists(to):
-        os.close(_open(to))
+    """Raise OSError where lines cannot be written to; opens nothing, as the reader of a pipe would see an end."""
+    if to in STREAMS:
         return
-    directory = os.path.join(os.path.dirname(to), ".")
-    os.stat(directory)
-    if not os.access(directory, os.W_OK | os.X_OK):
+    if os.path.isdir(to):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    place = to if os.path.exists(to) else os.path.join(os.path.dirname(to), ".")
+    os.stat(place)
+    if not os.access(place, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 

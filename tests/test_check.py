@@ -1,5 +1,7 @@
 import datetime
 import json
+import os
+import select
 import socket
 
 import pytest
@@ -61,6 +63,16 @@ def test_a_log_file_that_cannot_be_opened_is_found_and_none_is_made(ports, tmp_p
     assert finding.level == ERROR and finding.text.startswith("log-to: ") and "cannot be opened: " in finding.text
     assert not worst(check([server, "--log-to", str(tmp_path / "x.log")], {}))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_reader_of_a_pipe_for_the_log_sees_no_end_of_it(ports, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    waiting = select.poll()
+    waiting.register(reader, select.POLLIN)
+    assert not worst(check([SERVER.format(*ports), "--log-to", str(tmp_path / "pipe")], {}))
+    assert not waiting.poll(0)
+    os.close(reader)
 
 
 def test_a_status_address_that_is_taken_or_not_of_this_machine_is_found(ports, tmp_path):
