@@ -54,3 +54,11 @@ def test_a_reader_that_hoards_memory_is_found(monkeypatch):
     monkeypatch.setitem(TARGETS, "broken", fuzzing.Fuzzed(lambda _: bytearray(1 << 22), (b"",), fuzzing.ProtocolError))
     with pytest.raises(fuzzing.Broken, match="KiB"):
         fuzzing.check("broken", b"input", measure_memory=True)
+
+
+def test_a_table_of_the_interpreters_own_that_doubles_once_is_not_the_readers(monkeypatch):
+    once = [1 << 22]
+    monkeypatch.setitem(
+        TARGETS, "fair", fuzzing.Fuzzed(lambda _: bytearray(once.pop() if once else 1), (b"",), fuzzing.ProtocolError)
+    )
+    assert fuzzing.check("fair", b"input", measure_memory=True)
