@@ -178,12 +178,12 @@ class Client:
             signals.receive,
             silence_s=lambda: silence_s,
             leave_s=self.config.leave_s if opening.BYE in can else None,
+            begin=partial(signals.obey, early),
         )
         signals.on_ping = partial(session.send, wire.PING)
         lines.limit = wire.MAX_LINE  # the welcome alone may be longer
         signals.lines = lines
         signals.obeys_bye = True
-        signals.obey(early)
         if opening.FROM not in can:
             self._miss_source()
         self._log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)

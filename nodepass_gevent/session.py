@@ -45,7 +45,8 @@ class Session:
 
     ``receive(data)`` takes what the peer sends and raises ProtocolError when it may not, PeerLeft or PolicyError at its
     bye; ``silence_s()`` is how long the peer may stay silent (None: for ever); ``ping_interval_s`` None sends no
-    keep-alives; ``leave_s`` is how long an orderly end may take (None: the peer knows no bye).
+    keep-alives; ``leave_s`` is how long an orderly end may take (None: the peer knows no bye). ``begin()`` is called
+    before anything is read, and may raise what ``receive`` may.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Session:
         ping_interval_s: float | None = None,
         silence_s: Callable[[], float | None] = lambda: None,
         leave_s: float | None = None,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.control = control
         self.pool = pool
@@ -64,6 +66,7 @@ class Session:
         self._ping_interval_s = ping_interval_s
         self._silence_s = silence_s
         self._leave_s = leave_s
+        self._begin = begin
         self._due: list[bytes] = []
         self._gathers = False  # a line was sent in this turn of the event loop: more wait for others, or its end
         self._wake = Event()  # what is due is for the writer: the peer reads slowly, or not at all
@@ -145,9 +148,10 @@ class Session:
         self.control.close()
 
     def _read(self) -> str | TimeoutError | NodePassError:
-        while True:
-            limit_s, data = self._silence_s(), None
-            try:
+        try:
+            self._begin()
+            while True:
+                limit_s, data = self._silence_s(), None
                 with gevent.Timeout(limit_s, False):
                     data = self.control.recv_next(CHUNK)
                 if data is None:
@@ -157,12 +161,12 @@ class Session:
                 self._receive(data)
                 if len(self._due) > MAX_DUE:
                     return "the peer makes us speak and does not read"
-            except (PeerLeft, PolicyError) as exc:
-                return exc
-            except TimeoutError as exc:  # what was sent is not acknowledged
-                return TimeoutError(reason(exc))
-            except (OSError, ProtocolError) as exc:
-                return reason(exc)
+        except (PeerLeft, PolicyError) as exc:
+            return exc
+        except TimeoutError as exc:  # what was sent is not acknowledged
+            return TimeoutError(reason(exc))
+        except (OSError, ProtocolError) as exc:
+            return reason(exc)
 
     def _write(self) -> str:
         ping_due = time.monotonic()

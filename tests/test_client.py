@@ -15,7 +15,7 @@ from support import BOUND_S, LIMITS, bounded, is_reset, read_exactly, silent_end
 from nodepass_gevent import net
 from nodepass_gevent.client import Client
 from nodepass_gevent.config import Address, Config
-from nodepass_gevent.errors import ConnectError, NoPlace, PolicyError, ProtocolError, SessionLost
+from nodepass_gevent.errors import ConnectError, NoPlace, PolicyError, ProtocolError, SessionEnded, SessionLost
 from nodepass_gevent.transport import Stream
 
 
@@ -51,7 +51,7 @@ class Scripted:
     def _run(self):
         try:
             return self.client.run()
-        except (OSError, ConnectError, NoPlace, PolicyError, ProtocolError, SessionLost) as exc:
+        except (OSError, ConnectError, NoPlace, PolicyError, ProtocolError, SessionEnded, SessionLost) as exc:
             return exc
 
     def greet(self, tls=0):

@@ -1,12 +1,14 @@
 """Protocol v2 at the client: it takes up an offer, and what a server may then say; tls 0, plain sockets."""
 
+from contextlib import suppress
+
 import gevent
 import pytest
 from support import read_exactly, wait_until
 from test_client import port_of, server  # noqa: F401  the fixture
 
 from nodepass_gevent.client import CALLS
-from nodepass_gevent.errors import NoPlace, PolicyError, ProtocolError, SessionLost
+from nodepass_gevent.errors import NoPlace, PolicyError, ProtocolError, SessionEnded, SessionLost
 
 OFFER = b"?v=2,3&n=AAECAwQFBgcICQoLDA0ODw&later=1"
 SESSION = b"0123456789abcdef"
@@ -64,6 +66,22 @@ def test_the_welcome_may_come_byte_by_byte_and_signals_right_behind_it(v2):
     v2.server.say(b"\n//x#later\n//0123abcd#1\n\n")
     assert v2.server.carries(data)
     assert v2.server.client.counters.signals_unknown == 1
+
+
+def test_a_bye_right_behind_the_welcome_and_a_need_is_answered_and_leaves_no_dial(v2):
+    v2.run()
+    v2.line()
+    v2.server.say(b"//%b?c=bye,need&i=5&p=9#welcome\n//3#need\n//?#bye\n" % SESSION)
+    assert v2.line() == b"//#bye\n"
+    v2.server.control.close()
+    assert isinstance(v2.server.ended(), SessionEnded)
+    v2.server.tunnel.settimeout(0.1)
+    with suppress(TimeoutError):
+        while True:
+            data = v2.server.take(v2.server.tunnel)
+            with suppress(ConnectionResetError):
+                while data.recv(100):
+                    pass
 
 
 def test_pings_are_answered(v2):
