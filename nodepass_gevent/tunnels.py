@@ -40,8 +40,8 @@ class Tunnels:
     @property
     def stop_s(self) -> float:
         """How long ``stop`` may take by the settings."""
-        configs = [service.role.config for service in (*self._services.values(), *self._leaving)]
-        return max((config.leave_s + config.shutdown_timeout_s for config in configs), default=0.0)
+        times = self._shutdown_timeouts_s().items()
+        return max((service.role.config.leave_s + timeout_s for service, timeout_s in times), default=0.0)
 
     def describe(self) -> str:
         """Say in words what there is."""
@@ -82,17 +82,24 @@ class Tunnels:
 
     def stop(self) -> int:
         """Drain all, each within its own SHUTDOWN_TIMEOUT; give the number of exchanges that were cut."""
-        services = [*self._services.values(), *self._leaving]
+        timeouts_s = self._shutdown_timeouts_s()
         self._drains.kill()
-        gevent.joinall([gevent.spawn(service.stop) for service in services])
+        gevent.joinall([gevent.spawn(service.stop) for service in timeouts_s])
         begun = time.monotonic()
         cut = 0
-        for service in sorted(services, key=lambda service: service.role.config.shutdown_timeout_s):
+        for service, timeout_s in sorted(timeouts_s.items(), key=lambda item: item[1]):
             spent_s = time.monotonic() - begun
-            cut += service.drain(max(service.role.config.shutdown_timeout_s - spent_s, 0))
+            cut += service.drain(max(timeout_s - spent_s, 0))
         for service in self:
             logs.of(service.role.config.name).info("%s: %s", service.role, service.role.counters)
         return cut
+
+    def _shutdown_timeouts_s(self) -> dict[Service, float]:
+        """Say how long each may be drained: exchanges under former settings for as long as those of now say."""
+        timeouts_s = {service: service.role.config.shutdown_timeout_s for service in (*self, *self._leaving)}
+        for service in self:
+            timeouts_s |= dict.fromkeys(service.former, timeouts_s[service])
+        return timeouts_s
 
     def _add(self, config: Config) -> bool:
         service = self._services[config.name] = Service(self._make(config, None))
@@ -107,6 +114,8 @@ class Tunnels:
         else:
             logs.of(name).info("tunnel removed")
         self._retire(service, timeout_s)
+        for former in service.former:
+            self._drains.spawn(self._drain, former, timeout_s)
 
     def _change(self, service: Service, config: Config) -> bool:
         """Give a running tunnel its new settings, if there are any; some need a new role, but for times and levels."""

@@ -213,6 +213,29 @@ def test_a_tunnel_that_is_removed_is_drained_within_its_shutdown_timeout(world, 
     assert "role a: exchanges cut: 1" in caplog.messages
 
 
+def test_a_tunnel_that_is_removed_takes_exchanges_of_former_settings_with_it(world):
+    config = replace(CONFIG, shutdown_timeout_s=0.05)
+    world.apply(config)
+    world.roles[0].exchanges.spawn(Event().wait)
+    world.apply(replace(config, semaphore_limit=7))
+    world.apply()
+    wait_until(lambda: world.tunnels.exchanges() == 0)
+
+
+def test_exchanges_of_former_settings_are_drained_for_as_long_as_those_of_now_say(world):
+    world.apply(replace(CONFIG, shutdown_timeout_s=0.01))
+    go_on = Event()
+    world.roles[0].exchanges.spawn(go_on.wait)
+    world.apply(replace(CONFIG, shutdown_timeout_s=0.01, semaphore_limit=7))
+    world.apply(replace(CONFIG, shutdown_timeout_s=20.0, semaphore_limit=7))
+    assert len(world.roles) == 2 and world.tunnels.stop_s > 20
+    stopping = gevent.spawn(world.tunnels.stop)
+    gevent.sleep(0.05)  # longer than it was given formerly
+    assert len(world.roles[0].exchanges) == 1
+    go_on.set()
+    assert stopping.get(timeout=10) == 0
+
+
 def test_at_the_end_all_are_drained_each_within_its_own_time(world):
     quick, slow = replace(CONFIG, shutdown_timeout_s=0.05), replace(CONFIG, name="b", shutdown_timeout_s=20.0)
     world.apply(quick, slow)
