@@ -81,6 +81,7 @@ class Service:
         self._running = Group()
         self._backoff = Backoff(lambda: role.config.service_cooldown_s, draw)
         self._retry_now = Event()
+        self._reloaded = Event()
         self._said = ""  # the last reason that was logged above DEBUG, and when
         self._said_at = -REPEAT_S
         self.failures = 0  # tries that did not end in good order
@@ -126,12 +127,14 @@ class Service:
         """Read files again, and cut a pause short."""
         self.role.reload()
         self._retry_now.set()
+        self._reloaded.set()
 
     def reload_for_ever(self) -> None:
-        """Let the role look at its files every RELOAD_INTERVAL."""
+        """Let the role look at its files every RELOAD_INTERVAL, which a reload may have changed."""
         while True:
-            gevent.sleep(self.role.config.reload_interval_s)
-            self.role.reload()
+            self._reloaded.clear()
+            if not self._reloaded.wait(self.role.config.reload_interval_s):
+                self.role.reload()
 
     def _try(self) -> float:
         """Run the role once, say how it ended, and give the pause before the next time."""

@@ -181,6 +181,16 @@ def test_files_are_looked_at_again_and_again_and_no_pause_is_cut_short_by_that(s
     assert not role.works.is_set()
 
 
+def test_an_interval_that_a_reload_has_changed_counts_at_once(spawn):
+    role = Failing(PolicyError("no"), cooldown_s=3600)
+    service = Service(role)
+    spawn(service.reload_for_ever)
+    gevent.sleep(0)  # it waits for the long one
+    role.config = replace(role.config, reload_interval_s=0.01)
+    service.reload()
+    wait_until(lambda: role.reloads >= 3)
+
+
 def test_a_reload_cuts_the_pause_short(spawn, caplog):
     role = Failing(PolicyError("no"), cooldown_s=3600)
     service = Service(role)
