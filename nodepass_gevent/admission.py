@@ -75,6 +75,10 @@ class Admission:
         self._rate = Rate(limits.udp_rate_per_address, clock) if limits.udp_rate_per_address else None
         self._counters = counters
 
+    def follow(self, before: "Admission") -> None:
+        """Count the users of the one before with those of this one, in whose place it comes: they are here still."""
+        self._present = before._present
+
     def guard_callers(
         self, start: Callable[[Stream], object], keeps_out: Callable[[str], bool] | None = None
     ) -> Callable[[Stream], object]:

@@ -116,6 +116,7 @@ class Clients:
         self._by_session: dict[bytes, Client] = {}
         self._came = Event()
         self._closed = False
+        self.heirs: Clients | None = None  # of the server that comes in the place of this one
         self.left: Ended | None = None  # the last one
 
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ class Clients:
     def wait(self, timeout_s: float | None) -> Client:
         """Wait for a client whose session lives, None: for ever; NoDataConnection.
 
-        Does not switch when there is no time to wait.
+        Goes on with the heirs, once this server stops. Does not switch when there is no time to wait.
         """
         end = math.inf if timeout_s is None else time.monotonic() + timeout_s
         while not self._closed:
@@ -135,6 +136,8 @@ class Clients:
             self._came.clear()
             if left_s <= 0 or not self._came.wait(None if timeout_s is None else left_s):
                 raise NoDataConnection("no client is connected")
+        if self.heirs is not None:
+            return self.heirs.wait(None if timeout_s is None else end - time.monotonic())
         raise NoDataConnection("the server is stopping")
 
     def open(self) -> None:

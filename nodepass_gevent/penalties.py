@@ -42,6 +42,10 @@ class Penalties:
         self._suspects: dict[str, _Offender] = {}  # not kept out so far; both in the order of the last wrong proof
         self._punished: dict[str, _Offender] = {}
 
+    def follow(self, before: "Penalties") -> None:
+        """Go on where another one was."""
+        self._suspects, self._punished = before._suspects, before._punished
+
     def report(self, key: str) -> None:
         """Note a wrong proof from an address, and keep it out when that is one too many."""
         limits, now = self._limits, self._clock()

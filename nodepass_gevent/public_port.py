@@ -23,7 +23,9 @@ from .udp import PublicSocket
 DIVERTED_S = 0.2  # who is in the middle of a TCP handshake is through by then, unless a round trip takes longer
 RETURN_S = 2.0  # a client that was told bye, for new settings, is back by then
 
-Bound = tuple[Address, int]  # an address as it is configured, and the type of socket
+PUBLIC = "public"
+
+Bound = tuple[str, Address, int]  # what for, an address as it is configured (port 0: any), and the type of socket
 
 
 def bound(address: Address, sock: RawSocket) -> Address:
@@ -39,18 +41,19 @@ class Sockets:
         self._open: dict[Bound, RawSocket] = {}
         self.handed_over = False  # to the one that comes in this one's place: who calls is its
 
-    def open(self, address: Address, kind: int, make: Callable[[], RawSocket]) -> RawSocket:
+    def open(self, purpose: str, address: Address, kind: int, make: Callable[[], RawSocket]) -> RawSocket:
         """Give the socket that was inherited, or one that ``make`` makes."""
-        sock = self._inherited.pop((address, kind), None) or make()
-        self._open[address, kind] = sock
+        key = purpose, address, kind
+        sock = self._inherited.pop(key, None) or make()
+        self._open[key] = sock
         return sock
 
     def forget(self, sock: RawSocket) -> None:
         """Hand a socket to nobody: it is about to be closed."""
         self._open = {key: other for key, other in self._open.items() if other is not sock}
 
-    def inherits(self, address: Address) -> bool:
-        return any(host == address for host, _ in self._inherited)
+    def inherits(self, purpose: str, address: Address) -> bool:
+        return any(key[:2] == (purpose, address) for key in self._inherited)
 
     def close_inherited(self) -> None:
         """Close what is not needed."""
@@ -102,7 +105,7 @@ class PublicPort:
     def prepare(self) -> Address:
         """Open, or make sure that it can be done later; give the address. Raises OSError or ConnectError."""
         target, shared = self._config.target, self._config.reuse_port
-        if not shared or self._sockets.inherits(target):
+        if not shared or self._sockets.inherits(PUBLIC, target):
             return self._open()
         for kind, other in ((socket.SOCK_STREAM, "udp"), (socket.SOCK_DGRAM, "tcp")):
             if self._config.network != other:
@@ -140,12 +143,12 @@ class PublicPort:
         shared = bool(config.reuse_port)
         if config.network != "udp":
             self._listener = listener = self._sockets.open(
-                target, socket.SOCK_STREAM, lambda: net.listen(config.target, config.limits, shared=shared)
+                PUBLIC, target, socket.SOCK_STREAM, lambda: net.listen(config.target, config.limits, shared=shared)
             )
             target = bound(target, listener)
         if config.network != "tcp":
             self._datagrams = self._sockets.open(
-                target, socket.SOCK_DGRAM, lambda: net.bind(target, socket.SOCK_DGRAM, shared=shared)
+                PUBLIC, target, socket.SOCK_DGRAM, lambda: net.bind(target, socket.SOCK_DGRAM, shared=shared)
             )
             datagrams = PublicSocket(target, self._admits_datagram, self._datagrams)  # closed after its last session
             target = replace(target, port=datagrams.port)

@@ -57,6 +57,11 @@ class Server:
         self._clients = Clients(config.limits, self._log)
         self._admission = Admission(config, self.counters)
         self.penalties = Penalties(config.limits, self._clients.at, log=self._log)
+        if before:
+            self._admission.follow(before._admission)
+            self.penalties.follow(before.penalties)
+            if fits:  # this one has its public port, and so its users
+                before._clients.heirs = self._clients
         self._reception = Reception(config, self._certificate, self._keys, self._clients, self.penalties, self.counters)
         entrance = self._admission if config.limits.users_per_address else None
         self._ingress = Ingress(self._clients.wait, self.exchanges, config, self.counters, entrance)
@@ -125,9 +130,9 @@ class Server:
         """Open all listeners, to be closed by ``stack``; give the parts that serve callers."""
         config = self.config
 
-        def listen(address: Address, *, shared: bool = False) -> RawSocket:
+        def listen(purpose: str, address: Address, *, shared: bool = False) -> RawSocket:
             sock = self._sockets.open(
-                address, socket.SOCK_STREAM, lambda: net.listen(address, config.limits, shared=shared)
+                purpose, address, socket.SOCK_STREAM, lambda: net.listen(address, config.limits, shared=shared)
             )
             stack.callback(self._sockets.forget, sock)
             return stack.enter_context(closing(sock))
@@ -135,12 +140,12 @@ class Server:
         def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
             return partial(net.serve, listener, handle, self._paused, _after_those_before, config.limits)
 
-        tunnel = listen(config.tunnel, shared=bool(config.reuse_port))
+        tunnel = listen("tunnel", config.tunnel, shared=bool(config.reuse_port))
         ports = [f"tunnel {bound(config.tunnel, tunnel)}"]
         start = self._admission.guard_callers(self._called, self.penalties.keeps_out)
         parts = [serve(tunnel, start)]
         if self._reception.serves_v1 or config.reuse_port:
-            data = self._listen_data(listen)
+            data = self._listen_data(partial(listen, "data"))
             port = data.getsockname()[1]
             self._reception.open_data_port(port)
             ports.append(f"data port {port}")

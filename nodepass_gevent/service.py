@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-import gevent
 from gevent.event import Event
 from gevent.pool import Group
 

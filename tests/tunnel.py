@@ -70,14 +70,21 @@ class Running:
 
 @pytest.fixture
 def serve(no_leaks, said):
-    """Start servers on free ports: settings of Config and of Limits by name; end them with the test."""
+    """Start servers on free ports: settings of Config and of Limits by name; end them with the test.
+
+    One that is started with ``before`` comes in its place, as after a SIGHUP.
+    """
     running = []
 
-    def start(**settings):
+    def start(before=None, **settings):
         names = {name: settings.pop(name) for name in list(settings) if hasattr(LIMITS, name)}
         settings = {"tunnel": LOOPBACK, "target": LOOPBACK, "network": "tcp"} | settings
-        server = Server(Config(role="server", limits=replace(LIMITS, **names), **settings))
+        config = Config(role="server", limits=replace(LIMITS, **names), **settings)
+        server = Server(config, before and before.server)
         said.lines.clear()
+        if before:
+            before.greenlet.kill()
+            before.server.retire()
         greenlet = gevent.spawn(server.run)
         wait_until(lambda: said.find(LISTENING) or greenlet.ready())
         greenlet.get(block=False) if greenlet.ready() else None

@@ -1,0 +1,52 @@
+"""A server that comes in the place of another one, with other settings: what it takes over."""
+
+from support import is_reset, read_exactly, wait_until
+from tunnel import ELSEWHERE, connect, is_served, said, serve  # noqa: F401  fixtures
+
+
+def test_it_listens_where_the_one_before_did_at_ports_that_the_system_chose(serve):  # noqa: F811
+    before = serve()
+    after = serve(before, semaphore_limit=7)
+    assert (after.tunnel, after.public) == (before.tunnel, before.public)
+
+
+def test_users_who_wait_for_a_client_are_served_by_the_next_one(serve, connect):  # noqa: F811
+    before = serve()
+    waiting = connect(before, "user")
+    wait_until(lambda: before.counters.tcp_exchanges == 1)
+    after = serve(serve(before, semaphore_limit=7), semaphore_limit=8)
+    assert is_served(waiting, connect(after).join())
+
+
+def test_users_who_wait_for_a_data_connection_are_served_by_the_next_client(serve, connect):  # noqa: F811
+    before = serve()
+    client = connect(before).join().known()
+    assert is_served(connect(before, "user"), client)
+    waiting = connect(before, "user")
+    wait_until(lambda: before.counters.tcp_exchanges == 2)
+    client.control.close()
+    after = serve(before, semaphore_limit=7, data_port=before.data)
+    assert is_served(waiting, connect(after).join())
+
+
+def test_users_who_are_here_count_among_those_of_their_address(serve, connect):  # noqa: F811
+    before = serve(users_per_address=1)
+    client = connect(before).join().known()
+    user = connect(before, "user")
+    user.sendall(b"question")
+    data, _ = client.launched()
+    with data:
+        assert read_exactly(data, 8) == b"question"
+        after = serve(before, users_per_address=1, semaphore_limit=7)
+        assert is_reset(connect(after, "user"))
+        user.close()
+    wait_until(lambda: not len(before.server.exchanges))
+    assert is_served(connect(after, "user"), connect(after).join())
+
+
+def test_who_is_kept_out_for_wrong_proofs_stays_out(serve):  # noqa: F811
+    before = serve()
+    for _ in range(before.server.config.limits.penalty_after + 1):
+        before.server.penalties.report(ELSEWHERE)
+    after = serve(before, semaphore_limit=7)
+    assert after.server.penalties.keeps_out(ELSEWHERE)
