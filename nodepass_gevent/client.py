@@ -187,7 +187,7 @@ class Client:
         if opening.FROM not in can:
             self._miss_source()
         self._log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
-        self._serve(session, 2, control, pool)
+        self._serve(session, 2, control, pool, egress)
 
     def _authenticate(
         self, transport: Transport, lines: wire.Lines, first: bytes, hello: bytes, can: frozenset[bytes]
@@ -247,14 +247,16 @@ class Client:
             user_timeout_s=self.config.limits.tcp_user_timeout_s,
         )
         silence = _Silence(self.config.limits)
-        signals = _Signals(Egress(pool, self.exchanges, self.config, self.counters), self.counters, log=self._log)
+        egress = Egress(pool, self.exchanges, self.config, self.counters)
+        signals = _Signals(egress, self.counters, log=self._log)
         signals.on_ping = silence.note_ping
         self._miss_source()
         self._log.info(
             "connected to %s, profile v1, data port %d, tls %d, for %s",
             control, first.port, first.tls, self.config.target,
         )  # fmt: skip
-        self._serve(Session(control, pool, signals.receive, silence_s=silence.limit_s), 1, control, pool)
+        session = Session(control, pool, signals.receive, silence_s=silence.limit_s)
+        self._serve(session, 1, control, pool, egress)
 
     def _warn_of_plain_text(self, mode: int) -> None:
         """Say once what a policy does not cover in profile v1."""
@@ -281,7 +283,7 @@ class Client:
 
     # Both
 
-    def _serve(self, session: Session, profile: int, control: Stream, pool: DialingPool) -> None:
+    def _serve(self, session: Session, profile: int, control: Stream, pool: DialingPool, egress: Egress) -> None:
         """Run a session to its end."""
         self.begun.set()
         self._session = profile, wall_clock(), control, pool
@@ -289,6 +291,7 @@ class Client:
             session.run()
         finally:
             self._session = None
+            egress.leave()
 
     def _miss_source(self) -> None:
         """Say once that the target will not be told who its users are."""

@@ -21,6 +21,7 @@ class Crew:
         self._greenlets = Pool(limit)
         self._spare: list[Waiter] = []
         self._spares = SPARE  # that many may wait
+        self._entering = 0  # greenlets that wait for room
         self._killed = False
         self.draining = False
 
@@ -48,12 +49,25 @@ class Crew:
         else:
             self._greenlets.spawn(self._work, [(function, args)])
 
+    def enter(self) -> None:
+        """Wait for room, and count the calling greenlet until it ends; GreenletExit when all are killed."""
+        self._entering += 1
+        try:
+            self._greenlets.add(gevent.getcurrent())
+        finally:
+            self._entering -= 1
+        if self._killed:
+            raise gevent.GreenletExit
+
     def join(self, timeout_s: float | None) -> None:
-        """Wait until none runs, for ``timeout_s`` at most (None: for ever); greenlets end with what they do."""
+        """Wait until none runs or enters, for ``timeout_s`` at most (None: for ever); none is kept for more work."""
         self._spares = 0
         while self._spare:
             self._wake((None, ()))
-        self._greenlets.join(timeout_s)
+        with gevent.Timeout(timeout_s, False):
+            while self._entering or self._greenlets.greenlets:
+                self._greenlets.join()
+                gevent.sleep(0)  # who waits for room enters where another one has ended
 
     def kill(self, *, block: bool = True) -> None:
         """End all of them; what is spawned from now on, or has not begun, never runs."""

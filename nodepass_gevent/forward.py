@@ -13,7 +13,6 @@ from functools import partial
 from typing import Protocol
 
 import gevent
-from gevent.pool import Pool
 
 from . import access, proxy_protocol, wire
 from . import log as logs
@@ -40,7 +39,13 @@ class ById(Protocol):
         """Give the data connection of that id, or raise a NodePassError."""
 
     def keep(self, id: bytes) -> None:
-        """Let the data connection of that id wait until it is taken."""
+        """Let the data connection of that id wait until it is taken, or dropped."""
+
+    def drop(self, id: bytes) -> None:
+        """Take back ``keep``."""
+
+    def has_left(self, id: bytes) -> bool:
+        """Whether what was kept under that id has outlived the session."""
 
 
 _Begun = tuple[Launched, Exchange, float]  # an exchange that does not run yet, and since when (monotonic)
@@ -184,7 +189,7 @@ class Egress:
         self._counters = counters
         self._log = logs.of(config.name)
         self._access = AccessLog(config, access.TARGET)
-        self._waiting = Pool(config.max_pool_capacity)  # launches that wait for a slot, each in its greenlet
+        self._waiting: dict[bytes, gevent.Greenlet] = {}  # launches that wait for room among the exchanges, by id
         self._endpoints: list[Endpoint] = []
         udp = DatagramEgress(self._target, self._forget_target, self._refuse, self._user, exchanges, config, counters)
         self._carry = {Kind.TCP: self._tcp, Kind.UDP: udp.exchange, Kind.UDP_SESSION: udp.session}
@@ -195,27 +200,38 @@ class Egress:
             if not self._waiting and not self._exchanges.full():
                 self._exchanges.spawn(self._run, launch)
                 return
-            if not self._waiting.full():
-                self._waiting.spawn(self._exchanges.spawn, self._run, launch)
+            if len(self._waiting) < self._config.max_pool_capacity and launch.id not in self._waiting:
+                self._waiting[launch.id] = gevent.spawn(self._wait_for_room, launch)
                 self._pool.keep(launch.id)
                 return
         # No memory; or the peer breaks the protocol, with more launches than data connections.
         self._counters.launches_lost += 1
         self._fail(launch.id, "busy")
 
+    def leave(self) -> None:
+        """Go on without the session, with all that it has launched, but for what its end took the data connection."""
+        for id, waiting in list(self._waiting.items()):
+            if not self._pool.has_left(id):
+                waiting.kill(gevent.GreenletExit("the session has ended"), block=False)
+
+    def _wait_for_room(self, launch: Launch) -> None:
+        came = time.monotonic()
+        try:
+            self._exchanges.enter()
+        except gevent.GreenletExit as exc:  # with its session, or with all exchanges
+            self._pool.drop(launch.id)
+            self._lose(launch, came, exc)
+            return
+        finally:
+            del self._waiting[launch.id]
+        self._run(launch)
+
     def _run(self, launch: Launch) -> None:
         started = time.monotonic()
-        protocol = "tcp" if launch.kind is Kind.TCP else "udp"
         try:
             data = self._pool.take(launch.id, self._config.limits.pool_wait_s)
         except NodePassError as exc:
-            self._counters.launches_lost += 1
-            repeated = isinstance(exc, ProtocolError)  # a few bytes each, as often as a peer likes: no line for that
-            level = logging.DEBUG if repeated else logging.WARNING
-            self._log.log(level, "launch of %s lost: %s", launch.id.decode(), exc)
-            if not repeated:
-                end = access.NO_DATA_CONNECTION, str(exc)
-                self._access.nothing(protocol, launch.id, self._user(launch), started, end)
+            self._lose(launch, started, exc)
             if isinstance(exc, NoDataConnection):
                 self._fail(launch.id, wire.GONE.decode())
             return
@@ -226,7 +242,17 @@ class Egress:
             self._counters.exchanges_failed += 1
             self._log.warning("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
             end = access.NO_TARGET if isinstance(exc, ConnectError) else access.FAILED, reason(exc)
-            self._access.nothing(protocol, launch.id, self._user(launch), started, end)
+            self._access.nothing(_protocol(launch), launch.id, self._user(launch), started, end)
+
+    def _lose(self, launch: Launch, started: float, exc: BaseException) -> None:
+        """Note a launch that never had its data connection."""
+        self._counters.launches_lost += 1
+        repeated = isinstance(exc, ProtocolError)  # a few bytes each, as often as a peer likes: no line for that
+        level = logging.DEBUG if repeated else logging.WARNING
+        self._log.log(level, "launch of %s lost: %s", launch.id.decode(), exc)
+        if not repeated:
+            end = access.NO_DATA_CONNECTION, str(exc)
+            self._access.nothing(_protocol(launch), launch.id, self._user(launch), started, end)
 
     def _tcp(self, launch: Launch, data: Transport) -> None:
         self._counters.tcp_exchanges += 1
@@ -281,6 +307,10 @@ class Egress:
     def _forget_target(self) -> None:
         """Resolve anew the next time: the name may have moved."""
         self._endpoints = []
+
+
+def _protocol(launch: Launch) -> str:
+    return "tcp" if launch.kind is Kind.TCP else "udp"
 
 
 def _is_dead(error: BaseException | None, user: Stream, end: float) -> bool:

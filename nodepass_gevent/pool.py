@@ -184,6 +184,7 @@ class DialingPool:
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before
         self._takers: dict[bytes, AsyncResult] = {}
         self._kept: set[bytes] = set()  # launched, and not taken yet
+        self._left: dict[bytes, Transport] = {}  # those of them that were here when the session ended in good order
         self._leaving = False
         self._closed = False
 
@@ -201,20 +202,17 @@ class DialingPool:
 
     def take(self, id: bytes, timeout_s: float) -> Transport:
         """Give connection ``id``, waiting for it when its launch has overtaken it; NoDataConnection, PoolClosed."""
+        if id in self._left:
+            return self._left.pop(id)
         if self._closed:
             raise PoolClosed("the session has ended")
         self._kept.discard(id)
         self._taken += 1
         if self._lead_s:
             self._used_at.append(time.monotonic())
-        if id in self._idle:
-            transport = self._idle.give(id)
+        if transport := self._give(id):
             self._fill_soon()
             return transport
-        for ended in (self._ended, self._ended_before):
-            if id in ended:
-                self._fill_soon()
-                return ended.pop(id)
         if id in self._takers:
             raise ProtocolError(f"data connection {id.decode()} launched twice")
         taker = self._takers[id] = AsyncResult()
@@ -230,9 +228,25 @@ class DialingPool:
         finally:
             self._takers.pop(id, None)
 
+    def _give(self, id: bytes) -> Transport | None:
+        """Give connection ``id``, if it is here."""
+        if id in self._idle:
+            return self._idle.give(id)
+        return self._ended.pop(id, None) or self._ended_before.pop(id, None)
+
     def keep(self, id: bytes) -> None:
         """Drop connection ``id`` for no surplus or end: it is launched, and will be taken."""
         self._kept.add(id)
+
+    def drop(self, id: bytes) -> None:
+        """Keep connection ``id`` no longer: its launch comes to nothing."""
+        self._kept.discard(id)
+        if id in self._left:
+            self._left.pop(id).reset()
+
+    def has_left(self, id: bytes) -> bool:
+        """Whether connection ``id`` has outlived the session."""
+        return id in self._left
 
     def dial_more(self, count: int) -> None:
         """Dial ``count`` connections beyond the capacity: that many users wait at the peer."""
@@ -248,10 +262,15 @@ class DialingPool:
         gevent.wait(list(self._takers.values()))
 
     def close(self) -> None:
-        """Reset what is idle, end the dials; whoever waits is told PoolClosed."""
+        """Reset what is idle, end the dials; whoever waits is told PoolClosed.
+
+        What is kept stays to be taken, where the end is in good order: what was launched before it is honoured.
+        """
         self._closed = True
         self._gathering.close()
         self._dials.kill(block=False)
+        if self._leaving:
+            self._left = {id: transport for id in self._kept if (transport := self._give(id))}
         self._idle.close()
         self._kept.clear()
         self._forget_ended()

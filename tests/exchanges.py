@@ -167,6 +167,9 @@ class FakePool:
     def keep(self, id):
         self.kept.append(id)
 
+    def drop(self, id):
+        self.kept.remove(id)
+
     def take(self, id, timeout_s):
         if id not in self.ready:
             self.on_missing()

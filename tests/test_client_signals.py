@@ -208,6 +208,53 @@ def test_a_server_without_the_capability_is_told_no_bye(v2, spawn):
     assert read_all(v2.server.control) == b""
 
 
+def wait_for_room(v2):
+    """Let one launch be carried, and a second one wait for its place; give both of their data connections."""
+    first, second = v2.join(ID), v2.join(b"00000002")
+    v2.server.say(b"//%b#1\n//00000002#1\n" % ID)
+    first.sendall(b"question")
+    target = v2.server.take(v2.server.target)
+    assert read_exactly(target, 8) == b"question"
+    return first, second, target
+
+
+@pytest.mark.parametrize("first", ["server", "client"])
+def test_launches_that_wait_for_room_at_a_bye_are_honoured(v2, spawn, first):
+    v2 = v2(semaphore_limit=1, min_pool_capacity=2)
+    running, waiting, target = wait_for_room(v2)
+    if first == "client":
+        spawn(v2.server.running.kill)
+    else:
+        v2.server.say(b"//#bye\n")
+    assert v2.line() == b"//#bye\n"
+    if first == "client":
+        v2.server.say(b"//#bye\n")
+    v2.server.control.shutdown(socket.SHUT_WR)
+    v2.server.running.join(5)
+    running.close()
+    target.close()
+    assert v2.server.carries(waiting)
+
+
+def test_launches_that_wait_for_room_are_lost_at_once_when_the_session_is(v2):
+    v2 = v2(semaphore_limit=1, min_pool_capacity=2)
+    _, waiting, _ = wait_for_room(v2)
+    v2.server.control.close()
+    assert is_reset(waiting)
+    assert isinstance(v2.server.ended(), SessionLost)
+    wait_until(lambda: v2.server.client.counters.launches_lost == 1)
+
+
+def test_launches_that_wait_for_room_after_a_bye_end_with_all_exchanges(v2):
+    v2 = v2(semaphore_limit=1, min_pool_capacity=2)
+    _, waiting, _ = wait_for_room(v2)
+    v2.server.say(b"//#bye\n")
+    v2.server.control.shutdown(socket.SHUT_WR)
+    assert isinstance(v2.server.ended(), SessionEnded)
+    v2.server.client.exchanges.kill()
+    assert is_reset(waiting)
+
+
 # Control loss
 
 

@@ -120,3 +120,45 @@ def test_join_waits_for_those_that_run_and_for_no_spare_one(crew):
     with bounded():
         crew.join(5)
     assert len(crew) == 0
+
+
+def test_a_greenlet_that_enters_waits_for_room_and_counts_until_it_ends(spawn):
+    crew, gates = Crew(1), [Event(), Event()]
+
+    def enter():
+        crew.enter()
+        gates[1].wait()
+
+    crew.spawn(gates[0].wait)
+    entering = spawn(enter)
+    gevent.idle()
+    assert (len(crew), crew.full()) == (1, True)
+    joining = spawn(crew.join, 5)
+    gates[0].set()
+    wait_until(lambda: crew.full() and not entering.ready())
+    gevent.idle()
+    assert not joining.ready()
+    gates[1].set()
+    joining.get(timeout=5)
+    assert len(crew) == 0
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_greenlet_that_enters_is_killed_with_those_that_run(spawn, waits):
+    crew = Crew(1)
+    went_on = []
+
+    def enter():
+        crew.enter()
+        went_on.append("entered")
+        Event().wait()
+        went_on.append("lived")
+
+    if waits:
+        crew.spawn(Event().wait)
+    entering = spawn(enter)
+    gevent.idle()
+    crew.kill()
+    entering.join(5)
+    assert entering.ready()
+    assert went_on == ([] if waits else ["entered"])

@@ -552,6 +552,30 @@ def test_what_is_launched_is_reset_with_the_pool(dialler, dialing, clock):
     assert all(map(is_reset, dialler.peers[:2]))
 
 
+def test_what_is_launched_outlives_a_session_that_ends_in_good_order_until_it_is_taken_or_dropped(
+    dialler, dialing, clock
+):
+    pool = dialing(4)
+    wait_until(lambda: len(pool) == 4)
+    first, second, third, _ = dialler.ids
+    for id in (first, second, third):
+        pool.keep(id)
+    dialler.peers[1].shutdown(1)
+    clock.advance(ROUND_S)
+    pool.leave()
+    pool.close()
+    assert is_reset(dialler.peers[3])
+    assert [pool.has_left(id) for id in dialler.ids[:4]] == [True, True, True, False]
+    assert leads_to(take(pool, first), dialler.peers[0])
+    with take(pool, second) as ended:
+        ended.sendall(b"first word")
+    assert read_all(dialler.peers[1]) == b"first word"
+    pool.drop(third)
+    assert is_reset(dialler.peers[2])
+    with pytest.raises(PoolClosed):
+        take(pool, first)
+
+
 def test_no_more_is_dialled_than_the_peer_takes(dialler, dialing):
     pool = dialing(2, maximum=4)
     wait_until(lambda: len(pool) == 2)
