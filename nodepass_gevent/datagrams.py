@@ -22,6 +22,7 @@ from .errors import ConnectError, NotCarried, TunnelError
 from .launching import Launched, Launcher
 from .metrics import Counters, Traffic
 from .net import Endpoint
+from .target import TargetAddresses
 from .transport import Transport, reason, shared_deadline
 from .udp import Entrance, PublicSocket, TargetSocket
 from .udp_relay import UDPRelay
@@ -244,15 +245,14 @@ class DatagramIngress:
 
 
 class DatagramEgress:
-    """Launches of datagrams and sessions, brought to one of ``target()``'s endpoints; ``forget()`` them all.
+    """Launches of datagrams and sessions, brought to one of the target's addresses.
 
     ``refuse(id, data, why)`` tells the peer that nothing comes of a launch; ``user(launch)`` is whom it is for.
     """
 
     def __init__(
         self,
-        target: Callable[[], list[Endpoint]],
-        forget: Callable[[], None],
+        target: TargetAddresses,
         refuse: Callable[[bytes, Transport, str], None],
         user: Callable[[Launch], tuple | None],
         exchanges: Crew,
@@ -260,7 +260,6 @@ class DatagramEgress:
         counters: Counters,
     ) -> None:
         self._target = target
-        self._forget = forget
         self._refuse = refuse
         self._user = user
         self._exchanges = exchanges
@@ -285,16 +284,16 @@ class DatagramEgress:
                 self._counters.ended(traffic)
                 self._access.session(launch.id, self._user(launch), session, started)
                 if not session.framed:  # not one answer
-                    self._forget()
+                    self._target.forget()
 
     def _open_target(self, launch: Launch, data: Transport) -> TargetSocket:
         try:
-            return _reach(self._target())
+            return _reach(self._target.get())
         except ConnectError as exc:
             self._refuse(launch.id, data, exc.why)
             raise
         except OSError:  # no way there, or no descriptor
-            self._forget()
+            self._target.forget()
             self._refuse(launch.id, data, "unreachable")
             raise
 
@@ -339,7 +338,7 @@ class DatagramEgress:
                 return target.recv(), (access.ENDED, "")
         except OSError as exc:
             self._counters.datagrams_unanswered += 1
-            self._forget()
+            self._target.forget()
             return b"", (access.UNANSWERED, reason(exc))
 
 

@@ -23,8 +23,9 @@ from .datagrams import DatagramEgress, DatagramIngress
 from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, ProtocolError, TunnelError
 from .launching import Launched, Launcher, Link
 from .metrics import Counters
-from .net import Endpoint, connect, resolve
+from .net import connect
 from .relay import Exchange, Outcome
+from .target import TargetAddresses
 from .transport import Stream, Transport, reason
 from .udp import Entrance
 from .wire import Kind, Launch
@@ -190,8 +191,8 @@ class Egress:
         self._log = logs.of(config.name)
         self._access = AccessLog(config, access.TARGET)
         self._waiting: dict[bytes, gevent.Greenlet] = {}  # launches that wait for room among the exchanges, by id
-        self._endpoints: list[Endpoint] = []
-        udp = DatagramEgress(self._target, self._forget_target, self._refuse, self._user, exchanges, config, counters)
+        self._target = TargetAddresses(config.target)
+        udp = DatagramEgress(self._target, self._refuse, self._user, exchanges, config, counters)
         self._carry = {Kind.TCP: self._tcp, Kind.UDP: udp.exchange, Kind.UDP_SESSION: udp.session}
 
     def launch(self, launch: Launch) -> None:
@@ -221,7 +222,7 @@ class Egress:
         except gevent.GreenletExit as exc:  # with its session, or with all exchanges
             self._pool.drop(launch.id)
             self._lose(launch, came, exc)
-            return
+            raise
         finally:
             del self._waiting[launch.id]
         self._run(launch)
@@ -259,10 +260,10 @@ class Egress:
         limits, launched = self._config.limits, time.monotonic()
         try:
             speaks_first = bool(self._config.proxy_protocol)  # the header; else perhaps the target does
-            target = connect(self._target(), limits.target_timeout_s, limits, speaks_first=speaks_first)
-            self._prefer(target.peer)
+            target = connect(self._target.get(), limits.target_timeout_s, limits, speaks_first=speaks_first)
+            self._target.prefer(target.peer)
         except ConnectError as exc:
-            self._forget_target()
+            self._target.forget()
             self._refuse(launch.id, data, exc.why)
             raise
         except OSError:  # no descriptor, no memory
@@ -293,20 +294,6 @@ class Egress:
             with suppress(OSError), gevent.Timeout(self._config.limits.drain_linger_s, False):
                 while data.recv_next(CHUNK):
                     pass
-
-    def _target(self) -> list[Endpoint]:
-        if not self._endpoints:
-            self._endpoints = resolve(self._config.target)
-        return self._endpoints
-
-    def _prefer(self, answered: tuple) -> None:
-        """Begin with the address that has answered: users do not all wait for one before it that is silent."""
-        if self._endpoints and self._endpoints[0].sockaddr != answered:
-            self._endpoints = sorted(self._endpoints, key=lambda endpoint: endpoint.sockaddr != answered)
-
-    def _forget_target(self) -> None:
-        """Resolve anew the next time: the name may have moved."""
-        self._endpoints = []
 
 
 def _protocol(launch: Launch) -> str:

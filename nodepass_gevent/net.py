@@ -77,8 +77,17 @@ def resolve(address: Address, *, passive: bool = False) -> list[Endpoint]:
     literal = ipaddress.ip_address(address.host)
     if literal.version == 4:
         return [Endpoint(socket.AF_INET, (address.host, address.port))]
-    scope = socket.if_nametoindex(literal.scope_id) if literal.scope_id else 0
-    return [Endpoint(socket.AF_INET6, (str(literal).partition("%")[0], address.port, 0, scope))]
+    return [Endpoint(socket.AF_INET6, (str(literal).partition("%")[0], address.port, 0, _zone(literal.scope_id)))]
+
+
+def _zone(name: str | None) -> int:
+    """Give the number of an interface by its name, or that number (RFC 4007, 11.2); ConnectError."""
+    if not name:
+        return 0
+    try:
+        return int(name) if name.isdecimal() and int(name) < 1 << 32 else socket.if_nametoindex(name)
+    except OSError as exc:
+        raise ConnectError(f"there is no interface {name}", "unreachable") from exc
 
 
 @lru_cache(1024)

@@ -78,7 +78,7 @@ def _addresses(text: str) -> tuple[Address, Address]:
 
 def _address(which: str, text: str) -> Address:
     try:
-        return Address.parse(text)
+        return Address.parse(text.replace("%25", "%"))  # before the zone of an address, as RFC 6874 has it
     except ConfigError as exc:
         raise ConfigError(f"the {which} address {exc}") from exc
 

@@ -32,7 +32,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"log"},
     {"configfile", "descriptors", "keyring", "opening", "penalties", "ports", "settings", "transport", "url"},
     {"command_line", "example", "idle", "launching", "net", "notify", "relay", "udp_relay", "unframed"},
-    {"access", "options", "status_client", "udp", "verification"},
+    {"access", "options", "status_client", "target", "udp", "verification"},
     {"datagrams", "generate", "tls_context"},
     {"tls"},
     {"admission", "authentication", "forward", "pool"},

@@ -44,11 +44,18 @@ def listener(no_leaks):
         ("::1", socket.AF_INET6, ("::1", 80, 0, 0)),
         ("2001:DB8::1", socket.AF_INET6, ("2001:db8::1", 80, 0, 0)),
         ("fe80::1%lo", socket.AF_INET6, ("fe80::1", 80, 0, socket.if_nametoindex("lo"))),
+        ("fe80::1%4", socket.AF_INET6, ("fe80::1", 80, 0, 4)),
     ],
 )
 def test_a_literal_never_visits_the_resolver(host, family, sockaddr, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", None)
     assert net.resolve(Address(host, 80)) == [net.Endpoint(family, sockaddr)]
+
+
+@pytest.mark.parametrize("zone", ["nowhere0", "4294967296"])
+def test_a_zone_that_is_no_interface_is_named(zone):
+    with pytest.raises(ConnectError, match=f"there is no interface {zone}"):
+        net.resolve(Address(f"fe80::1%{zone}", 80))
 
 
 def test_a_name_gives_its_endpoints_in_the_order_of_the_resolver(monkeypatch):

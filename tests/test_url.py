@@ -25,6 +25,10 @@ fuzz = settings(max_examples=300, deadline=None, database=None)
             TunnelURL("client", Address("localhost", 10101), Address("127.0.0.1", 80), ()),
         ),
         (
+            "client://[fe80::1%25eth0]:1/[fe80::2%eth1]:2",
+            TunnelURL("client", Address("fe80::1%eth0", 1), Address("fe80::2%eth1", 2), ()),
+        ),
+        (
             "CLIENT://h:1/:2?a=&b&&c=x=y&a=1&",
             TunnelURL("client", Address("h", 1), Address("", 2), (("a", ""), ("b", ""), ("c", "x=y"), ("a", "1"))),
         ),
