@@ -28,7 +28,7 @@ MAX_PROCESSES = 100
 FIRST_FREE_PORT = 1024  # below, a listener needs a capability
 HOMES = ("/home/", "/root/", "/run/user/")
 CREDENTIALS = "/run/credentials/"
-_FILES = ("crt", "key", "ca", "tunnel_key_file")
+_FILES = ("crt", "key", "ca", "tunnel_key_file", "status_token_file")  # that are read
 _OWN_PORTS = "such as 101%(process_num)02d"
 _OWN_STATUS = "such as --status=127.0.0.1:91%(process_num)02d"
 _LOG_DIR = "/var/log"
@@ -160,12 +160,11 @@ def systemd(parsed: Parsed, command: Command) -> str:
             raise ConfigError(f"config: {shown_path(path)}: homes are hidden from the unit [from {SOURCE}]")
     credentials, extra = [], []
     if parsed.line.files:
-        paths = dict.fromkeys(path for config in parsed.configs for path in _paths(config))
+        paths = dict.fromkeys(path for _, path, _ in _files(parsed))
         needed = [path for path in paths if not path.startswith(CREDENTIALS)]
         extra += [f"# to be read by the unit's user: {_doubled(path)}" for path in needed]
     else:
-        for field in filter(parsed.configs[0].value, _FILES):
-            path, setting = parsed.configs[0].value(field), setting_name(field)
+        for setting, path, _ in _files(parsed):
             if not path.startswith(CREDENTIALS):
                 credentials.append(setting)
                 extra.append(f"LoadCredential={setting}:{_doubled(path)}")
@@ -292,13 +291,14 @@ def _check(parsed: Parsed) -> None:
     for config in (parsed.process, *parsed.configs):
         for setting, source in config.sources.items():
             if source.startswith("environment variable"):
-                raise ConfigError(f"{setting}: the service has another environment; give --{setting} [from {source}]")
+                give = "tunnel-key-file" if setting == "tunnel-key" else setting
+                raise ConfigError(f"{setting}: the service has another environment; give --{give} [from {source}]")
     for config in parsed.configs:
         source = config.source("tunnel-key")
         if source in (SOURCE, "URL", "URL query"):
             raise ConfigError(f"tunnel-key: ps and this text would show it; use tunnel-key-file [from {source}]")
-        for field in filter(config.value, _FILES):
-            _check_absolute(setting_name(field), config.value(field), config.source(setting_name(field)))
+    for setting, path, source in _files(parsed):
+        _check_absolute(setting, path, source)
     if parsed.process.log_to not in ("stdout", "stderr"):
         _check_absolute("log-to", parsed.process.log_to, parsed.process.source("log-to"))
 
@@ -322,8 +322,14 @@ def _arguments(line: Line, without: Container[str] = ()) -> list[str]:
     return [*words, line.given["url"].text] if "url" in line.given else words
 
 
-def _paths(config: Config) -> list[str]:
-    return [config.value(field) for field in _FILES if config.value(field)]
+def _files(parsed: Parsed) -> list[tuple[str, str, str]]:
+    """Give the files that are read, each with its setting before it and where that stands behind it."""
+    found = []
+    for config in (*parsed.configs, parsed.process):
+        for field in _FILES:
+            if path := getattr(config, field, None):
+                found.append((setting_name(field), path, config.source(setting_name(field))))
+    return found
 
 
 def _listening(config: Config) -> list[Address]:

@@ -249,14 +249,22 @@ def test_secret_files_come_as_credentials():
     assert started.configs[0].tunnel_key_file == "/run/credentials/tunnel-key-file"
 
 
+def test_the_token_for_status_comes_as_a_credential():
+    unit = systemd("web", SERVER, "--status=0.0.0.0:9100", "--status-token-file=/etc/token")
+    assert "LoadCredential=status-token-file:/etc/token\n" in unit
+    assert unit_of(unit)["ExecStart"].endswith(" --status-token-file=%d/status-token-file")
+
+
 def test_files_that_a_file_names_are_said_once_to_be_read_by_the_units_user(tmp_path):
     path = tmp_path / "n.conf"
     path.write_text(
-        "tls = 1\ntunnel-key-file = /etc/t\nca = /run/credentials/nodepass-web.service/ca\n"
+        "tls = 1\nstatus = :9100\nstatus-token-file = /etc/token\ntunnel-key-file = /etc/t\n"
+        "ca = /run/credentials/nodepass-web.service/ca\n"
         f"[tunnel a]\nurl = {SERVER}\n[tunnel b]\nurl = server://:10102/:8081\n"
     )
     unit = systemd("web", "--config", str(path))
-    assert unit.count("\n# to be read by the unit's user: ") == unit.count(": /etc/t\n") == 1
+    assert unit.count("\n# to be read by the unit's user: ") == 2
+    assert unit.count(": /etc/t\n") == unit.count(": /etc/token\n") == 1
     assert unit_of(unit)["ExecStart"] == f"{COMMAND.words[0]} --config={path}"
 
 
