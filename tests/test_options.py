@@ -335,7 +335,11 @@ def test_a_file_without_a_url_is_refused(write):
             "semaphore-limit: '-5' is not within 1 to 1048576 [from command line]",
         ),
         ([URL + "?tls=3"], {}, "tls: '3' is not one of 0, 1, 2 [from URL query]"),
-        ([URL + "?tls=2"], {}, "tls: '2' needs crt and key; without them allowed: 0, 1 [from URL query]"),
+        (
+            [URL + "?tls=2"],
+            {},
+            "tls: '2' needs crt and key (in a shell, put the URL in quotes); without them allowed: 0, 1 [from URL",
+        ),
         ([URL], {"NODEPASS_TLS": "on"}, "tls: 'on' is not one of 0, 1, 2 [from environment variable NODEPASS_TLS]"),
         ([URL], {"SEMAPHORE_LIMIT": "7\n"}, r"semaphore-limit: '7\n' is empty or holds control characters [from envir"),
         ([URL + "?semaphore_limit=%D9%A1"], {}, "semaphore-limit: '\u0661' is not a whole number [from URL query]"),
