@@ -27,6 +27,10 @@ RESOLVE_TIMEOUT_S = 5.0
 LASTS_S = 1.0  # who is there then, or a moment later, is no short request any more
 DEFAULT_LIMITS = Limits()
 
+_BIND_HINTS = {
+    errno.EADDRNOTAVAIL: ", which is no address of this machine; 0.0.0.0 stands for all that it has",
+    errno.EACCES: ", and ports below 1024 need root or the capability CAP_NET_BIND_SERVICE",
+}
 _NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>; not in Python's socket module
 _NO_SYN = array.array(  # struct sock_filter: passes every segment but a SYN, the first one of a connection
@@ -172,8 +176,9 @@ def bind(address: Address, kind: int, *, shared: bool = False) -> RawSocket:
         sock.bind(endpoint.sockaddr)
     except OSError as exc:
         sock.close()
-        taken = shared and exc.errno == errno.EADDRINUSE
-        hint = ", taken by a process without reuse-port, or of another user" if taken else ""
+        hint = _BIND_HINTS.get(exc.errno or 0, "")
+        if shared and exc.errno == errno.EADDRINUSE:
+            hint = ", taken by a process without reuse-port, or of another user"
         raise OSError(exc.errno, f"{reason(exc)}: {address}{hint}") from exc
     return sock
 

@@ -133,6 +133,12 @@ def test_a_name_is_bound_at_its_ipv4_address(monkeypatch, no_leaks):
         assert sock.getsockname()[0] == "127.0.0.1"
 
 
+def test_an_address_of_another_machine_is_refused_with_what_to_write():
+    with pytest.raises(OSError, match="which is no address of this machine") as caught:
+        net.listen(Address("192.0.2.1", 0), LIMITS)
+    assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
 def test_an_address_in_use_is_named_in_the_error(listener):
     taken = Address("127.0.0.1", listener.getsockname()[1])
     with pytest.raises(OSError, match=f"already in use: {taken}") as caught:
