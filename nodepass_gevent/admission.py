@@ -67,7 +67,8 @@ class Admission:
 
     def __init__(self, config: Config, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
         limits = config.limits
-        self._log = logs.of(config.name)
+        log = logs.of(config.name)
+        self._log, self._of_callers, self._of_users = log, logs.Seldom(log), logs.Seldom(log)
         self._clients = Lists(config.allow_clients, config.deny_clients)
         self._users = Lists(config.allow_users, config.deny_users)
         self._most = limits.users_per_address
@@ -88,12 +89,15 @@ class Admission:
 
         def admit(caller: Stream) -> None:
             host = caller.peer[0]
-            if not self._clients.admits(host) or (keeps_out and keeps_out(peer_key(host))):
-                self._counters.callers_kept_out += 1
-                self._log.debug("caller %s is kept out by its address", caller)
-                caller.reset()
+            if not self._clients.admits(host):
+                self._of_callers.warning("caller %s is kept out by allow-clients or deny-clients", caller)
+            elif keeps_out and keeps_out(peer_key(host)):  # of which there was a warning
+                self._log.debug("caller %s is kept out for its wrong proofs", caller)
+            else:
+                start(caller)
                 return
-            start(caller)
+            self._counters.callers_kept_out += 1
+            caller.reset()
 
         return admit
 
@@ -107,12 +111,15 @@ class Admission:
 
         def admit(user: Stream) -> None:
             host = user.peer[0]
-            if not self._users.admits(host) or not self.enter(host):
-                self._counters.users_kept_out += 1
-                self._log.debug("user %s is kept out by its address", user)
-                user.reset()
+            if not self._users.admits(host):
+                self._of_users.warning("user %s is kept out by allow-users or deny-users", user)
+            elif not self.enter(host):
+                self._of_users.warning("user %s is kept out by users-per-address", user)
+            else:
+                start(user, partial(self.leave, host))
                 return
-            start(user, partial(self.leave, host))
+            self._counters.users_kept_out += 1
+            user.reset()
 
         return admit
 

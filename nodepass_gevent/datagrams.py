@@ -64,6 +64,7 @@ class DatagramIngress:
         self._entrance = entrance  # None: all may come
         self._log = logs.of(config.name)
         self._access = AccessLog(config, access.PUBLIC)
+        self._full = logs.Seldom(self._log)
         self._limit = max(config.semaphore_limit // 2, 1)
         self._asking = 0  # exchanges of one datagram
         self._sessions: dict[Reply, UDPRelay] = {}  # by user
@@ -116,6 +117,10 @@ class DatagramIngress:
         if self._entrance is not None:
             self._entrance.leave(reply.sender[0])
 
+    def _drop_busy(self) -> None:
+        self._counters.datagrams_dropped_busy += 1
+        self._full.warning("all places of UDP are taken, half of semaphore-limit: datagrams of others are lost")
+
     # Sessions
 
     def _open_session(self, datagram: bytes, reply: Reply) -> None:
@@ -125,7 +130,7 @@ class DatagramIngress:
             self._evict()
         if len(self._sessions) + self._asking >= self._limit or self._exchanges.full():
             self._leave(reply)
-            self._counters.datagrams_dropped_busy += 1
+            self._drop_busy()
             return
         try:
             session = self._sessions[reply] = UDPRelay(reply)
@@ -193,7 +198,7 @@ class DatagramIngress:
         if not 0 < len(datagram) <= self._config.udp_data_buf_size:
             self._counters.datagrams_dropped_size += 1
         elif len(self._sessions) + self._asking >= self._limit or self._exchanges.full():
-            self._counters.datagrams_dropped_busy += 1
+            self._drop_busy()
         elif self._enter(reply):
             self._counters.udp_exchanges += 1
             self._asking += 1
@@ -266,6 +271,7 @@ class DatagramEgress:
         self._config = config
         self._counters = counters
         self._access = AccessLog(config, access.TARGET)
+        self._refusals = logs.Seldom(logs.of(config.name))
 
     def session(self, launch: Launch, data: Transport) -> None:
         """Carry a session over ``data``, framed, to and from a socket of its own, until a side ends or it is idle."""
@@ -273,18 +279,25 @@ class DatagramEgress:
         started = time.monotonic()
         with self._open_target(launch, data) as target:
             target.expect_many()
-            session = UDPRelay(_Introduced(target.push, self._header(launch, target)))
+            target.on_refusal = partial(self._refused, target)
+            session = UDPRelay(proxy_protocol.Introduced(target.push, self._header(launch, target)))
             traffic = partial(_traffic_of_target, session)
             self._counters.running.add(traffic)
             try:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges), target)
             finally:
                 _count_drops(self._counters, session)
-                self._counters.datagrams_refused += target.refusals
                 self._counters.ended(traffic)
                 self._access.session(launch.id, self._user(launch), session, started)
                 if not session.framed:  # not one answer
                     self._target.forget()
+
+    def _refused(self, target: TargetSocket) -> None:
+        self._counters.datagrams_refused += 1
+        self._nobody_listens(target)
+
+    def _nobody_listens(self, target: TargetSocket) -> None:
+        self._refusals.warning("target %s: nobody listens there (UDP)", target)
 
     def _open_target(self, launch: Launch, data: Transport) -> TargetSocket:
         try:
@@ -337,6 +350,8 @@ class DatagramEgress:
             with shared_deadline(self._config.udp_read_timeout_s, "answer"):
                 return target.recv(), (access.ENDED, "")
         except OSError as exc:
+            if isinstance(exc, ConnectionRefusedError):
+                self._nobody_listens(target)
             self._counters.datagrams_unanswered += 1
             self._target.forget()
             return b"", (access.UNANSWERED, reason(exc))
@@ -349,21 +364,6 @@ def _reach(endpoints: Sequence[Endpoint]) -> TargetSocket:
         with suppress(OSError):
             return TargetSocket(endpoint)
     return TargetSocket(last)
-
-
-class _Introduced:
-    """Puts ``header`` before the first datagram that ``push`` takes."""
-
-    __slots__ = ("_header", "_push")
-
-    def __init__(self, push: Callable[[memoryview | bytes], object], header: bytes) -> None:
-        self._push, self._header = push, header
-
-    def __call__(self, datagram: memoryview | bytes) -> None:
-        if self._header:
-            datagram = self._header + datagram
-        self._push(datagram)
-        self._header = b""
 
 
 def _receive(public: PublicSocket, handle: Callable[[bytes, Reply], None]) -> None:

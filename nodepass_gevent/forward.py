@@ -31,6 +31,7 @@ from .udp import Entrance
 from .wire import Kind, Launch
 
 CHUNK = 4096  # bytes per read of what nobody wants
+FULL = "all places are taken, %d of semaphore-limit: further users wait"
 
 
 class ById(Protocol):
@@ -69,11 +70,14 @@ class Ingress:
         self._counters = counters
         self._log = logs.of(config.name)
         self._access = AccessLog(config, access.PUBLIC)
+        self._full = logs.Seldom(self._log)
         self.udp = DatagramIngress(self._launcher, exchanges, config, counters, entrance)
 
     def room(self) -> int:
         """Wait until there is room for a user, and say for how many."""
-        self._exchanges.wait_available()
+        if self._exchanges.full():
+            self._full.warning(FULL, self._config.semaphore_limit)
+            self._exchanges.wait_available()
         return self._exchanges.free_count()
 
     def settle(self, timeout_s: float) -> None:
@@ -190,6 +194,7 @@ class Egress:
         self._counters = counters
         self._log = logs.of(config.name)
         self._access = AccessLog(config, access.TARGET)
+        self._full = logs.Seldom(self._log)
         self._waiting: dict[bytes, gevent.Greenlet] = {}  # launches that wait for room among the exchanges, by id
         self._target = TargetAddresses(config.target)
         udp = DatagramEgress(self._target, self._refuse, self._user, exchanges, config, counters)
@@ -201,6 +206,7 @@ class Egress:
             if not self._waiting and not self._exchanges.full():
                 self._exchanges.spawn(self._run, launch)
                 return
+            self._full.warning(FULL, self._config.semaphore_limit)
             if len(self._waiting) < self._config.max_pool_capacity and launch.id not in self._waiting:
                 self._waiting[launch.id] = gevent.spawn(self._wait_for_room, launch)
                 self._pool.keep(launch.id)

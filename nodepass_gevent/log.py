@@ -6,6 +6,7 @@ concerns the whole process comes from the loggers of the modules.
 
 import logging
 import os
+import time
 
 from .log_forms import TUNNEL, make_formatter
 from .log_writer import Dropped, Event, Writer
@@ -13,6 +14,7 @@ from .values import shown_path
 
 log = logging.getLogger(__name__)
 
+SELDOM_S = 60.0
 LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -20,6 +22,21 @@ LEVELS = {
     "error": logging.ERROR,
     "fatal": logging.CRITICAL,
 }
+
+
+class Seldom:
+    """A warning of what goes on and on: once a minute at most, and at level debug in between."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._warned_at = -SELDOM_S
+
+    def warning(self, message: str, *args: object) -> None:
+        now = time.monotonic()
+        level = logging.DEBUG
+        if now - self._warned_at >= SELDOM_S:
+            self._warned_at, level = now, logging.WARNING
+        self._logger.log(level, message, *args)
 
 
 def of(tunnel: str) -> logging.Logger:

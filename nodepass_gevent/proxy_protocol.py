@@ -8,6 +8,7 @@ UNKNOWN in version 1 and LOCAL in version 2, by which a target takes the connect
 
 import ipaddress
 import struct
+from collections.abc import Callable
 
 V1, V2 = (1, 2)
 
@@ -52,3 +53,18 @@ def _addresses(user: tuple[str, int], target: tuple) -> tuple[_Address, _Address
     if destination.version == 4:
         return source, ipaddress.IPv6Address(f"::ffff:{destination}")
     return source, ipaddress.IPv4Address(0)
+
+
+class Introduced:
+    """Puts ``header`` before the first datagram that ``push`` takes."""
+
+    __slots__ = ("_header", "_push")
+
+    def __init__(self, push: Callable[[memoryview | bytes], object], header: bytes) -> None:
+        self._push, self._header = push, header
+
+    def __call__(self, datagram: memoryview | bytes) -> None:
+        if self._header:
+            datagram = self._header + datagram
+        self._push(datagram)
+        self._header = b""

@@ -30,6 +30,7 @@ WRONG = {  # counters of what goes wrong, and how they are told
     "exchanges_failed": ("exchange", "failed"),
     "launches_lost": ("launch", "lost"),
     "datagrams_unanswered": ("datagram", "without an answer"),
+    "datagrams_refused": ("datagram", "to a target where nobody listens"),
     "signals_malformed": ("signal", "malformed"),
     "accept_pauses": ("pause", "of a listener"),
 }
@@ -294,7 +295,8 @@ def _all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
     missing = [tunnel for tunnel in tunnels if tunnel.condition != "serving"]
     exchanges = _count(sum(tunnel.exchanges for tunnel in tunnels), "exchange")
     if not missing:
-        wrong = [f"{tunnel.name}: {', '.join(said)}" for tunnel in tunnels if (said := _last_minute(tunnel, now))]
+        said_of = {tunnel.name: [*_full(tunnel), *_last_minute(tunnel, now)] for tunnel in tunnels}
+        wrong = [f"{name}: {', '.join(said)}" for name, said in said_of.items() if said]
         return f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {_first(wrong) or _NOTHING_WRONG}."
     share = f"Only {len(tunnels) - len(missing)}" if len(missing) < len(tunnels) else "None"
     why = _first([f"{tunnel.name}: {_why(tunnel)}" for tunnel in missing])
@@ -312,7 +314,7 @@ _NOTHING_WRONG = "nothing wrong in the last minute"
 
 def _words(tunnel: Tunnel, now: float) -> str:
     """Say in a sentence how a tunnel is, and what went wrong in the last minute."""
-    parts = [_condition_words(tunnel, now), *_last_minute(tunnel, now)]
+    parts = [_condition_words(tunnel, now), *_full(tunnel), *_last_minute(tunnel, now)]
     if len(parts) == 1 and tunnel.condition != "failing":
         parts.append(_NOTHING_WRONG)
     certificate = tunnel.description.certificate
@@ -346,6 +348,11 @@ def _condition_words(tunnel: Tunnel, now: float) -> str:
     pause_s = max((tunnel.next_try_at or now) - now, 0)
     again = f"; trying again in {pause_s:.0f} s" if tunnel.condition == "failing" else ""
     return f"{why[0].upper()}{why[1:]}{again}, {exchanges}"
+
+
+def _full(tunnel: Tunnel) -> list[str]:
+    """Say that users have to wait, where they have."""
+    return ["all places are taken (semaphore-limit), further users wait"] if tunnel.exchanges >= tunnel.limit else []
 
 
 def _last_minute(tunnel: Tunnel, now: float) -> list[str]:

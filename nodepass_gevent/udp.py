@@ -115,12 +115,12 @@ class TargetSocket:
     """A fresh UDP socket, connected to the target: its answers only, and its ICMP refusals as OSError.
 
     ``send`` and ``recv`` wait, ``push`` and ``pull`` do not, and pass over refusals: a target that restarts refuses for
-    a moment. ``refusals`` counts those.
+    a moment; ``on_refusal`` is called for each.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
-        self.refusals = 0
+        self.on_refusal: Callable[[], object] = lambda: None
         self._socket = RawSocket(endpoint.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             self._socket.connect(endpoint.sockaddr)
@@ -157,7 +157,7 @@ class TargetSocket:
         try:
             self._socket.send(datagram)
         except ConnectionRefusedError:  # of an earlier one: the kernel tells, and has not sent this one
-            self.refusals += 1
+            self.on_refusal()
             self._socket.send(datagram)
 
     def pull(self) -> bytes:
@@ -165,7 +165,7 @@ class TargetSocket:
         try:
             return bytes(_buffer[: self._socket.recv_into(_buffer)])
         except ConnectionRefusedError:
-            self.refusals += 1
+            self.on_refusal()
             return bytes(_buffer[: self._socket.recv_into(_buffer)])
 
     def __str__(self) -> str:

@@ -148,7 +148,7 @@ def test_where_nothing_is_set_nothing_stands_in_the_way(guards):
     assert guards().guard_callers(start) is start
 
 
-def test_users_from_elsewhere_are_reset_and_counted(guards, door):
+def test_users_from_elsewhere_are_reset_and_counted(guards, door, caplog):
     guard = guards(allow_users="192.0.2.0/24", deny_users="192.0.2.9")
     users = door(guard.guard_users)
     assert [users.come(host) for host in (HERE, ELSEWHERE, "192.0.2.9", "::ffff:192.0.2.1")] == [
@@ -158,10 +158,11 @@ def test_users_from_elsewhere_are_reset_and_counted(guards, door):
         True,
     ]
     assert guard.counters.users_kept_out == 2
+    assert caplog.messages == [f"user {ELSEWHERE}:1 is kept out by allow-users or deny-users"]  # of one of them
     assert door(guard.guard_callers).come(ELSEWHERE)  # clients have lists of their own
 
 
-def test_callers_from_elsewhere_are_reset_and_counted(guards, door):
+def test_callers_from_elsewhere_are_reset_and_counted(guards, door, caplog):
     guard = guards(allow_clients="192.0.2.0/24", deny_clients="192.0.2.9")
     callers = door(guard.guard_callers)
     assert [callers.come(host) for host in (HERE, ELSEWHERE, "192.0.2.9")] == [True, False, False]

@@ -9,7 +9,7 @@ import pytest
 from exchanges import ID, LIMIT, SHORT_S, address_of
 from proxyprotocol.result import ProxyResultLocal
 from proxyprotocol.v2 import ProxyProtocolV2
-from support import bounded, is_reset, read_all, read_exactly
+from support import bounded, is_reset, read_all, read_exactly, wait_until
 
 from nodepass_gevent.config import Address
 from nodepass_gevent.forward import Egress
@@ -114,13 +114,14 @@ def test_a_silent_target_frees_its_slot_and_ends_without_a_reset(egress, udp_tar
     assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "datagrams_unanswered": 1}
 
 
-def test_a_target_that_refuses_datagrams_frees_its_slot_at_once_and_ends_without_a_reset(egress, udp_target):
+def test_a_target_that_refuses_datagrams_frees_its_slot_at_once_and_ends_without_a_reset(egress, udp_target, caplog):
     refused = address_of(udp_target)
     udp_target.close()
     side = egress(target=refused, udp_read_timeout_s=60)
     server = side.launch(Kind.UDP)
     server.sendall(b"question")
     assert read_all(server) == b""
+    assert caplog.messages == [f"target {refused}: nobody listens there (UDP)"]
     server.close()
     assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "datagrams_unanswered": 1}
 
@@ -220,7 +221,7 @@ def test_an_idle_session_ends_and_leaves_nothing_behind(egress, udp_target):
     assert side.counted == {"udp_sessions": 1}
 
 
-def test_a_target_that_restarts_does_not_end_the_session(egress, udp_target):
+def test_a_target_that_restarts_does_not_end_the_session(egress, udp_target, caplog):
     restarting = address_of(udp_target)
     udp_target.close()
     side = egress(target=restarting)
@@ -228,6 +229,8 @@ def test_a_target_that_restarts_does_not_end_the_session(egress, udp_target):
     for _ in range(3):
         server.sendall(frames(b"lost"))
         gevent.idle()
+    wait_until(lambda: side.counters.datagrams_refused)  # while it lasts
+    assert caplog.messages == [f"target {restarting}: nobody listens there (UDP)"]
     with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as target:
         target.settimeout(5)
         target.bind((restarting.host, restarting.port))

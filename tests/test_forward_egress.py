@@ -132,11 +132,12 @@ def finish(server, target):
     return read_all(server) == b"hello"
 
 
-def test_launches_beyond_the_limit_wait_and_none_is_lost(egress, target):
+def test_launches_beyond_the_limit_wait_and_none_is_lost(egress, target, caplog):
     side = egress(target=address_of(target), semaphore_limit=2)
     servers = [side.launch(Kind.TCP, b"%08x" % number) for number in range(7)]
     gevent.idle()
     assert len(side.exchanges) == 2
+    assert caplog.messages == ["all places are taken, 2 of semaphore-limit: further users wait"]
     assert side.pool.kept == [b"%08x" % number for number in range(2, 7)]
     assert all(finish(server, target) for server in servers)
     assert side.counted == {"tcp_exchanges": 7, "bytes_up": 35, "bytes_down": 35}

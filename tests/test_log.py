@@ -35,6 +35,26 @@ logs.flush()
     assert levels_and_messages(output(code)) == [("INFO", "a")]
 
 
+def test_what_goes_on_and_on_is_a_warning_once_a_minute():
+    code = """
+logs.setup("debug")
+now = [1000.0]
+logs.time.monotonic = lambda: now[0]
+seldom = logs.Seldom(logs.of(""))
+for passed_s in (0, 1, 58, 1, 60):
+    now[0] += passed_s
+    seldom.warning("at %d", now[0])
+logs.flush()
+"""
+    assert levels_and_messages(output(code)) == [
+        ("WARN", "at 1000"),
+        ("DEBUG", "at 1001"),
+        ("DEBUG", "at 1059"),
+        ("WARN", "at 1060"),
+        ("WARN", "at 1120"),
+    ]
+
+
 def test_a_second_setup_does_not_write_lines_twice():
     code = 'logs.setup("error")\nlogs.setup("info")\nlog.info("once")\nlogs.flush()'
     assert levels_and_messages(output(code)) == [("INFO", "once")]

@@ -162,6 +162,18 @@ def test_what_went_wrong_in_the_last_minute_is_told_with_its_number():
     assert status.snapshot().words.endswith("; nothing wrong in the last minute.")
 
 
+def test_a_tunnel_whose_places_are_all_taken_says_so(spawn):
+    full, other = service(semaphore_limit=4), service(name="other")
+    gate = Flag()
+    for _ in range(4):
+        full.role.exchanges.spawn(gate.wait)
+    said = "all places are taken (semaphore-limit), further users wait"
+    assert words(full) == f"Serving: 1 client connected, 4 exchanges; {said}."
+    assert state(full, other).snapshot().words.endswith(f"4 exchanges; server: {said}.")
+    gate.set()
+    wait_until(lambda: words(full) == "Serving: 1 client connected, no exchanges; nothing wrong in the last minute.")
+
+
 def test_beside_what_went_wrong_stands_the_last_warning_of_that_tunnel():
     each, now = service(name="web"), time.time()
     status = state(
