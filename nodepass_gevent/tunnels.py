@@ -24,6 +24,7 @@ class Tunnels:
         self._make = make
         self._services: dict[str, Service] = {}
         self._leaving: set[Service] = set()  # stopped, and their exchanges go on
+        self._retiring = Group()  # all at once: a peer may be slow to answer a bye
         self._drains = Group()
 
     def __iter__(self) -> Iterator[Service]:
@@ -71,6 +72,7 @@ class Tunnels:
                 changed += self._change(self._services[name], config) if name in self._services else self._add(config)
             except (ConfigError, OSError) as exc:  # a file has gone bad since it was checked; no descriptors
                 failures.append(f"{name}: {reason(exc)}" if name else reason(exc))
+        self._retiring.join()
         if failures:
             raise TunnelsRefused("; ".join(failures), changed)
         return changed
@@ -129,18 +131,23 @@ class Tunnels:
         same_side = config.role == before.role
         new = self._services[config.name] = Service(self._make(config, service.role if same_side else None))
         new.former = service.former | {service}
-        self._retire(service, None)
-        if len(service.role.exchanges):
-            logs.of(config.name).info("exchanges that go on under the former settings: %d", len(service.role.exchanges))
-        new.start()
+        self._retire(service, None, new)
         return True
 
-    def _retire(self, service: Service, timeout_s: float | None) -> None:
-        """Stop a service, and let its exchanges end."""
+    def _retire(self, service: Service, timeout_s: float | None, new: Service | None = None) -> None:
+        """Stop a service, let its exchanges end, and start the one that comes in its place."""
         self._leaving.add(service)
+        self._retiring.spawn(self._replace, service, timeout_s, new)
+
+    def _replace(self, service: Service, timeout_s: float | None, new: Service | None) -> None:
         service.stop()
         service.role.retire()
         self._drains.spawn(self._drain, service, timeout_s)
+        if new:
+            if exchanges := len(service.role.exchanges):
+                name = service.role.config.name
+                logs.of(name).info("exchanges that go on under the former settings: %d", exchanges)
+            new.start()
 
     def _drain(self, service: Service, timeout_s: float | None) -> None:
         cut = service.drain(timeout_s)

@@ -27,6 +27,8 @@ class Role:
         self.begun = Event()
         self.peers = 0
         self.done = []
+        self.bye = Event()  # its peer has answered
+        self.bye.set()
 
     def __str__(self):
         return f"role {self.config.name}"
@@ -37,6 +39,7 @@ class Role:
             Event().wait()
         finally:
             self.done.append("killed")
+            self.bye.wait()
 
     def reload(self):
         self.done.append("reload")
@@ -178,6 +181,21 @@ def test_other_changes_put_a_new_role_in_the_place_of_the_old_one(world, change)
     assert new is not old and new.before is old
     assert old.done == ["run", "killed", "retire"] and new.done == ["run"]
     assert old.config == CONFIG  # nothing of it was taken
+
+
+def test_peers_that_are_slow_to_answer_a_bye_are_waited_for_all_at_once(world):
+    first, second = CONFIG, replace(CONFIG, name="b")
+    world.apply(first, second)
+    gone, changed = world.roles
+    for role in world.roles:
+        role.bye.clear()
+    applying = gevent.spawn(world.apply, replace(second, semaphore_limit=7))
+    wait_until(lambda: "killed" in gone.done and "killed" in changed.done)
+    changed.bye.set()
+    wait_until(lambda: world.roles[2].done == ["run"])
+    assert not applying.ready()
+    gone.bye.set()
+    assert applying.get(timeout=5) == 2
 
 
 def test_a_server_that_becomes_a_client_leaves_it_nothing(world):
