@@ -1,5 +1,6 @@
 """One process, its file and SIGHUP: what changes, what goes on, and that nobody is dropped meanwhile."""
 
+import contextlib
 import hashlib
 import os
 import random
@@ -12,7 +13,7 @@ import pytest
 
 from .harness import START_S, Process, Target, free_port, wait_until
 from .load import Crowd, ask, datagram_user, visit
-from .users import comes_back
+from .users import comes_back, read_exactly
 
 
 class Site:
@@ -118,6 +119,27 @@ def test_a_transfer_and_new_users_go_on_through_every_change_of_the_file(site):
         site.hang_up(r"\[in\] settings changed", web="semaphore-limit = 400", into="min-pool-capacity = 4")
         served_more()
     assert not crowd.errors
+
+
+@pytest.mark.parametrize("side", ["web", "into"])
+def test_users_who_wait_for_a_place_at_the_client_are_served_although_it_is_changed(site, side):
+    with contextlib.ExitStack() as users:
+
+        def come(word):
+            user = users.enter_context(socket.create_connection(site.public, timeout=20))
+            user.sendall(word)
+            return user
+
+        site.hang_up("connected to", into="semaphore-limit = 2")
+        served = [come(b"served") for _ in range(2)]
+        assert [read_exactly(user, 6, 20) for user in served] == [b"served"] * 2
+        waiting = [come(b"waited") for _ in range(2)]
+        site.process.wait_for_line(r"\[in\] all places are taken, 2 of semaphore-limit")
+        limits = {"web": "semaphore-limit = 500"} if side == "web" else {}
+        site.hang_up("taken up", into=f"semaphore-limit = {3 if side == 'into' else 2}", **limits)
+        for user in served:
+            user.close()
+        assert [read_exactly(user, 6, 20) for user in waiting] == [b"waited"] * 2
 
 
 def test_a_file_that_is_wrong_is_refused_with_its_place_and_the_old_one_goes_on(site):
