@@ -12,7 +12,8 @@ usage() {
     cat <<'TEXT'
 usage: nodepass.sh install [--from WHEEL|DIR|SDIST]      into an environment of its own; from this checkout by default
        nodepass.sh update [--from WHEEL|DIR|SDIST]       if it starts and takes every tunnel; else the old one stays
-       nodepass.sh add NAME [URL|--config FILE] [nodepass options] [--tunnel-key-file FILE|-] [--new-tunnel-key] [--replace]
+       nodepass.sh add NAME [URL|--config FILE] [nodepass options] [--tunnel-key-file FILE|-] [--new-tunnel-key]
+                         [--replace [--no-tunnel-key]]
        nodepass.sh list | status [NAME] | log NAME
        nodepass.sh start|stop|restart NAME|--all
        nodepass.sh delete NAME [--purge]
@@ -29,7 +30,8 @@ For root the system is changed (/opt/nodepass, /etc/nodepass), for others their 
   --root DIR                everything below DIR, for trials
   --tunnel-key-file FILE    add: the key is copied, to be read by nobody else; - is standard input
   --new-tunnel-key          add: a key is made, unless the tunnel has one
-  --replace                 add: other settings for a tunnel that is there
+  --replace                 add: other settings, all of them, for a tunnel that is there; it keeps its tunnel key
+  --no-tunnel-key           add --replace: the key is given up
   PYTHON, in the environment, names the interpreter for install; pip's own variables (PIP_...) reach pip
 
 Exit codes: 0 done, 1 it failed and nothing was left half done, or status: a tunnel does not run, 2 wrong use.
@@ -460,7 +462,7 @@ take_up() { # take_up MANAGER NAME: a new or changed section or unit
 }
 
 command_add() {
-    local name key='' path text manager
+    local name key='' kept='' path text manager
     [ $# -gt 0 ] || misuse "add is followed by NAME, and a URL or --config FILE"
     check_name "$1"
     name=$1
@@ -484,6 +486,7 @@ command_add() {
     [ ! -e "$path" ] || [ -n "${given[replace]-}" ] ||
         fail 2 "$name: is there already, with other settings; --replace puts these in their place"
     check_settings
+    [ -z "$kept" ] || [ ! -e "$path" ] || echo "$name keeps its tunnel key"
     write_tunnel
 }
 read_words() { # read_words NAME WORD...: sets words, those of nodepass
@@ -507,11 +510,24 @@ read_words() { # read_words NAME WORD...: sets words, those of nodepass
         words=("${record[@]}")
     fi
 }
-read_key() { # sets key, a file with the tunnel key that add was given, and adds its place to words
-    local place=$etc/$1.tunnel-key source=${given[tunnel-key-file]-}
-    [ -z "$source" ] || [ -z "${given[new-tunnel-key]-}" ] ||
-        misuse "--tunnel-key-file and --new-tunnel-key exclude each other"
-    if [ -n "${given[new-tunnel-key]-}" ]; then
+read_key() { # sets key, a file with the tunnel key that NAME is to have, and adds its place to words
+    local place=$etc/$1.tunnel-key source=${given[tunnel-key-file]-} ways=0 word others=()
+    for word in tunnel-key-file new-tunnel-key no-tunnel-key; do
+        [ -z "${given[$word]-}" ] || ways=$((ways + 1))
+    done
+    [ "$ways" -le 1 ] || misuse "--tunnel-key-file, --new-tunnel-key and --no-tunnel-key exclude each other"
+    [ -z "${given[no-tunnel-key]-}" ] || [ -n "${given[replace]-}" ] || misuse "--no-tunnel-key belongs to --replace"
+    for word in "${words[@]}"; do # it is among those of the record
+        if [ "$word" = "--tunnel-key-file=$place" ]; then kept=1; else others+=("$word"); fi
+    done
+    words=("${others[@]}")
+    [ -z "${given[replace]-}" ] || [[ ${words[*]} == *[?\&]tunnel[-_]key* ]] ||
+        ! grep -qsxF -e "--tunnel-key-file=$place" -- "$etc/$1.tunnel" || kept=1
+    [ "$ways" = 0 ] || kept=''
+    if [ -n "$kept" ]; then
+        source=$place
+        [ -r "$place" ] || fail 2 "$1: its tunnel key $place cannot be read; give it one, or --replace --no-tunnel-key"
+    elif [ -n "${given[new-tunnel-key]-}" ]; then
         source=$place
         [ -f "$place" ] || (umask 077 && "$program" genkey >"$work/key") || fail 1 "no key could be made"
     fi
@@ -549,9 +565,10 @@ refuse_foreign() { # refuse_foreign NAME PATH: what is there and not ours
         fail 2 "$1: supervisord has another program of that name"
 }
 write_tunnel() {
-    local former='' former_record=''
+    local former='' former_record='' former_key='' place=$etc/$name.tunnel-key
     [ ! -e "$path" ] || former=$(<"$path")
     [ ! -e "$etc/$name.tunnel" ] || former_record=$(<"$etc/$name.tunnel")
+    [ ! -e "$place" ] || former_key=$(<"$place")
     make_dir "$etc"
     if [ "$manager" = supervisord ]; then
         make_dir "$logs"
@@ -562,9 +579,9 @@ write_tunnel() {
     fi
     if [ -n "$key" ] && ! same_key; then
         if dry; then
-            echo "would write: $etc/$name.tunnel-key (mode 600, the tunnel key)"
+            echo "would write: $place (mode 600, the tunnel key)"
         else
-            put "$etc/$name.tunnel-key" 600 "$(<"$key")"
+            put "$place" 600 "$(<"$key")"
         fi
     fi
     put "$etc/$name.tunnel" 600 "$(printf '%s\n' "${words[@]}")"
@@ -574,12 +591,14 @@ write_tunnel() {
         if [ -n "$former" ]; then
             put "$path" 644 "$former"
             put "$etc/$name.tunnel" 600 "$former_record"
+            if [ -n "$former_key" ]; then put "$place" 600 "$former_key"; else rm -f -- "$place"; fi
             take_up "$manager" "$name" || true
             fail 1 "$name: keeps its former settings"
         fi
         delete_tunnel "$name"
         fail 1 "$name: is not added"
     fi
+    [ -z "${given[no-tunnel-key]-}" ] || change rm -f -- "$place"
     dry || echo "added: $name, run by $manager"
     [ -z "${given[new-tunnel-key]-}" ] || echo "its key is $etc/$name.tunnel-key; the other side needs the same"
 }
@@ -828,7 +847,7 @@ parse() {
                 usage
                 exit
                 ;;
-            --dry-run | --user | --yes | --purge | --all | --replace | --new-tunnel-key) given[${1#--}]=1 ;;
+            --dry-run | --user | --yes | --purge | --all | --replace | --new-tunnel-key | --no-tunnel-key) given[${1#--}]=1 ;;
             --from | --root | --manager | --supervisord-conf | --tunnel-key-file)
                 [ $# -gt 1 ] || misuse "$1 is followed by a value"
                 given[${1#--}]=$2
@@ -879,7 +898,7 @@ main() {
     fi
     case ${words[0]} in
         install | update) check_options "${words[0]}" from ;;
-        add) check_options add tunnel-key-file new-tunnel-key replace ;;
+        add) check_options add tunnel-key-file new-tunnel-key no-tunnel-key replace ;;
         list | status | log) check_options "${words[0]}" ;;
         start | stop | restart) check_options "${words[0]}" all ;;
         delete) check_options delete purge ;;

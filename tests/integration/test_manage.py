@@ -349,6 +349,66 @@ def test_settings_that_do_not_run_leave_the_former_ones(site):
     assert SERVER in site.run("list")
 
 
+OTHER_KEY = "another passphrase that nobody knows\n"
+
+
+def key_of(site, words):
+    """Give a tunnel a key, replace its settings, and give what was said, the key of before, and the place of keys."""
+    site.run("add", "web", SERVER, "--new-tunnel-key", *SYSTEMD)
+    place = site.etc / "web.tunnel-key"
+    key = place.read_text()
+    return site.run("add", "web", *words, "--replace", *SYSTEMD), key, place
+
+
+def texts(directory):
+    return {name: what[2] for name, what in tree(directory).items() if isinstance(what, tuple)}
+
+
+def test_other_settings_keep_the_tunnel_key(site):
+    said, key, place = key_of(site, [CLIENT])
+    assert "web keeps its tunnel key\n" in said and "added: web" in said
+    assert place.read_text() == key and site.run("list").endswith(f" {CLIENT} --tunnel-key-file={place}\n")
+    unit = (site.units / "nodepass-web.service").read_text()
+    assert f"LoadCredential=tunnel-key-file:{place}" in unit and CLIENT in unit
+    assert "nothing to do" in site.run("add", "web", CLIENT, "--replace", *SYSTEMD)
+    place.unlink()
+    assert "web.tunnel-key cannot be read; give it one" in site.refusal("add", "web", SERVER, "--replace", *SYSTEMD)
+
+
+@pytest.mark.parametrize("words", [[CLIENT], []])
+def test_a_tunnel_key_is_given_up_when_that_is_said(site, words):
+    said, _, place = key_of(site, [*words, "--no-tunnel-key"])
+    assert "keeps" not in said and not place.exists()
+    assert site.run("list").endswith(f" {(words or [SERVER])[0]}\n")
+    assert "tunnel-key" not in (site.units / "nodepass-web.service").read_text()
+
+
+def test_a_key_that_other_settings_name_takes_the_place_of_the_one_kept(site):
+    other = site.root / "other.key"
+    other.write_text(OTHER_KEY)
+    other.chmod(0o600)
+    said, _, place = key_of(site, [CLIENT, "--tunnel-key-file=other.key"])
+    assert "keeps" not in said and place.read_text() == other.read_text()
+    said = site.run("add", "web", f"{CLIENT}?tunnel-key-file={other}", "--replace", *SYSTEMD)
+    assert "keeps" not in said and site.run("list").endswith(f"?tunnel-key-file={other}\n")
+
+
+@pytest.mark.parametrize("words", [[], ["--no-tunnel-key"], ["--tunnel-key-file=-"]])
+def test_settings_that_do_not_run_leave_the_former_key(site, words):
+    site.run("add", "web", SERVER, "--new-tunnel-key", *SYSTEMD)
+    before = texts(site.root / "etc")
+    (site.root / "run/broken").touch()
+    site.run("add", "web", CLIENT, *words, "--replace", *SYSTEMD, code=1, stdin=OTHER_KEY)
+    assert texts(site.root / "etc") == before
+
+
+def test_settings_that_do_not_run_leave_no_key_where_there_was_none(site):
+    site.run("add", "web", SERVER, *SYSTEMD)
+    (site.root / "run/broken").touch()
+    site.run("add", "web", CLIENT, "--new-tunnel-key", "--replace", *SYSTEMD, code=1)
+    assert not (site.etc / "web.tunnel-key").exists()
+
+
 def test_a_deleted_tunnel_is_added_again_by_its_name_alone(site):
     site.run("add", "web", SERVER, "--new-tunnel-key", *SYSTEMD)
     unit, key = (site.units / "nodepass-web.service"), (site.etc / "web.tunnel-key").read_text()
@@ -548,6 +608,11 @@ def test_a_key_on_the_line_is_refused_and_not_said(site):
         (("add", "web", SERVER, "--manager", "upstart"), "--manager: upstart is neither supervisord nor systemd"),
         (("add", "web", SERVER, "--numprocs", "2", *SYSTEMD), "--numprocs: add each of several processes under a name"),
         (("add", "web", SERVER, "--tunnel-key-file=/none", *SYSTEMD), "--tunnel-key-file: /none cannot be read"),
+        (("add", "web", SERVER, "--no-tunnel-key", *SYSTEMD), "--no-tunnel-key belongs to --replace"),
+        (
+            ("add", "web", SERVER, "--replace", "--no-tunnel-key", "--new-tunnel-key", *SYSTEMD),
+            "--tunnel-key-file, --new-tunnel-key and --no-tunnel-key exclude each other",
+        ),
         (("start",), "start is followed by one NAME"),
         (("start", "web", "--all"), "start is followed by NAME or by --all"),
         (("start", "web"), "web: is no tunnel of this script; there is none"),
