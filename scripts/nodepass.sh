@@ -451,12 +451,13 @@ tell() { # tell VERB NAME: start or stop
     fi
 }
 restart() { tell restart "$1" && runs "$1"; }
-take_up() { # take_up MANAGER NAME: a new or changed section or unit
+take_up() { # take_up MANAGER NAME [KEY]: a new or changed section or unit, or only another KEY
     if [ "$1" = systemd ]; then
         quietly systemd_ daemon-reload && quietly systemd_ enable "nodepass-$2.service" &&
             quietly systemd_ restart "nodepass-$2.service" || return 1
     else
         quietly supervisord_ update "$2" || return 1
+        [ -z "${3-}" ] || quietly supervisord_ restart "$2" || return 1 # to it a program with the same section is the same
     fi
     runs "$2"
 }
@@ -565,7 +566,7 @@ refuse_foreign() { # refuse_foreign NAME PATH: what is there and not ours
         fail 2 "$1: supervisord has another program of that name"
 }
 write_tunnel() {
-    local former='' former_record='' former_key='' place=$etc/$name.tunnel-key
+    local former='' former_record='' former_key='' only_key='' place=$etc/$name.tunnel-key
     [ ! -e "$path" ] || former=$(<"$path")
     [ ! -e "$etc/$name.tunnel" ] || former_record=$(<"$etc/$name.tunnel")
     [ ! -e "$place" ] || former_key=$(<"$place")
@@ -586,13 +587,14 @@ write_tunnel() {
     fi
     put "$etc/$name.tunnel" 600 "$(printf '%s\n' "${words[@]}")"
     put "$path" 644 "$text"
-    if ! take_up "$manager" "$name"; then
+    [ "$former" != "$text" ] || only_key=1
+    if ! take_up "$manager" "$name" "$only_key"; then
         echo "nodepass.sh: $name does not run: $(cause_of "$name")" >&2
         if [ -n "$former" ]; then
             put "$path" 644 "$former"
             put "$etc/$name.tunnel" 600 "$former_record"
             if [ -n "$former_key" ]; then put "$place" 600 "$former_key"; else rm -f -- "$place"; fi
-            take_up "$manager" "$name" || true
+            take_up "$manager" "$name" "$only_key" || true
             fail 1 "$name: keeps its former settings"
         fi
         delete_tunnel "$name"

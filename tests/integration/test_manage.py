@@ -285,6 +285,16 @@ def test_what_does_not_run_is_not_added(supervised):
     assert site.run("list") == ""
 
 
+def test_another_key_alone_is_taken_up(supervised):
+    site = supervised
+    site.put_program()
+    url = f"server://127.0.0.1:{free_port()}/127.0.0.1:{free_port('both')}?tls=1"
+    site.run("add", "web", url, "--new-tunnel-key")
+    before = re.search("pid ([0-9]+)", site.run("status", "web"))[1]
+    assert "added" in site.run("add", "web", url, "--tunnel-key-file=-", "--replace", stdin=OTHER_KEY)
+    assert re.search("pid ([0-9]+)", site.run("status", "web"))[1] != before
+
+
 def test_a_program_of_that_name_is_left_alone(supervised):
     site = supervised
     site.put_program()
