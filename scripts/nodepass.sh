@@ -5,8 +5,9 @@ set -eu -o pipefail
 umask 022
 
 readonly MARK="made by nodepass.sh" # ends the first line of each program section and unit that is ours
-readonly COMMANDS="install, update, add, list, status, log, start, stop, restart, delete, remove"
+readonly COMMANDS="install, update, add, list, status, log, start, stop, restart, reload, delete, remove"
 readonly PROJECT="nodepass-gevent"
+readonly IN_USE="fine if it is by the service" # in nodepass check's warning of a port that is taken
 
 usage() {
     cat <<'TEXT'
@@ -16,6 +17,7 @@ usage: nodepass.sh install [--from WHEEL|DIR|SDIST]      into an environment of 
                          [--replace [--no-tunnel-key]]
        nodepass.sh list | status [NAME] | log NAME
        nodepass.sh start|stop|restart NAME|--all
+       nodepass.sh reload NAME|--all                     its file, certificates and keys are read again; nobody is cut off
        nodepass.sh delete NAME [--purge]
        nodepass.sh remove [--yes] [--purge]              all of it; settings, keys and logs only with --purge
        nodepass.sh                                       a menu, on a terminal
@@ -463,7 +465,7 @@ take_up() { # take_up MANAGER NAME [KEY]: a new or changed section or unit, or o
 }
 
 command_add() {
-    local name key='' kept='' path text manager
+    local name key='' kept='' hint='' state path text manager
     [ $# -gt 0 ] || misuse "add is followed by NAME, and a URL or --config FILE"
     check_name "$1"
     name=$1
@@ -481,7 +483,10 @@ command_add() {
     text=$(generate) || exit 2
     refuse_foreign "$name" "$path"
     if [ -e "$path" ] && [ "$(<"$path")" = "$text" ] && [ -f "$etc/$name.tunnel" ] && same_key; then
-        echo "$name is there already, with these settings, and $(state_of "$name"): nothing to do"
+        state=$(state_of "$name")
+        [ "$state" != running ] || [[ " ${words[*]}" != *" --config="* ]] ||
+            hint="; after a change of the file: nodepass.sh reload $name"
+        echo "$name is there already, with these settings, and $state: nothing to do$hint"
         return
     fi
     [ ! -e "$path" ] || [ -n "${given[replace]-}" ] ||
@@ -548,13 +553,15 @@ generate() { # the program section or unit; nothing is printed when nodepass ref
     text=$("$program" generate "$kind" "$name" "${words[@]}" "${more[@]}") || return
     printf '%s %s\n%s\n' "$sign" "$MARK" "$text"
 }
+passes() { # passes WORD...: does nodepass check take them? If not, its errors are shown
+    "${BARE[@]}" "$program" check "$@" >"$work/output" 2>&1 && return
+    grep ^error "$work/output" >&2 || cat "$work/output" >&2
+    return 1
+}
 check_settings() { # with the key where it is now
     local each=("${words[@]}")
     [ -z "$key" ] || each[-1]=--tunnel-key-file=$key
-    if ! "${BARE[@]}" "$program" check "${each[@]}" >"$work/output" 2>&1; then
-        grep ^error "$work/output" >&2 || cat "$work/output" >&2
-        fail 2 "$name: is not added, for what nodepass check says above"
-    fi
+    passes "${each[@]}" || fail 2 "$name: is not added, for what nodepass check says above"
     grep ^warning "$work/output" || true
 }
 refuse_foreign() { # refuse_foreign NAME PATH: what is there and not ours
@@ -652,7 +659,7 @@ command_log() {
         journalctl --no-pager -n 40 -u "nodepass-$name.service"
     fi
 }
-each_tunnel() { # each_tunnel VERB WORD...: the names for start, stop and restart
+each_tunnel() { # each_tunnel VERB WORD...: the names for start, stop, restart and reload
     local verb=$1 name
     shift
     if [ -n "${given[all]-}" ]; then
@@ -694,6 +701,26 @@ command_restart() {
     each_tunnel restart "$@"
     for name in "${names[@]}"; do
         restart "$name" || fail 1 "$name: does not run: $(cause_of "$name")"
+    done
+}
+command_reload() { # nothing is told to any tunnel unless all of them run and pass
+    local names name record
+    each_tunnel reload "$@"
+    for name in "${names[@]}"; do
+        [ "$(state_of "$name")" = running ] || fail 1 "$name: does not run; nodepass.sh start starts it, with the settings of now"
+        read_record "$name"
+        if ! passes "${record[@]}"; then
+            fail 1 "$name: is not reloaded, for what nodepass check says above"
+        fi
+        grep ^warning "$work/output" | grep -v "$IN_USE" || true # the tunnel itself has its ports
+    done
+    for name in "${names[@]}"; do
+        if [ "$(manager_of "$name")" = systemd ]; then
+            quietly systemd_ reload "nodepass-$name.service" || fail 1 "$name: is not reloaded"
+        else
+            quietly supervisord_ signal HUP "$name" || fail 1 "$name: is not reloaded"
+        fi
+        dry || echo "$name reads its settings again; nodepass.sh log $name has what came of it"
     done
 }
 
@@ -780,7 +807,7 @@ menu() {
   1 install or update    4 start      7 log
   2 add a tunnel         5 stop       8 delete a tunnel
   3 status               6 restart    9 remove everything
-  0 exit
+  0 exit                10 reload
 TEXT
         ask "choice" || return 0
         case $answer in
@@ -794,7 +821,8 @@ TEXT
             7) menu_call log ;;
             8) menu_delete ;;
             9) call remove || true ;;
-            *) echo "allowed: 0 to 9" ;;
+            10) menu_call reload ;;
+            *) echo "allowed: 0 to 10" ;;
         esac
     done
 }
@@ -902,7 +930,7 @@ main() {
         install | update) check_options "${words[0]}" from ;;
         add) check_options add tunnel-key-file new-tunnel-key no-tunnel-key replace ;;
         list | status | log) check_options "${words[0]}" ;;
-        start | stop | restart) check_options "${words[0]}" all ;;
+        start | stop | restart | reload) check_options "${words[0]}" all ;;
         delete) check_options delete purge ;;
         remove) check_options remove purge yes ;;
         *) misuse "unknown command $(shown "${words[0]}"); allowed: $COMMANDS" ;;

@@ -228,7 +228,12 @@ def test_the_whole_life_under_supervisord(supervised, tmp_path_factory):
         assert "--replace puts these" in site.refusal("add", "web", *words, "--log=debug")
         assert "supervisord has another program" not in site.run("status", "web")
 
+        own.write_text(own.read_text().replace("300ms", "200ms"))
+        site.run("reload", "in")
+        wait_until(lambda: "added, changed or removed: 1" in site.run("log", "in"), START_S, "the file is read again")
+
         site.run("stop", "in")
+        assert "does not run" in site.refusal("reload", "in", code=1)
         assert "in stopped" in site.run("status", code=1)
         assert site.run("stop", "in") == "in is stopped already\n"
         assert "connected" in site.run("log", "in")
@@ -341,6 +346,31 @@ def test_a_tunnel_of_systemd_lives_in_a_unit(tmp_path, user):
     site.run("remove", "--yes", "--purge")
     assert "disable --now nodepass-web.service" in site.calls.read_text()
     assert tree(site.root) == before
+
+
+def test_a_reload_is_told_to_tunnels_that_run_and_pass_the_check(site):
+    own = site.root / "own.conf"
+    own.write_text(f"[tunnel in]\nurl = {CLIENT}\n")
+    site.run("add", "in", "--config", "own.conf", *SYSTEMD)
+    site.run("add", "web", SERVER, *SYSTEMD)
+    said = site.run("add", "in", "--config", "own.conf", *SYSTEMD)
+    assert said.endswith("running: nothing to do; after a change of the file: nodepass.sh reload in\n")
+    assert site.run("add", "web", SERVER, *SYSTEMD).endswith("running: nothing to do\n")
+    site.calls.unlink()
+    assert site.run("reload", "in").startswith("in reads its settings again")
+    assert "reload nodepass-in.service" in site.calls.read_text().splitlines()
+    site.run("reload", "--all")
+    own.write_text(f"[tunnel in]\nurl = {CLIENT}\nnonsense = 1\n")
+    site.calls.unlink()
+    for words in ("in", "--all"):
+        said = site.run("reload", words, code=1)
+        assert re.match("error .*nonsense", said) and "in: is not reloaded, for what nodepass check says above" in said
+    own.write_text(f"[tunnel in]\nurl = {CLIENT}\n")
+    site.run("stop", "web")
+    for words in ("web", "--all"):
+        assert site.refusal("reload", words, code=1).startswith("web: does not run; ")
+    assert not any("reload" in line for line in site.calls.read_text().splitlines())
+    assert site.run("add", "web", SERVER, *SYSTEMD).endswith("stopped: nothing to do\n")
 
 
 def test_other_settings_take_their_place_only_when_that_is_said(site):
@@ -528,6 +558,7 @@ def test_a_dry_run_says_each_change_and_makes_none(site):
         ("start", "idle"),
         ("stop", "web"),
         ("restart", "--all"),
+        ("reload", "web"),
         ("delete", "web", "--purge"),
         ("remove", "--purge"),
     ):
@@ -625,6 +656,7 @@ def test_a_key_on_the_line_is_refused_and_not_said(site):
         ),
         (("start",), "start is followed by one NAME"),
         (("start", "web", "--all"), "start is followed by NAME or by --all"),
+        (("reload", "web"), "web: is no tunnel of this script; there is none"),
         (("start", "web"), "web: is no tunnel of this script; there is none"),
         (("remove",), "remove asks, and there is no terminal: say --yes"),
         (("remove", "--everything"), "remove: unknown option --everything"),
@@ -677,11 +709,11 @@ def test_the_menu_adds_shows_and_deletes_a_tunnel(site):
     code, said = talk(
         site,
         *("2", "web", "server", "127.0.0.1:10101", "127.0.0.1:8080", "", "new", "--log=debug", ""),
-        *("5", "web", "nonsense", "4", "nothere", "2", "$(touch made)", "8", "web", "y", "0"),
+        *("10", "web", "5", "web", "nonsense", "4", "nothere", "2", "$(touch made)", "8", "web", "y", "0"),
     )
     assert code == 0, said
     assert "added: web, run by systemd" in said and "web              running  systemd     server://127.0.0.1" in said
-    assert "web              stopped" in said and "allowed: 0 to 9" in said
+    assert "web reads its settings again" in said and "web              stopped" in said and "allowed: 0 to 10" in said
     assert "nothere: is no tunnel of this script; there is web" in said
     assert "is no name" in said and not (site.root / "made").exists()
     assert said.count("deleted: web") == 1 and not (site.etc / "web.tunnel").exists()
