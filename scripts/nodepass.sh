@@ -558,10 +558,23 @@ passes() { # passes WORD...: does nodepass check take them? If not, its errors a
     grep ^error "$work/output" >&2 || cat "$work/output" >&2
     return 1
 }
+may_share_ports() { # as several processes do by reuse-port; the check does not say whether they can
+    local word said='reuse[-_]port *= *1'
+    for word in "${words[@]}"; do
+        if [[ $word == --config=* ]]; then
+            ! grep -Eqrs -e "$said" -- "${word#*=}" || return 0
+        elif [[ $word =~ $said ]]; then
+            return 0
+        fi
+    done
+    return 1
+}
 check_settings() { # with the key where it is now
-    local each=("${words[@]}")
+    local each=("${words[@]}") taken
     [ -z "$key" ] || each[-1]=--tunnel-key-file=$key
     passes "${each[@]}" || fail 2 "$name: is not added, for what nodepass check says above"
+    [ -e "$path" ] || may_share_ports || ! taken=$(grep -m 1 "$IN_USE" "$work/output") ||
+        fail 2 "$name: is not added: $(sed "s/^warning *//; s/; $IN_USE.*//" <<<"$taken")"
     grep ^warning "$work/output" || true
 }
 refuse_foreign() { # refuse_foreign NAME PATH: what is there and not ours

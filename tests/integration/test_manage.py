@@ -12,6 +12,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -46,7 +47,8 @@ case " $* " in
     *" stop "* | *" disable "*) rm -f "{0}/$last" ;;
 esac
 """
-SERVER, CLIENT = "server://127.0.0.1:10101/127.0.0.1:8080?tls=1", "client://127.0.0.1:10101/127.0.0.1:80"
+# ports of the system's choice: a name that is new is refused where a port is taken
+SERVER, CLIENT = "server://127.0.0.1:0/127.0.0.1:0?tls=1", "client://127.0.0.1:10101/127.0.0.1:80"
 MADE = ["$(touch made)", "`touch made`", "a;touch made", "x[$(touch made)]"]
 HOSTILE = ["../x", "a/b", "-x", ".x", "a b", "a\nb", *MADE]
 
@@ -671,6 +673,23 @@ def test_settings_that_do_not_pass_the_check_are_refused(site):
     assert "ca: cannot read '/none'" in said and "web: is not added" in said and site.run("list") == ""
 
 
+def test_a_new_tunnel_is_refused_where_something_else_has_its_port(site):
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
+        tunnel, public = (f"127.0.0.1:{each.getsockname()[1]}" for each in (free, taken))
+        free.close()
+        url = f"server://{tunnel}/{public}"
+        said = f"web: is not added: public port, TCP: address already in use: {public}"
+        assert site.refusal("add", "web", url, *SYSTEMD) == said
+        own = site.root / "own.conf"
+        own.write_text(f"[tunnel in]\nurl = {url}\n")
+        assert site.refusal("add", "web", "--config=own.conf", *SYSTEMD).endswith(f"address already in use: {public}")
+        site.run("add", "web", SERVER, *SYSTEMD)
+        assert "address already in use" in site.run("add", "web", url, "--replace", *SYSTEMD)
+        site.run("add", "second", f"{url}?reuse-port=1", *SYSTEMD)
+        own.write_text(f"[tunnel in]\nurl = {url}\nreuse-port = 1\n")
+        site.run("add", "third", "--config=own.conf", *SYSTEMD)
+
+
 def test_without_a_program_there_is_nothing_to_do_but_install(tmp_path):
     site = Site(tmp_path)
     for words in (("add", "web", SERVER, *SYSTEMD), ("update",), ("status",)):
@@ -708,7 +727,7 @@ def test_the_menu_adds_shows_and_deletes_a_tunnel(site):
     site.options += SYSTEMD
     code, said = talk(
         site,
-        *("2", "web", "server", "127.0.0.1:10101", "127.0.0.1:8080", "", "new", "--log=debug", ""),
+        *("2", "web", "server", "127.0.0.1:0", "127.0.0.1:0", "", "new", "--log=debug", ""),
         *("10", "web", "5", "web", "nonsense", "4", "nothere", "2", "$(touch made)", "8", "web", "y", "0"),
     )
     assert code == 0, said
