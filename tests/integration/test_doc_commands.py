@@ -38,6 +38,7 @@ EXCEPTIONS = {  # beginnings of commands that are not run, and why
     ". ~/nodepass/bin/activate": "belongs to that environment",
     "pip install": "installs from a package index",
     "/opt/nodepass/bin/pip": "installs from a package index; tests/integration/test_packages.py has wheel and sdist",
+    "chown -R --reference=. build": "is for what such an installation leaves",
     "pipx": "installs from a package index",
     "install -m 755 dist/nodepass": "needs the file made; tests/integration/test_single_file.py makes and copies it",
     "ln -s": "changes directories of this machine; tests/integration/test_share.py has the links into share/",
