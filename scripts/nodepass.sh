@@ -459,7 +459,8 @@ take_up() { # take_up MANAGER NAME [KEY]: a new or changed section or unit, or o
             quietly systemd_ restart "nodepass-$2.service" || return 1
     else
         quietly supervisord_ update "$2" || return 1
-        [ -z "${3-}" ] || quietly supervisord_ restart "$2" || return 1 # to it a program with the same section is the same
+        # to supervisord a program with the same section is the same
+        [ -z "${3-}" ] || quietly supervisord_ restart "$2" || return 1
     fi
     runs "$2"
 }
@@ -720,7 +721,7 @@ command_reload() { # nothing is told to any tunnel unless all of them run and pa
     local names name record
     each_tunnel reload "$@"
     for name in "${names[@]}"; do
-        [ "$(state_of "$name")" = running ] || fail 1 "$name: does not run; nodepass.sh start starts it, with the settings of now"
+        [ "$(state_of "$name")" = running ] || fail 1 "$name: does not run; nodepass.sh start starts it"
         read_record "$name"
         if ! passes "${record[@]}"; then
             fail 1 "$name: is not reloaded, for what nodepass check says above"
@@ -730,6 +731,8 @@ command_reload() { # nothing is told to any tunnel unless all of them run and pa
     for name in "${names[@]}"; do
         if [ "$(manager_of "$name")" = systemd ]; then
             quietly systemd_ reload "nodepass-$name.service" || fail 1 "$name: is not reloaded"
+            ! grep -q ^LoadCredential= "$(file_of systemd "$name")" ||
+                echo "$name runs with copies of its keys, certificate and token: after a change, restart it"
         else
             quietly supervisord_ signal HUP "$name" || fail 1 "$name: is not reloaded"
         fi
@@ -890,7 +893,8 @@ parse() {
                 usage
                 exit
                 ;;
-            --dry-run | --user | --yes | --purge | --all | --replace | --new-tunnel-key | --no-tunnel-key) given[${1#--}]=1 ;;
+            --dry-run | --user | --yes | --purge | --all) given[${1#--}]=1 ;;
+            --replace | --new-tunnel-key | --no-tunnel-key) given[${1#--}]=1 ;;
             --from | --root | --manager | --supervisord-conf | --tunnel-key-file)
                 [ $# -gt 1 ] || misuse "$1 is followed by a value"
                 given[${1#--}]=$2

@@ -361,7 +361,7 @@ def test_a_reload_is_told_to_tunnels_that_run_and_pass_the_check(site):
     site.calls.unlink()
     assert site.run("reload", "in").startswith("in reads its settings again")
     assert "reload nodepass-in.service" in site.calls.read_text().splitlines()
-    site.run("reload", "--all")
+    assert "copies" not in site.run("reload", "--all")
     own.write_text(f"[tunnel in]\nurl = {CLIENT}\nnonsense = 1\n")
     site.calls.unlink()
     for words in ("in", "--all"):
@@ -373,6 +373,11 @@ def test_a_reload_is_told_to_tunnels_that_run_and_pass_the_check(site):
         assert site.refusal("reload", words, code=1).startswith("web: does not run; ")
     assert not any("reload" in line for line in site.calls.read_text().splitlines())
     assert site.run("add", "web", SERVER, *SYSTEMD).endswith("stopped: nothing to do\n")
+
+
+def test_a_reload_tells_of_the_copies_that_a_unit_has(site):
+    site.run("add", "web", SERVER, "--new-tunnel-key", *SYSTEMD)
+    assert "web runs with copies of its keys, certificate and token" in site.run("reload", "web")
 
 
 def test_other_settings_take_their_place_only_when_that_is_said(site):
