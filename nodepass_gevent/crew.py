@@ -52,12 +52,14 @@ class Crew:
     def enter(self) -> None:
         """Wait for room, and count the calling greenlet until it ends; GreenletExit when all are killed."""
         self._entering += 1
+        if self._spare:  # it keeps a place
+            self._wake((None, ()))
         try:
             self._greenlets.add(gevent.getcurrent())
         finally:
             self._entering -= 1
         if self._killed:
-            raise gevent.GreenletExit
+            raise gevent.GreenletExit("all exchanges are ended")
 
     def join(self, timeout_s: float | None) -> None:
         """Wait until none runs or enters, for ``timeout_s`` at most (None: for ever); none is kept for more work."""
@@ -74,6 +76,8 @@ class Crew:
         self._killed = True
         self._spare.clear()
         self._greenlets.kill(block=block)
+        while block and self._entering:
+            gevent.sleep(0)
 
     def _all_used(self) -> bool:
         """Do as the pool's own ``full``, with half of its calls."""
@@ -89,7 +93,8 @@ class Crew:
         while function and not self._killed:
             function(*args)
             function, args = None, ()
-            if len(self._spare) >= self._spares or self._all_used():  # a spawn may wait for this one's place
+            # somebody may wait for this one's place
+            if self._entering or len(self._spare) >= self._spares or self._all_used():
                 return
             waiter = Waiter()
             self._spare.append(waiter)

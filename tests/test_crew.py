@@ -143,6 +143,53 @@ def test_a_greenlet_that_enters_waits_for_room_and_counts_until_it_ends(spawn):
     assert len(crew) == 0
 
 
+def test_no_place_that_is_left_stays_empty_while_a_greenlet_waits_to_enter(spawn):
+    crew, gate, entered = Crew(2), Event(), []
+
+    def enter():
+        crew.enter()
+        entered.append(gevent.getcurrent())
+        Event().wait()
+
+    def end_a_turn_later():
+        gate.wait()
+        gevent.sleep(0)  # when the place of the first is free, and nobody has taken it yet
+
+    crew.spawn(gate.wait)
+    crew.spawn(end_a_turn_later)
+    gevent.idle()
+    for _ in range(2):
+        spawn(enter)
+    gevent.idle()
+    gate.set()
+    wait_until(lambda: len(entered) == 2)
+    crew.kill()
+
+
+def test_a_greenlet_that_has_nothing_to_do_gives_its_place_to_one_that_enters(spawn):
+    crew = Crew(1)
+    crew.spawn(list)
+    gevent.idle()
+    spawn(crew.enter).get(timeout=5)
+
+
+def test_a_kill_waits_until_those_that_were_to_enter_have_been_told(spawn):
+    crew, told = Crew(1), []
+
+    def enter():
+        try:
+            crew.enter()
+        except gevent.GreenletExit as exc:
+            told.append(str(exc))
+
+    crew.spawn(Event().wait)
+    for _ in range(5):
+        spawn(enter)
+    gevent.idle()
+    crew.kill()
+    assert told == ["all exchanges are ended"] * 5
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_greenlet_that_enters_is_killed_with_those_that_run(spawn, waits):
     crew = Crew(1)
