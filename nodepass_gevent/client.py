@@ -81,6 +81,9 @@ class Client:
         profile, since, control, pool = self._session
         return (Peer(str(control), profile, since, len(pool), pool.capacity),)
 
+    def dismiss(self) -> None:
+        """Do nothing: nobody waits here."""
+
     def retire(self) -> None:
         """Leave nothing behind: exchanges need nothing of it."""
 

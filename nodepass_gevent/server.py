@@ -92,6 +92,10 @@ class Server:
         """Give duplicates of the open sockets: who calls meanwhile waits for the one that gets them."""
         return self._sockets.duplicate()
 
+    def dismiss(self) -> None:
+        """Let nobody wait for a client here, also where this one never came to listen."""
+        self._clients.close()
+
     def retire(self) -> None:
         """End the UDP sessions: the public socket is another one's now, and the next datagram opens a session there."""
         self._sockets.close_inherited()  # it may have had no time to open them

@@ -45,6 +45,9 @@ class Role(Protocol):
     def describe(self) -> Description:
         """Say what there is now."""
 
+    def dismiss(self) -> None:
+        """Let nobody wait for this one any more: ``run`` was killed, and does not come again."""
+
     def retire(self) -> None:
         """Leave the place, once ``run`` was killed, to another one with other settings; exchanges go on."""
 
@@ -101,6 +104,7 @@ class Service:
         """Accept nobody any more, and say bye; what runs goes on."""
         self.role.exchanges.draining = True
         self._running.kill()
+        self.role.dismiss()
 
     def drain(self, timeout_s: float | None) -> int:
         """Wait for exchanges to end, then cut those that are left; give their number."""

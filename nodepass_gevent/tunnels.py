@@ -65,6 +65,7 @@ class Tunnels:
         for name in [name for name in self._services if name not in wanted]:
             self._remove(name)
             changed += 1
+        self._retiring.join()  # first: another one may have their addresses
         for name, config in wanted.items():
             if name:  # that without a name has the level of the process
                 logs.set_level(config.log, name)

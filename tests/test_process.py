@@ -36,6 +36,9 @@ class Role:
     def __str__(self):
         return "role"
 
+    def dismiss(self):
+        pass
+
     def retire(self):
         pass
 

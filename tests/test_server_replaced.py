@@ -1,7 +1,12 @@
 """A server that comes in the place of another one, with other settings: what it takes over."""
 
+from dataclasses import replace
+
 from support import is_reset, read_exactly, wait_until
+from test_public_port import free_address
 from tunnel import ELSEWHERE, connect, is_served, said, serve  # noqa: F401  fixtures
+
+from nodepass_gevent.server import Server
 
 
 def test_it_listens_where_the_one_before_did_at_ports_that_the_system_chose(serve):  # noqa: F811
@@ -16,6 +21,38 @@ def test_users_who_wait_for_a_client_are_served_by_the_next_one(serve, connect):
     wait_until(lambda: before.counters.tcp_exchanges == 1)
     after = serve(serve(before, semaphore_limit=7), semaphore_limit=8)
     assert is_served(waiting, connect(after).join())
+
+
+def test_users_who_wait_are_served_although_the_next_server_never_came_to_listen(serve, connect):  # noqa: F811
+    before = serve()
+    waiting = connect(before, "user")
+    wait_until(lambda: before.counters.tcp_exchanges == 1)
+    never = Server(replace(before.server.config, semaphore_limit=7), before.server)
+    before.greenlet.kill()
+    before.server.retire()
+    after = serve(replace(before, server=never), semaphore_limit=8)
+    never.dismiss()
+    assert is_served(waiting, connect(after).join())
+
+
+def test_users_who_wait_are_reset_at_once_when_the_next_server_is_dismissed(serve, connect):  # noqa: F811
+    before = serve()
+    waiting = connect(before, "user")
+    wait_until(lambda: before.counters.tcp_exchanges == 1)
+    never = Server(replace(before.server.config, semaphore_limit=7), before.server)
+    before.greenlet.kill()
+    before.server.retire()
+    never.dismiss()
+    never.retire()
+    assert is_reset(waiting)
+
+
+def test_users_who_wait_for_a_server_whose_ports_are_not_taken_over_are_reset(serve, connect):  # noqa: F811
+    before = serve()
+    waiting = connect(before, "user")
+    wait_until(lambda: before.counters.tcp_exchanges == 1)
+    serve(before, reuse_port=1, tunnel=free_address(), target=free_address())
+    assert is_reset(waiting)
 
 
 def test_users_who_wait_for_a_data_connection_are_served_by_the_next_client(serve, connect):  # noqa: F811

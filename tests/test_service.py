@@ -42,6 +42,9 @@ class Failing:
     def reload(self):
         self.reloads += 1
 
+    def dismiss(self):
+        pass
+
     def retire(self):
         pass
 

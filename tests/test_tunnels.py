@@ -44,6 +44,9 @@ class Role:
     def reload(self):
         self.done.append("reload")
 
+    def dismiss(self):
+        self.done.append("dismiss")
+
     def retire(self):
         self.done.append("retire")
 
@@ -179,23 +182,36 @@ def test_other_changes_put_a_new_role_in_the_place_of_the_old_one(world, change)
     world.apply(replace(CONFIG, **change))
     (new,) = world.running()
     assert new is not old and new.before is old
-    assert old.done == ["run", "killed", "retire"] and new.done == ["run"]
+    assert old.done == ["run", "killed", "dismiss", "retire"] and new.done == ["run"]
     assert old.config == CONFIG  # nothing of it was taken
 
 
 def test_peers_that_are_slow_to_answer_a_bye_are_waited_for_all_at_once(world):
-    first, second = CONFIG, replace(CONFIG, name="b")
-    world.apply(first, second)
-    gone, changed = world.roles
+    configs = CONFIG, replace(CONFIG, name="b")
+    world.apply(*configs)
+    slow, quick = world.roles
     for role in world.roles:
         role.bye.clear()
-    applying = gevent.spawn(world.apply, replace(second, semaphore_limit=7))
-    wait_until(lambda: "killed" in gone.done and "killed" in changed.done)
-    changed.bye.set()
-    wait_until(lambda: world.roles[2].done == ["run"])
+    applying = gevent.spawn(world.apply, *(replace(config, semaphore_limit=7) for config in configs))
+    wait_until(lambda: "killed" in slow.done and "killed" in quick.done)
+    quick.bye.set()
+    wait_until(lambda: world.roles[3].done == ["run"])
     assert not applying.ready()
-    gone.bye.set()
+    slow.bye.set()
     assert applying.get(timeout=5) == 2
+
+
+def test_a_tunnel_with_another_name_starts_when_the_one_before_has_left_its_addresses(world):
+    world.apply(CONFIG)
+    (before,) = world.roles
+    before.bye.clear()
+    applying = gevent.spawn(world.apply, replace(CONFIG, name="b"))
+    wait_until(lambda: "killed" in before.done)
+    assert len(world.roles) == 1
+    before.bye.set()
+    applying.get(timeout=5)
+    assert before.done == ["run", "killed", "dismiss", "retire"]
+    wait_until(lambda: world.roles[1].done == ["run"])
 
 
 def test_a_server_that_becomes_a_client_leaves_it_nothing(world):
@@ -226,7 +242,7 @@ def test_a_tunnel_that_is_removed_is_drained_within_its_shutdown_timeout(world, 
     (role,) = world.roles
     role.exchanges.spawn(Event().wait)
     world.apply()
-    assert world.running() == [] and role.done == ["run", "killed", "retire"]
+    assert world.running() == [] and role.done == ["run", "killed", "dismiss", "retire"]
     wait_until(lambda: world.tunnels.exchanges() == 0)
     assert "role a: exchanges cut: 1" in caplog.messages
 
@@ -266,7 +282,7 @@ def test_at_the_end_all_are_drained_each_within_its_own_time(world):
     assert len(second.exchanges) == 1
     go_on.set()
     assert stopping.get(timeout=10) == 1
-    assert [role.done for role in world.roles] == [["run", "killed"]] * 2
+    assert [role.done for role in world.roles] == [["run", "killed", "dismiss"]] * 2
 
 
 def test_exchanges_of_replaced_tunnels_are_drained_at_the_end_too(world):
