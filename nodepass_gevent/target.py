@@ -32,7 +32,7 @@ class TargetAddresses:
         if not self._endpoints:
             found = self._resolve() if self._literal else self._looked_up().get()
             if isinstance(found, ConnectError):
-                raise found.with_traceback(None)
+                raise ConnectError(str(found), found.why)  # one of its own: a traceback holds who waited
             return found
         if time.monotonic() >= self._renew_at:
             self._looked_up()
@@ -52,7 +52,7 @@ class TargetAddresses:
         return sorted(endpoints, key=lambda endpoint: endpoint.sockaddr != self._answered)
 
     def _looked_up(self) -> gevent.Greenlet:
-        """Begin a look-up, unless one runs; it never raises."""
+        """Begin a look-up, unless one runs; its error is what it gives."""
         if self._look_up is None:
             self._look_up = gevent.spawn(self._resolve)
         return self._look_up

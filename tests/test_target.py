@@ -1,6 +1,9 @@
 """The target's addresses: when they are looked up, and for whom."""
 
+import contextlib
+import gc
 import socket
+import weakref
 
 import gevent
 import pytest
@@ -79,6 +82,28 @@ def test_a_crowd_shares_its_failure_and_who_comes_later_tries_again(resolver, sp
     resolver.hosts = working
     assert hosts(addresses.get()) == working
     assert resolver.asked == 2
+
+
+def test_a_failure_keeps_nobody_who_met_it(resolver, monkeypatch):
+    monkeypatch.setattr(gevent.config, "track_greenlet_tree", False)  # as the process has it
+
+    class Waiting:
+        """Something that who waits holds."""
+
+    resolver.hosts = []
+    addresses = TargetAddresses(Address("name", 80))
+
+    def wait(waiting):
+        with contextlib.suppress(ConnectError):
+            addresses.get()
+        return weakref.ref(waiting)
+
+    gc.disable()
+    try:
+        left = wait(Waiting())
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_who_is_ended_while_it_waits_takes_nobody_with_it(resolver, spawn):
