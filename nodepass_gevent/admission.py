@@ -17,6 +17,7 @@ from .transport import Stream
 from .values import Networks, unmapped
 
 REMEMBERED = 4096  # addresses whose answer is kept; looking one up in ten networks takes about 10 µs
+_BY_LISTS = "users from %s are kept out by allow-users or deny-users"
 BUCKETS = 16384  # addresses whose datagrams are counted; about 4 MiB when full
 
 
@@ -112,10 +113,8 @@ class Admission:
         def admit(user: Stream) -> None:
             host = user.peer[0]
             if not self._users.admits(host):
-                self._of_users.warning("user %s is kept out by allow-users or deny-users", user)
-            elif not self.enter(host):
-                self._of_users.warning("user %s is kept out by users-per-address", user)
-            else:
+                self._of_users.warning(_BY_LISTS, host)
+            elif self.enter(host):
                 start(user, partial(self.leave, host))
                 return
             self._counters.users_kept_out += 1
@@ -127,6 +126,7 @@ class Admission:
         """Count a user in, who must ``leave``; False when there are too many from its address."""
         key = peer_key(host)
         if self._most and self._present[key] >= self._most:
+            self._of_users.warning("users from %s are kept out by users-per-address", host)
             return False
         self._present[key] += 1
         return True
@@ -141,6 +141,7 @@ class Admission:
     def admits_datagram(self, host: str) -> bool:
         """Whether a datagram from an address is taken; those that are not are counted."""
         if not self._users.admits(host):
+            self._of_users.warning(_BY_LISTS, host)
             self._counters.datagrams_kept_out += 1
         elif self._rate is not None and not self._rate.takes(peer_key(host)):
             self._counters.datagrams_dropped_rate += 1

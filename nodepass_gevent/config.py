@@ -311,7 +311,8 @@ class Config(Checked):
         if self.tls == 0 and self.ca:
             raise self.fault("ca", "demands certificates of clients, and needs tls; allowed then: 1, 2")
         if self.tls == 2 and not self.crt:
-            raise self.fault("tls", "needs crt and key (in a shell, put the URL in quotes); without them allowed: 0, 1")
+            hint = " (in a shell, put the URL in quotes)" if self.source("tls") == "URL query" else ""
+            raise self.fault("tls", f"needs crt and key{hint}; without them allowed: 0, 1")
         if self.data_port is not None and self.data_port == self.tunnel.port:
             raise self.fault("data_port", "is the tunnel port already; give another one, or none")
         if self.reuse_port and not (self.tunnel.port and self.target.port):

@@ -83,8 +83,10 @@ class DatagramIngress:
 
     def end(self, why: str) -> None:
         """End all sessions, and let the public socket go at once."""
-        for session in self._sessions.values():
+        for reply, session in list(self._sessions.items()):
             session.end(why)
+            if not session.running:  # it waits for a client, and its user need not
+                self._close_session(reply)
         if self._leaving is not None:
             self._leaving.kill()
             self._leaving = None
@@ -119,7 +121,10 @@ class DatagramIngress:
 
     def _drop_busy(self) -> None:
         self._counters.datagrams_dropped_busy += 1
-        self._full.warning("all places of UDP are taken, half of semaphore-limit: datagrams of others are lost")
+        self._full.warning(
+            "no place is left for datagrams of further users: of %d (semaphore-limit) UDP has half",
+            self._config.semaphore_limit,
+        )
 
     # Sessions
 
@@ -279,7 +284,7 @@ class DatagramEgress:
         started = time.monotonic()
         with self._open_target(launch, data) as target:
             target.expect_many()
-            target.on_refusal = partial(self._refused, target)
+            target.on_refusal = partial(self._refused, target.endpoint)  # not target: a cycle
             session = UDPRelay(proxy_protocol.Introduced(target.push, self._header(launch, target)))
             traffic = partial(_traffic_of_target, session)
             self._counters.running.add(traffic)
@@ -292,11 +297,11 @@ class DatagramEgress:
                 if not session.framed:  # not one answer
                     self._target.forget()
 
-    def _refused(self, target: TargetSocket) -> None:
+    def _refused(self, target: Endpoint) -> None:
         self._counters.datagrams_refused += 1
         self._nobody_listens(target)
 
-    def _nobody_listens(self, target: TargetSocket) -> None:
+    def _nobody_listens(self, target: Endpoint) -> None:
         self._refusals.warning("target %s: nobody listens there (UDP)", target)
 
     def _open_target(self, launch: Launch, data: Transport) -> TargetSocket:
@@ -351,7 +356,7 @@ class DatagramEgress:
                 return target.recv(), (access.ENDED, "")
         except OSError as exc:
             if isinstance(exc, ConnectionRefusedError):
-                self._nobody_listens(target)
+                self._nobody_listens(target.endpoint)
             self._counters.datagrams_unanswered += 1
             self._target.forget()
             return b"", (access.UNANSWERED, reason(exc))

@@ -46,7 +46,7 @@ class ById(Protocol):
     def drop(self, id: bytes) -> None:
         """Take back ``keep``."""
 
-    def has_left(self, id: bytes) -> bool:
+    def outlives(self, id: bytes) -> bool:
         """Whether what was kept under that id has outlived the session."""
 
 
@@ -218,7 +218,7 @@ class Egress:
     def leave(self) -> None:
         """Go on without the session, with all that it has launched, but for what its end took the data connection."""
         for id, waiting in list(self._waiting.items()):
-            if not self._pool.has_left(id):
+            if not self._pool.outlives(id):
                 waiting.kill(gevent.GreenletExit("the session has ended"), block=False)
 
     def _wait_for_room(self, launch: Launch) -> None:

@@ -28,7 +28,7 @@ LASTS_S = 1.0  # who is there then, or a moment later, is no short request any m
 DEFAULT_LIMITS = Limits()
 
 _BIND_HINTS = {
-    errno.EADDRNOTAVAIL: ", which is no address of this machine; 0.0.0.0 stands for all that it has",
+    errno.EADDRNOTAVAIL: ", which is no address of this machine; for all that it has, give only :{}",
     errno.EACCES: ", and ports below 1024 need root or the capability CAP_NET_BIND_SERVICE",
 }
 _NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
@@ -176,7 +176,7 @@ def bind(address: Address, kind: int, *, shared: bool = False) -> RawSocket:
         sock.bind(endpoint.sockaddr)
     except OSError as exc:
         sock.close()
-        hint = _BIND_HINTS.get(exc.errno or 0, "")
+        hint = _BIND_HINTS.get(exc.errno or 0, "").format(address.port)
         if shared and exc.errno == errno.EADDRINUSE:
             hint = ", taken by a process without reuse-port, or of another user"
         raise OSError(exc.errno, f"{reason(exc)}: {address}{hint}") from exc

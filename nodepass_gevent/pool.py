@@ -184,7 +184,7 @@ class DialingPool:
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before
         self._takers: dict[bytes, AsyncResult] = {}
         self._kept: set[bytes] = set()  # launched, and not taken yet
-        self._left: dict[bytes, Transport] = {}  # those of them that were here when the session ended in good order
+        self._outliving: dict[bytes, Transport] = {}  # those of them that were here at an end in good order
         self._leaving = False
         self._closed = False
 
@@ -202,8 +202,8 @@ class DialingPool:
 
     def take(self, id: bytes, timeout_s: float) -> Transport:
         """Give connection ``id``, waiting for it when its launch has overtaken it; NoDataConnection, PoolClosed."""
-        if id in self._left:
-            return self._left.pop(id)
+        if id in self._outliving:
+            return self._outliving.pop(id)
         if self._closed:
             raise PoolClosed("the session has ended")
         self._kept.discard(id)
@@ -241,12 +241,12 @@ class DialingPool:
     def drop(self, id: bytes) -> None:
         """Keep connection ``id`` no longer: its launch comes to nothing."""
         self._kept.discard(id)
-        if id in self._left:
-            self._left.pop(id).reset()
+        if id in self._outliving:
+            self._outliving.pop(id).reset()
 
-    def has_left(self, id: bytes) -> bool:
+    def outlives(self, id: bytes) -> bool:
         """Whether connection ``id`` has outlived the session."""
-        return id in self._left
+        return id in self._outliving
 
     def dial_more(self, count: int) -> None:
         """Dial ``count`` connections beyond the capacity: that many users wait at the peer."""
@@ -270,7 +270,7 @@ class DialingPool:
         self._gathering.close()
         self._dials.kill(block=False)
         if self._leaving:
-            self._left = {id: transport for id in self._kept if (transport := self._give(id))}
+            self._outliving = {id: transport for id in self._kept if (transport := self._give(id))}
         self._idle.close()
         self._kept.clear()
         self._forget_ended()

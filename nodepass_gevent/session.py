@@ -133,10 +133,10 @@ class Session:
     def _leave(self, reader: gevent.Greenlet, writer: gevent.Greenlet, pool: gevent.Greenlet) -> None:
         """End in good order: the peer sees an end, and no reset; where it knows it, after a bye each way."""
         with suppress(OSError), gevent.Timeout(self._leave_s, False):
+            self.pool.leave()
             if self._leave_s is None or self._ending:
                 gevent.killall([reader, writer])
             else:
-                self.pool.leave()
                 self.send(wire.format_bye(Bye()))
                 self._ending = True
                 self._wake.set()

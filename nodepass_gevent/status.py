@@ -30,7 +30,7 @@ WRONG = {  # counters of what goes wrong, and how they are told
     "exchanges_failed": ("exchange", "failed"),
     "launches_lost": ("launch", "lost"),
     "datagrams_unanswered": ("datagram", "without an answer"),
-    "datagrams_refused": ("datagram", "to a target where nobody listens"),
+    "datagrams_refused": ("refusal", "of datagrams at the target"),
     "signals_malformed": ("signal", "malformed"),
     "accept_pauses": ("pause", "of a listener"),
 }
@@ -67,6 +67,7 @@ class Tunnel:
     description: Description
     exchanges: int
     limit: int
+    full: bool  # further users wait
     numbers: dict[str, int]
     first_bytes: Histogram
     failures: int
@@ -222,6 +223,7 @@ class Status:
             description=description,
             exchanges=service.exchanges,
             limit=config.semaphore_limit,
+            full=role.exchanges.full() and condition != "stopping",
             numbers=role.counters.total(),
             first_bytes=role.counters.first_bytes,
             failures=service.failures,
@@ -352,7 +354,7 @@ def _condition_words(tunnel: Tunnel, now: float) -> str:
 
 def _full(tunnel: Tunnel) -> list[str]:
     """Say that users have to wait, where they have."""
-    return ["all places are taken (semaphore-limit), further users wait"] if tunnel.exchanges >= tunnel.limit else []
+    return ["all places are taken (semaphore-limit), further users wait"] if tunnel.full else []
 
 
 def _last_minute(tunnel: Tunnel, now: float) -> list[str]:

@@ -158,7 +158,7 @@ def test_users_from_elsewhere_are_reset_and_counted(guards, door, caplog):
         True,
     ]
     assert guard.counters.users_kept_out == 2
-    assert caplog.messages == [f"user {ELSEWHERE}:1 is kept out by allow-users or deny-users"]  # of one of them
+    assert caplog.messages == [f"users from {ELSEWHERE} are kept out by allow-users or deny-users"]  # one of them
     assert door(guard.guard_callers).come(ELSEWHERE)  # clients have lists of their own
 
 
@@ -167,7 +167,18 @@ def test_callers_from_elsewhere_are_reset_and_counted(guards, door, caplog):
     callers = door(guard.guard_callers)
     assert [callers.come(host) for host in (HERE, ELSEWHERE, "192.0.2.9")] == [True, False, False]
     assert guard.counters.callers_kept_out == 2
+    assert caplog.messages == [f"caller {ELSEWHERE}:1 is kept out by allow-clients or deny-clients"]  # one of them
     assert door(guard.guard_users).come(ELSEWHERE)
+
+
+def test_datagrams_from_elsewhere_are_told_and_users_beyond_the_limit_of_their_address(guards, caplog):
+    guard = guards(deny_users=ELSEWHERE, users_per_address=1)
+    assert not guard.admits_datagram(ELSEWHERE)
+    assert guard.enter(HERE) and not guard.enter(HERE)
+    assert caplog.messages == [f"users from {ELSEWHERE} are kept out by allow-users or deny-users"]
+    other = guards(users_per_address=1)
+    assert other.enter(HERE) and not other.enter(HERE)
+    assert caplog.messages[1:] == [f"users from {HERE} are kept out by users-per-address"]
 
 
 def test_callers_with_a_penalty_are_reset_by_their_key(guards, door):

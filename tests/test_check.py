@@ -11,7 +11,7 @@ from gevent import monkey
 from nodepass_gevent import check as checks
 from nodepass_gevent.check import ERROR, OK, WARNING, Finding, check, report
 
-NOT_OURS = ", which is no address of this machine; 0.0.0.0 stands for all that it has"
+NOT_OURS = ", which is no address of this machine; for all that it has, give only :{}"
 SERVER = "server://127.0.0.1:{}/127.0.0.1:{}"
 
 
@@ -86,7 +86,7 @@ def test_a_status_address_that_is_taken_or_not_of_this_machine_is_found(ports, t
         (finding,) = worst(check([server, "--status", f"127.0.0.1:{taken.getsockname()[1]}"], {}))
     assert finding.level == WARNING and finding.text.startswith("status: address already in use: 127.0.0.1:")
     (finding,) = worst(check([server, "--status", "192.0.2.9:80", "--status-token-file", str(token)], {}))
-    assert finding == Finding(ERROR, "", f"status: cannot assign requested address: 192.0.2.9:80{NOT_OURS}")
+    assert finding == Finding(ERROR, "", f"status: cannot assign requested address: 192.0.2.9:80{NOT_OURS.format(80)}")
 
 
 def test_no_tunnel_is_an_error():
@@ -128,7 +128,7 @@ def test_a_port_that_is_asked_for_twice_is_not_called_free(ports, tmp_path):
 def test_an_address_of_another_machine_cannot_be_bound(ports):
     (finding,) = worst(check([f"server://192.0.2.1:{ports[0]}/127.0.0.1:{ports[1]}"], {}))
     assert finding == Finding(
-        ERROR, "", f"tunnel port: cannot assign requested address: 192.0.2.1:{ports[0]}{NOT_OURS}"
+        ERROR, "", f"tunnel port: cannot assign requested address: 192.0.2.1:{ports[0]}{NOT_OURS.format(ports[0])}"
     )
 
 

@@ -288,13 +288,14 @@ def test_a_client_that_breaks_the_frames_loses_the_session(framed):
     assert user.answers == []
 
 
-def test_sessions_take_half_of_the_slots_at_most(framed):
+def test_sessions_take_half_of_the_slots_at_most(framed, caplog):
     side = framed(semaphore_limit=4)
     clients = [side.add_data(b"%08x" % number) for number in range(4)]
     for name in "abcd":
         side.ingress.udp.datagram(name.encode(), User(name))
     assert [read_exactly(client, 3) for client in clients[:2]] == [frames(b"a"), frames(b"b")]
     assert happened(side.counters) == {"udp_sessions": 2, "datagrams_dropped_busy": 2}
+    assert caplog.messages == ["no place is left for datagrams of further users: of 4 (semaphore-limit) UDP has half"]
     side.ingress.udp.datagram(b"again", User("a"))
     assert read_exactly(clients[0], 7) == frames(b"again")
 
@@ -431,6 +432,20 @@ def test_sessions_that_are_ended_let_the_public_socket_go_at_once(speaking):
     assert not public.closed
     side.ingress.udp.end("it is to be bound anew")
     assert public.closed
+
+
+def test_a_session_that_is_ended_while_it_waits_for_a_client_keeps_no_place(framed):
+    side = framed()
+    side.ingress.udp.datagram(b"question", User("a"))
+    gevent.idle()
+    assert side.entrance.inside == 1
+    side.ingress.udp.end("the tunnel is given new settings")
+    assert side.entrance.inside == 0
+    client = side.add_data()
+    assert read_all(client) == b""
+    side.ingress.udp.datagram(b"another", User("a"))
+    assert side.entrance.inside == 1
+    side.ingress.udp.end("the test is over")
 
 
 def test_where_receiving_has_ended_by_itself_nobody_counts_as_leaving(framed, spawn):

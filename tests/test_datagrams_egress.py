@@ -1,5 +1,6 @@
 """Datagrams at the egress: exchanges of one, and sessions, against a target of plain sockets."""
 
+import gc
 import os
 import socket
 from contextlib import closing, suppress
@@ -15,6 +16,7 @@ from nodepass_gevent.config import Address
 from nodepass_gevent.forward import Egress
 from nodepass_gevent.frames import format_frame
 from nodepass_gevent.transport import Stream, Transport
+from nodepass_gevent.udp import TargetSocket
 from nodepass_gevent.unframed import ONE_SEGMENT
 from nodepass_gevent.wire import Kind, Launch
 
@@ -219,6 +221,22 @@ def test_an_idle_session_ends_and_leaves_nothing_behind(egress, udp_target):
     server = side.launch(Kind.UDP_SESSION)
     assert read_all(server) == b""
     assert side.counted == {"udp_sessions": 1}
+
+
+def test_a_session_leaves_nothing_for_the_garbage_collector(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    gc.collect()
+    gc.disable()
+    try:
+        server = side.launch(Kind.UDP_SESSION)
+        server.sendall(frames(b"question"))
+        assert udp_target.recv(100) == b"question"
+        server.close()
+        assert side.counted["udp_sessions"] == 1
+        gevent.idle()
+        assert not [each for each in gc.get_objects() if isinstance(each, TargetSocket)]
+    finally:
+        gc.enable()
 
 
 def test_a_target_that_restarts_does_not_end_the_session(egress, udp_target, caplog):

@@ -143,6 +143,16 @@ def test_launches_beyond_the_limit_wait_and_none_is_lost(egress, target, caplog)
     assert side.counted == {"tcp_exchanges": 7, "bytes_up": 35, "bytes_down": 35}
 
 
+def test_a_launch_that_comes_twice_while_it_waits_is_lost_once_and_carried_once(egress, target):
+    side = egress(target=address_of(target), semaphore_limit=1)
+    servers = [side.launch(Kind.TCP, b"%08x" % number) for number in range(2)]
+    side.egress.launch(Launch(b"%08x" % 1, Kind.TCP))
+    gevent.idle()
+    assert happened(side.counters)["launches_lost"] == 1
+    assert all(finish(server, target) for server in servers)
+    assert side.counted["tcp_exchanges"] == 2
+
+
 def test_a_launch_in_the_moment_in_which_the_last_exchange_ends_is_not_forgotten(egress, target):
     side = egress(target=address_of(target), semaphore_limit=1)
     loop, servers = gevent.get_hub().loop, []

@@ -565,7 +565,7 @@ def test_what_is_launched_outlives_a_session_that_ends_in_good_order_until_it_is
     pool.leave()
     pool.close()
     assert is_reset(dialler.peers[3])
-    assert [pool.has_left(id) for id in dialler.ids[:4]] == [True, True, True, False]
+    assert [pool.outlives(id) for id in dialler.ids[:4]] == [True, True, True, False]
     assert leads_to(take(pool, first), dialler.peers[0])
     with take(pool, second) as ended:
         ended.sendall(b"first word")
