@@ -165,6 +165,18 @@ def test_less_tls_than_asked_for_is_refused_by_policy(server, least, offered):
         server.data.accept()
 
 
+def test_launches_that_wait_for_room_outlive_a_session_that_this_side_ends(server):
+    server.run(semaphore_limit=1, min_pool_capacity=2).greet()
+    running, waiting = server.join(b"0123abcd"), server.join(b"0123abce")
+    server.say(b"//0123abcd#1\n//0123abce#1\n")
+    running.sendall(b"x")
+    with server.take(server.target) as target:
+        assert read_exactly(target, 1) == b"x"
+        server.running.kill()
+        running.close()
+    assert server.carries(waiting)
+
+
 def test_a_server_that_closes_before_its_first_line_is_an_error(server):
     server.run().say(b"//12")
     server.control.close()

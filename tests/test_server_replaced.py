@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from support import is_reset, read_exactly, wait_until
 from test_public_port import free_address
 from tunnel import ELSEWHERE, connect, is_served, said, serve  # noqa: F401  fixtures
@@ -15,44 +16,49 @@ def test_it_listens_where_the_one_before_did_at_ports_that_the_system_chose(serv
     assert (after.tunnel, after.public) == (before.tunnel, before.public)
 
 
-def test_users_who_wait_for_a_client_are_served_by_the_next_one(serve, connect):  # noqa: F811
-    before = serve()
-    waiting = connect(before, "user")
-    wait_until(lambda: before.counters.tcp_exchanges == 1)
+@pytest.fixture
+def waits(serve, connect):  # noqa: F811
+    """Give a server without a client, and a user who waits for one there."""
+    running = serve()
+    user = connect(running, "user")
+    wait_until(lambda: running.counters.tcp_exchanges == 1)
+    return running, user
+
+
+def never_listening(before):
+    """Put a server in the place of another one, and let it not come to listen."""
+    server = Server(replace(before.server.config, semaphore_limit=7), before.server)
+    before.greenlet.kill()
+    before.server.retire()
+    return replace(before, server=server)
+
+
+def test_users_who_wait_for_a_client_are_served_by_the_next_one(serve, connect, waits):  # noqa: F811
+    before, user = waits
     after = serve(serve(before, semaphore_limit=7), semaphore_limit=8)
-    assert is_served(waiting, connect(after).join())
+    assert is_served(user, connect(after).join())
 
 
-def test_users_who_wait_are_served_although_the_next_server_never_came_to_listen(serve, connect):  # noqa: F811
-    before = serve()
-    waiting = connect(before, "user")
-    wait_until(lambda: before.counters.tcp_exchanges == 1)
-    never = Server(replace(before.server.config, semaphore_limit=7), before.server)
-    before.greenlet.kill()
-    before.server.retire()
-    after = serve(replace(before, server=never), semaphore_limit=8)
-    never.dismiss()
-    assert is_served(waiting, connect(after).join())
+def test_users_who_wait_are_served_although_the_next_server_never_came_to_listen(serve, connect, waits):  # noqa: F811
+    before, user = waits
+    never = never_listening(before)
+    after = serve(never, semaphore_limit=8)
+    never.server.dismiss()
+    assert is_served(user, connect(after).join())
 
 
-def test_users_who_wait_are_reset_at_once_when_the_next_server_is_dismissed(serve, connect):  # noqa: F811
-    before = serve()
-    waiting = connect(before, "user")
-    wait_until(lambda: before.counters.tcp_exchanges == 1)
-    never = Server(replace(before.server.config, semaphore_limit=7), before.server)
-    before.greenlet.kill()
-    before.server.retire()
+def test_users_who_wait_are_reset_at_once_when_the_next_server_is_dismissed(waits):
+    before, user = waits
+    never = never_listening(before).server
     never.dismiss()
     never.retire()
-    assert is_reset(waiting)
+    assert is_reset(user)
 
 
-def test_users_who_wait_for_a_server_whose_ports_are_not_taken_over_are_reset(serve, connect):  # noqa: F811
-    before = serve()
-    waiting = connect(before, "user")
-    wait_until(lambda: before.counters.tcp_exchanges == 1)
+def test_users_who_wait_at_a_server_whose_ports_are_not_taken_over_are_reset(serve, waits):  # noqa: F811
+    before, user = waits
     serve(before, reuse_port=1, tunnel=free_address(), target=free_address())
-    assert is_reset(waiting)
+    assert is_reset(user)
 
 
 def test_users_who_wait_for_a_data_connection_are_served_by_the_next_client(serve, connect):  # noqa: F811
