@@ -1,7 +1,8 @@
 """The addresses of the target: looked up when first needed, kept while they serve, and renewed behind the users' backs.
 
 A resolver is slow beside a connect, and has few threads. So a crowd shares one look-up, and nobody waits for one while
-an address is known. A name may lead elsewhere although its old address answers: it is looked up again now and then.
+an address is known that is not stale. A name may lead elsewhere although its old address answers: it is looked up
+again now and then.
 """
 
 import math
@@ -14,6 +15,7 @@ from .errors import ConnectError
 from .net import Endpoint, is_literal, resolve
 
 RENEW_S = 30.0  # as long as the name servers of moving services let their answers live
+STALE_S = 300.0  # behind that: an address so old may be another machine's, and who comes waits for the look-up
 
 
 class TargetAddresses:
@@ -28,14 +30,18 @@ class TargetAddresses:
         self._look_up: gevent.Greenlet | None = None  # that runs
 
     def get(self) -> list[Endpoint]:
-        """Give the endpoints; waits only where none are known. Raises ConnectError."""
+        """Give the endpoints; waits only where none are known, or they are stale. Raises ConnectError."""
         if not self._endpoints:
             found = self._resolve() if self._literal else self._looked_up().get()
             if isinstance(found, ConnectError):
                 raise ConnectError(str(found), found.why)  # one of its own: a traceback holds who waited
             return found
-        if time.monotonic() >= self._renew_at:
-            self._looked_up()
+        late_s = time.monotonic() - self._renew_at
+        if late_s >= 0:
+            look_up = self._looked_up()
+            if late_s >= STALE_S:
+                look_up.get()  # a resolver that fails takes nothing away
+                return self.get()
         return self._endpoints
 
     def prefer(self, answered: tuple) -> None:

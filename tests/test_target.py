@@ -13,7 +13,7 @@ from support import wait_until
 from nodepass_gevent import target
 from nodepass_gevent.config import Address
 from nodepass_gevent.errors import ConnectError
-from nodepass_gevent.target import RENEW_S, TargetAddresses
+from nodepass_gevent.target import RENEW_S, STALE_S, TargetAddresses
 
 
 class Resolver:
@@ -133,6 +133,18 @@ def test_a_name_is_looked_up_again_now_and_then_while_nobody_waits(resolver, clo
     resolver.go_on.set()
     wait_until(lambda: hosts(addresses.get()) == ["192.0.2.3"])
     assert resolver.asked == 2
+
+
+def test_who_comes_after_a_long_pause_waits_for_the_look_up(resolver, clock):
+    addresses = TargetAddresses(Address("name", 80))
+    addresses.get()
+    resolver.hosts = ["192.0.2.3"]
+    clock[0] += RENEW_S + STALE_S
+    assert hosts(addresses.get()) == ["192.0.2.3"]
+    resolver.hosts = []
+    clock[0] += RENEW_S + STALE_S
+    assert hosts(addresses.get()) == ["192.0.2.3"]
+    assert resolver.asked == 3
 
 
 def test_a_resolver_that_fails_takes_no_address_away(resolver, clock):
