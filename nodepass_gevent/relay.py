@@ -102,7 +102,7 @@ class _Flow:
         self.moved = 0  # bytes that the sink has taken
         self.began = False  # something was read
         self.ended = False  # end of stream is passed on, and all bytes before it
-        self._ending = False  # it is read
+        self._ending = False  # it is read, or known to be next
         self._rest: bytes | memoryview = b""  # read, and not taken yet
         self._full = 0  # full reads in a row
         self._calm = 0  # small splices in a row
@@ -117,7 +117,7 @@ class _Flow:
             self._go_on()
 
     def stop(self) -> None:
-        if not self._ending:
+        if not self.ended:
             self.source.unwatch()
         if self._writer is not None:
             self._writer.stop()
@@ -149,8 +149,7 @@ class _Flow:
         self._waits = False
         self._writer.stop()
         if self._ending:
-            self._end_now()
-            return False
+            return self._end()
         self.source.watch(self._go_on)
         return self.source.buffered
 
@@ -161,6 +160,8 @@ class _Flow:
             self.began = True
             if count and self._on_first:
                 self._on_first()
+                if self.source.at_end():  # as where a server closes behind its answer
+                    return self._copy_last(count)
         if not count:
             return self._end()
         taken = self.sink.push(_buffer[:count])
@@ -172,6 +173,16 @@ class _Flow:
         if self._full >= BULKY:
             self._start_splicing()
         return True
+
+    def _copy_last(self, count: int) -> bool:
+        """Move a bufferful, and the end of stream with it: together they cost every receiver on the way one wake-up."""
+        self._ending = True
+        taken = self.sink.push_more(_buffer[:count])
+        self.moved += taken
+        if taken == count:
+            return self._end()
+        self._rest = bytes(_buffer[taken:count])
+        return self._wait_for_sink()
 
     def _take(self, data: bytes | memoryview) -> None:
         taken = self.sink.push(data)
@@ -195,12 +206,9 @@ class _Flow:
         self.sink.finish()
         if self.sink.unsent:
             return self._wait_for_sink()
-        self._end_now()
-        return False
-
-    def _end_now(self) -> None:
         self.ended = True
         self._done(None)
+        return False
 
     def _start_splicing(self) -> None:
         self._full = self._calm = 0

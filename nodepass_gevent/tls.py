@@ -259,11 +259,12 @@ class TLSStream(Transport):
             raise ConnectionAbortedError("TLS: the peer asks for key updates and reads none of the answers")
 
     def push(self, data: memoryview | bytes) -> int:
-        if self.unsent and not self.flush():
-            return 0
-        taken = self._encrypt(data)
+        taken = self.push_more(data)
         self.flush()
         return taken
+
+    def push_more(self, data: memoryview | bytes) -> int:
+        return 0 if self.unsent and not self.flush() else self._encrypt(data)
 
     def _encrypt(self, data: memoryview | bytes) -> int:
         """Add a batch to what is to be sent; give its length in plain text."""
@@ -280,7 +281,7 @@ class TLSStream(Transport):
 
     def flush(self) -> bool:
         while self.unsent:
-            sent = self.stream.push(self.unsent)
+            sent = self.stream.push_more(self.unsent) if self._finished else self.stream.push(self.unsent)
             if not sent:
                 return False
             self.unsent = self.unsent[sent:]
@@ -289,26 +290,15 @@ class TLSStream(Transport):
         return True
 
     def finish(self) -> None:
-        if not self._finished:
-            self._encrypt_end()
-            self.flush()
-
-    def _encrypt_end(self) -> None:
-        """Add our close_notify to what is to be sent."""
+        if self._finished:
+            return
         self._finished = True
         try:
             self._connection.shutdown()
         except SSL.Error as exc:
             raise _translate(exc) from exc
-        self.unsent += self._output(OVERHEAD)
-
-    def send_last(self, data: bytes) -> None:
-        if len(data) > BATCH:
-            self.sendall(data[:-BATCH])
-        self._encrypt(data[-BATCH:])
-        self._encrypt_end()
-        text, self.unsent = self.unsent, b""
-        self.stream.send_last(text)  # together: who answers at once, and closes, would reset what comes behind
+        self.unsent += self._output(OVERHEAD)  # our close_notify
+        self.flush()
 
     def peek(self) -> bool | None:
         try:
@@ -330,6 +320,9 @@ class TLSStream(Transport):
         except OSError:
             return False
         return None
+
+    def at_end(self) -> bool:
+        return self._ended
 
     def close(self) -> None:
         self.stream.close()

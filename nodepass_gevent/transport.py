@@ -15,7 +15,6 @@ import termios
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -111,6 +110,10 @@ class Transport(ABC):
         """Take as many bytes as can be kept or sent now, and give their number (0 when none)."""
 
     @abstractmethod
+    def push_more(self, data: memoryview | bytes) -> int:
+        """Do as ``push``; what is taken may be kept back until more, or ``finish``, follows."""
+
+    @abstractmethod
     def flush(self) -> bool:
         """Send what ``push`` kept; True when nothing is left."""
 
@@ -121,6 +124,10 @@ class Transport(ABC):
     @abstractmethod
     def peek(self) -> bool | None:
         """None while nothing has arrived, True when bytes have, False when the peer has ended."""
+
+    @abstractmethod
+    def at_end(self) -> bool:
+        """Whether the end of stream is known to be all that there is to read."""
 
     @abstractmethod
     def watch(self, callback: Callable[..., None], *args: object) -> None:
@@ -194,8 +201,10 @@ class Transport(ABC):
             wait_write(self.fileno())
 
     def send_last(self, data: bytes) -> None:
-        """Send everything and then end of stream; the other direction goes on."""
-        self.sendall(data)
+        """Send everything and then end of stream, together where that can be; the other direction goes on."""
+        view = memoryview(data)
+        while view := view[self.push_more(view) :]:
+            wait_write(self.fileno())
         self.shutdown_write()
 
     def linger(self, timeout_s: float) -> None:
@@ -265,6 +274,12 @@ class Stream(Transport):
         except BlockingIOError:
             return 0
 
+    def push_more(self, data: memoryview | bytes) -> int:
+        try:
+            return self.socket.send(data, socket.MSG_MORE)  # an end of stream behind it needs no segment then
+        except BlockingIOError:
+            return 0
+
     def sendall(self, data: bytes) -> None:
         taken = self.push(data)
         if taken < len(data):  # seldom: short lines need no more
@@ -278,14 +293,6 @@ class Stream(Transport):
             self._finished = True
             self.socket.shutdown(socket.SHUT_WR)
 
-    def send_last(self, data: bytes) -> None:
-        taken = 0
-        with suppress(BlockingIOError):  # kept back until the end of stream follows, which then needs no segment
-            taken = self.socket.send(data, socket.MSG_MORE)
-        if taken < len(data):
-            self.sendall(data[taken:])
-        self.shutdown_write()
-
     def peek(self) -> bool | None:
         try:
             return bool(self.socket.recv(1, socket.MSG_PEEK))
@@ -294,6 +301,9 @@ class Stream(Transport):
         except OSError as exc:
             self._broken = exc.errno
             return False
+
+    def at_end(self) -> bool:
+        return self.peek() is False and self._broken is None
 
     def close(self) -> None:
         if self._reader is not None:  # before its descriptor goes, or libev ends the process

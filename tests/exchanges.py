@@ -39,7 +39,7 @@ def configure(**settings):
 
 def run_exchange(a, b, half_closed_timeout_s, idle_timeout_s=0):
     """Copy between two transports, as an exchange does."""
-    return Exchange(a, b, half_closed_timeout_s).run(idle_timeout_s)
+    return Exchange(a, b, half_closed_timeout_s, lambda: None).run(idle_timeout_s)
 
 
 def happened(counters):

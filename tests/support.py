@@ -183,6 +183,16 @@ def spawn(no_leaks):
     gevent.killall(greenlets)
 
 
-def segments_out(stream):
+def tcp_info(transport):
+    stream = getattr(transport, "stream", transport)
+    return stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 140)
+
+
+def segments_out(transport):
     """Read tcpi_segs_out of <linux/tcp.h>."""
-    return struct.unpack_from("=I", stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 140), 136)[0]
+    return struct.unpack_from("=I", tcp_info(transport), 136)[0]
+
+
+def tcp_state(transport):
+    """Name the state of a connection, as RFC 9293 does; <net/tcp_states.h> numbers them."""
+    return {1: "ESTABLISHED", 7: "CLOSED", 8: "CLOSE-WAIT"}[tcp_info(transport)[0]]

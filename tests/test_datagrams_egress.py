@@ -15,7 +15,7 @@ from support import bounded, is_reset, read_all, read_exactly, wait_until
 from nodepass_gevent.config import Address
 from nodepass_gevent.forward import Egress
 from nodepass_gevent.frames import format_frame
-from nodepass_gevent.transport import Stream, Transport
+from nodepass_gevent.transport import Stream
 from nodepass_gevent.udp import TargetSocket
 from nodepass_gevent.unframed import ONE_SEGMENT
 from nodepass_gevent.wire import Kind, Launch
@@ -90,9 +90,7 @@ def test_an_answer_of_the_greatest_size_arrives_whole(egress, udp_target):
 class Full(Stream):
     """A connection whose peer reads nothing: the kernel takes no more."""
 
-    send_last = Transport.send_last  # by push
-
-    def push(self, data):
+    def push_more(self, data):
         return 0
 
 

@@ -12,7 +12,7 @@ import gevent
 import pytest
 from exchanges import run_exchange
 from secure import handshake, stream_pair, transports
-from support import BOUND_S, bounded, reset, wait_until
+from support import BOUND_S, bounded, reset, segments_out, tcp_state, wait_until
 
 from nodepass_gevent import relay
 from nodepass_gevent.transport import Stream
@@ -156,6 +156,41 @@ def test_what_stands_before_the_start_is_carried_too(start):
         assert read_to_end(exchange.target) == b"first"
 
 
+def wait_without_a_turn(arrived):
+    """Wait for what the kernel is about to deliver, before the relay has its turn."""
+    end = time.monotonic() + BOUND_S
+    while not arrived():
+        assert time.monotonic() < end
+
+
+def test_an_answer_and_the_end_right_behind_it_go_on_in_one_segment(exchange):
+    before = segments_out(exchange.a)
+    exchange.target.send_last(b"answer")
+    wait_without_a_turn(lambda: tcp_state(exchange.b) == "CLOSE-WAIT")
+    assert read_to_end(exchange.user) == b"answer"
+    assert segments_out(exchange.a) == before + 1
+    assert finish(exchange) == (0, 6, None)
+
+
+def test_an_answer_that_the_user_does_not_take_at_once_keeps_its_end(exchange):
+    shrink_buffers(exchange.user, exchange.a)
+    before = push_until_blocked(exchange.a, bytes(16 * MIB))
+    exchange.target.send_last(b"answer")
+    wait_until(exchange.b.at_end)
+    assert read_to_end(exchange.user) == bytes(before) + b"answer"
+    assert finish(exchange) == (0, 6, None)
+
+
+def test_a_reset_right_behind_an_answer_is_no_end(start):
+    exchange = start()
+    exchange.target.sendall(b"answer")
+    exchange.target.reset()
+    wait_without_a_turn(lambda: tcp_state(exchange.b) == "CLOSED")
+    assert exchange.user.recv(10) == b"answer"
+    counts = exchange.outcome()
+    assert counts[:2] == (0, 6) and isinstance(counts.error, ConnectionResetError)
+
+
 def chunks(name):
     rng = random.Random(name)
     if name == "one byte":
@@ -219,9 +254,9 @@ class Gated(Stream):
         self.full = False
         self.refused = 0  # calls
 
-    def push(self, data):
+    def push_more(self, data):
         self.refused += self.full
-        return 0 if self.full else super().push(data)
+        return 0 if self.full else super().push_more(data)
 
 
 def test_nothing_is_lost_when_the_users_end_comes_before_the_last_bytes_to_it_are_sent(no_leaks, spawn):

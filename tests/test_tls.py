@@ -134,11 +134,11 @@ def test_last_bytes_arrive_whole_with_the_end_of_stream_behind_them(ends, spawn,
 
 def test_the_last_bytes_and_the_end_of_stream_share_a_segment(ends):
     client, server = ends
-    before = segments_out(server.stream)
+    before = segments_out(server)
     server.send_last(b"all")
     with bounded():
         assert client.recv(100) == b"all"
-    assert segments_out(server.stream) == before + 1
+    assert segments_out(server) == before + 1
 
 
 def test_the_fin_follows_close_notify_at_once(ends):
