@@ -13,13 +13,14 @@ from . import authentication, net, opening, tls, tunnel_key, wire
 from . import log as logs
 from .config import Config, Limits
 from .crew import Crew
+from .dialing import PlainDial
+from .dialing_pool import DialingPool
 from .errors import KeyMismatch, NoPlace, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
 from .forward import Egress
 from .keyring import KeyRing
 from .metrics import Counters
 from .net import Endpoint
 from .opening import Data, FirstLine, Hello, Welcome
-from .pool import DialingPool
 from .session import Session
 from .state import Description, Peer, wall_clock
 from .tls_context import OFF, VERIFIED, ClientPolicy
@@ -163,10 +164,12 @@ class Client:
             raise _refusal(welcome)
         host, port, *scope = control.peer
         endpoint = Endpoint(control.socket.family, (host, own_port or port, *scope))
-        dial = partial(self._dial_v2, endpoint, first.tls, opening.format_data(Data(welcome.session)), keys)
+        line = opening.format_data(Data(welcome.session))
+        plain = PlainDial(endpoint, self.config.limits, line) if first.tls == OFF else None
+        dial = plain or partial(self._dial_v2, endpoint, first.tls, line, keys)
         most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
         least, timeout_s = min(self.config.min_pool_capacity, most), self.config.limits.tcp_user_timeout_s
-        pool = DialingPool(dial, least, most, log=self._log, user_timeout_s=timeout_s)
+        pool = DialingPool(dial, least, most, log=self._log, user_timeout_s=timeout_s, at_once=plain)
         can &= welcome.capabilities
 
         def fail(id: bytes, why: str) -> bool:
@@ -211,16 +214,11 @@ class Client:
     def _dial_v2(
         self, endpoint: Endpoint, mode: int, line: bytes, keys: SessionKeys | None, /
     ) -> tuple[bytes, Transport]:
-        """Make one data connection of the session that ``line`` names; it is ready when its id is here."""
+        """Make one data connection, over TLS, of the session that ``line`` names; it is ready when its id is here."""
         limits = self.config.limits
         stream = net.connect([endpoint], limits.connect_timeout_s, limits, speaks_first=True)
         try:
             with shared_deadline(limits.id_timeout_s, "data connection"):
-                if mode == OFF:
-                    stream.sendall(line)
-                    stream.wait_for_arrival()
-                    id = stream.read_behind_line(opening.MAX_FIRST_LINE, wire.ID_LENGTH)
-                    return wire.parse_id(id), stream
                 ready = self._secure(stream, mode, opening.ALPN_DATA, line)
                 if keys:
                     assert isinstance(ready, tls.TLSStream), "a tunnel key needs TLS"
@@ -240,14 +238,15 @@ class Client:
         self._warn_of_plain_text(first.tls)
         host, _, *scope = control.peer
         endpoint = Endpoint(control.socket.family, (host, first.port, *scope))
-        dial = partial(self._dial_v1, endpoint, first.tls)
+        plain = PlainDial(endpoint, self.config.limits) if first.tls == OFF else None
         pool = DialingPool(
-            dial,
+            plain or partial(self._dial_v1, endpoint, first.tls),
             self.config.min_pool_capacity,
             self.config.max_pool_capacity,
             lead_s=V1_LEAD_S,
             log=self._log,
             user_timeout_s=self.config.limits.tcp_user_timeout_s,
+            at_once=plain,
         )
         silence = _Silence(self.config.limits)
         egress = Egress(pool, self.exchanges, self.config, self.counters)
@@ -271,7 +270,7 @@ class Client:
             )
 
     def _dial_v1(self, endpoint: Endpoint, mode: int, /) -> tuple[bytes, Transport]:
-        """Make one data connection; it is ready when its id is here."""
+        """Make one data connection over TLS; it is ready when its id is here."""
         limits = self.config.limits
         stream = net.connect([endpoint], limits.connect_timeout_s, limits)
         try:

@@ -31,6 +31,7 @@ _BIND_HINTS = {
     errno.EADDRNOTAVAIL: ", which is no address of this machine; for all that it has, give only :{}",
     errno.EACCES: ", and ports below 1024 need root or the capability CAP_NET_BIND_SERVICE",
 }
+_NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>; not in Python's socket module
 _NO_SYN = array.array(  # struct sock_filter: passes every segment but a SYN, the first one of a connection
@@ -291,36 +292,71 @@ def _accept(listener: RawSocket) -> Stream:
     return Stream(sock, peer)
 
 
-def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, speaks_first: bool = False) -> Stream:
-    """Connect to the first of ``endpoints`` that answers, within ``timeout_s`` in all.
+def begin_to_connect(endpoint: Endpoint, limits: Limits, *, speaks_first: bool = False) -> tuple[Stream, bool]:
+    """Connect without a wait; give the connection, and whether it stands already, as on the same machine. OSError.
 
     A caller that ``speaks_first`` sends at once, and its bytes travel with the last acknowledgement of the TCP
-    handshake: the peer is woken once, and has them when it accepts. Raises ConnectError with the last address and
-    reason.
+    handshake: the peer is woken once, and has them when it accepts.
+    """
+    sock = RawSocket(endpoint.family, _NONBLOCKING)
+    try:
+        _send_at_once(sock)  # before: what is to be sent follows the handshake at once
+        if speaks_first:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
+        code = sock.connect_ex(endpoint.sockaddr)
+        if code == errno.EINPROGRESS:
+            code = sock.connect_ex(endpoint.sockaddr)  # on the same machine it is done by now
+        connected = code != errno.EALREADY
+        if connected:
+            _check(sock, endpoint.sockaddr, code)
+        _dialled.add(sock, limits)
+        return Stream(sock, endpoint.sockaddr), connected
+    except BaseException:
+        sock.close()
+        raise
+
+
+def finish_connecting(stream: Stream, timeout_s: float) -> None:
+    """Wait until a connection that was begun stands; OSError, and then it is closed."""
+    try:
+        with deadline(timeout_s, "connect"):
+            wait_write(stream.fileno())
+        _check(stream.socket, stream.peer, stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _check(sock: RawSocket, sockaddr: tuple, code: int) -> None:
+    """Raise OSError for a connection that failed, or that reached its own socket."""
+    if not code and sockaddr[1] in _ports_drawn() and _reached_itself(sock, sockaddr):
+        code = errno.ECONNREFUSED  # nobody listens, and of all ports the kernel has drawn that one
+    if code:
+        raise OSError(code, os.strerror(code))
+
+
+def _reached_itself(sock: RawSocket, sockaddr: tuple) -> bool:
+    own = sock.getsockname()
+    return own[1] == sockaddr[1] and own == sock.getpeername()
+
+
+def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, speaks_first: bool = False) -> Stream:
+    """Connect to the first of ``endpoints`` that answers, within ``timeout_s`` in all; see ``begin_to_connect``.
+
+    Raises ConnectError with the last address and reason.
     """
     share_s = timeout_s / max(len(endpoints), 1)  # of one of several
     failure, why = ("no address", "resolve")
     for endpoint in endpoints:
         try:
-            sock = RawSocket(endpoint.family, _NONBLOCKING)
+            stream, connected = begin_to_connect(endpoint, limits, speaks_first=speaks_first)
+            if not connected:
+                finish_connecting(stream, share_s)
+            return stream
         except OSError as exc:
-            if exc.errno != errno.EAFNOSUPPORT:  # no descriptor, no memory: the next address changes nothing
+            if exc.errno in _NO_RESOURCES:  # the next address changes nothing
                 raise
-            failure, why = (f"{endpoint}: {reason(exc)}", "unreachable")
-            continue
-        try:
-            _send_at_once(sock)  # before: what is to be sent follows the handshake at once
-            if speaks_first:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
-            _connect(sock, endpoint, share_s)
-            _dialled.add(sock, limits)
-            return Stream(sock, endpoint.sockaddr)
-        except OSError as exc:
-            sock.close()
             failure, why = (f"{endpoint}: {reason(exc)}", _word(exc))
-        except BaseException:
-            sock.close()
-            raise
     raise ConnectError(f"connect {failure}", why)
 
 
@@ -340,22 +376,3 @@ def _ports_drawn() -> range:
     except (OSError, ValueError):  # not Linux, or hidden: it may be any
         return range(1, 65536)
     return range(first, last + 1)
-
-
-def _connect(sock: RawSocket, endpoint: Endpoint, timeout_s: float) -> None:
-    code = sock.connect_ex(endpoint.sockaddr)
-    if code == errno.EINPROGRESS:
-        code = sock.connect_ex(endpoint.sockaddr)  # on the same machine it is done by now: no need to wait
-    if code == errno.EALREADY:
-        with deadline(timeout_s, "connect"):
-            wait_write(sock.fileno())
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if not code and endpoint.sockaddr[1] in _ports_drawn() and _reached_itself(sock, endpoint):
-        code = errno.ECONNREFUSED  # nobody listens, and of all ports the kernel has drawn that one
-    if code:
-        raise OSError(code, os.strerror(code))
-
-
-def _reached_itself(sock: RawSocket, endpoint: Endpoint) -> bool:
-    own = sock.getsockname()
-    return own[1] == endpoint.sockaddr[1] and own == sock.getpeername()

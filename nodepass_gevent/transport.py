@@ -349,12 +349,18 @@ class Stream(Transport):
 
     def read_behind_line(self, limit: int, size: int) -> bytes:
         """Wait for a line of less than ``limit`` bytes and ``size`` bytes behind it; give these, and take no more."""
-        seen = self.seen(limit + size)
-        whole = seen.find(b"\n") + 1 + size
-        if size < whole <= len(seen):  # all of it is here, as a rule
-            return self.socket.recv(whole)[-size:]
+        if taken := self.take_behind_line(limit, size):  # as a rule
+            return taken
         self.read_line(limit)
         return self.recv_exactly(size)
+
+    def take_behind_line(self, limit: int, size: int) -> bytes:
+        """Do so when all of it has arrived, else take and give nothing; ``limit`` 0: there is no line."""
+        seen = self.seen(limit + size)
+        behind = seen.find(b"\n") + 1 if limit else 0
+        if len(seen) < behind + size or (limit and not behind):
+            return b""
+        return self.socket.recv(behind + size)[-size:]
 
     def __str__(self) -> str:
         return str(Address(*self.peer[:2]))

@@ -35,7 +35,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"access", "options", "status_client", "target", "udp", "verification"},
     {"datagrams", "generate", "tls_context"},
     {"tls"},
-    {"admission", "authentication", "forward", "pool"},
+    {"admission", "authentication", "dialing", "dialing_pool", "forward", "pool"},
     {"ripening", "session"},
     {"clients"},
     {"joining"},
@@ -54,7 +54,7 @@ SANS_IO = {
     "wire",
 }  # fmt: skip
 KNOW_WATCHERS = {  # may use the loop
-    "alarm", "crew", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay",
+    "alarm", "crew", "dialing_pool", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay",
 }  # fmt: skip
 CATCH_ALL = {"relay": 1, "service": 1, "status_server": 2, "udp_relay": 1}  # ends of exchanges, loop, requests
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines

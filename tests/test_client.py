@@ -307,8 +307,8 @@ def test_an_id_that_does_not_come_is_given_up_at_the_deadline(server):
 
 def test_a_data_port_that_refuses_is_dialled_with_pauses(server, monkeypatch):
     dials = []
-    connect = net.connect
-    monkeypatch.setattr(net, "connect", lambda *arguments: dials.append(time.monotonic()) or connect(*arguments))
+    dial = net.begin_to_connect
+    monkeypatch.setattr(net, "begin_to_connect", lambda *args, **how: dials.append(args) or dial(*args, **how))
     server.run(min_pool_capacity=4)
     server.data.close()
     before = time.process_time()

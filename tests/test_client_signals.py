@@ -102,10 +102,10 @@ def test_connecting_tells_refusal_silence_and_no_route_apart(nowhere, monkeypatc
     assert caught.value.why == "refused"
     for failure, why in ((TimeoutError("connect"), "timeout"), (OSError(113, "No route to host"), "unreachable")):
 
-        def fail(*_arguments, failure=failure):
+        def fail(*_arguments, failure=failure, **_options):
             raise failure
 
-        monkeypatch.setattr(net, "_connect", fail)
+        monkeypatch.setattr(net, "begin_to_connect", fail)
         with pytest.raises(ConnectError) as caught:
             net.connect(net.resolve(nowhere), 1, LIMITS)
         assert caught.value.why == why

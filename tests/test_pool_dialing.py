@@ -7,9 +7,9 @@ import pytest
 from gevent.event import Event
 from support import bounded, is_reset, read_all, reset, wait_until
 
-from nodepass_gevent import pool as pool_module
+from nodepass_gevent import dialing_pool
+from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
 from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
-from nodepass_gevent.pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
 
 
 class Clock:
@@ -123,7 +123,7 @@ def test_the_pool_is_filled_and_refilled_the_moment_connections_are_used(minimum
 
 
 def test_a_connection_is_replaced_at_once_when_there_is_nobody_else_to_serve(dialler, dialing, monkeypatch):
-    monkeypatch.setattr(pool_module, "GATHER_S", 3600)
+    monkeypatch.setattr(dialing_pool, "GATHER_S", 3600)
     pool = dialing(16)
     wait_until(lambda: len(pool) == 16)
     take(pool, dialler.ids[0]).close()
@@ -399,9 +399,9 @@ def warnings():
     lines = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("nodepass_gevent.pool").addHandler(handler)
+    logging.getLogger("nodepass_gevent.dialing_pool").addHandler(handler)
     yield lines
-    logging.getLogger("nodepass_gevent.pool").removeHandler(handler)
+    logging.getLogger("nodepass_gevent.dialing_pool").removeHandler(handler)
 
 
 def test_a_failure_is_a_warning_once_until_a_dial_works(dialler, dialing, clock, warnings):
