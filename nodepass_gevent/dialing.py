@@ -27,22 +27,23 @@ class PlainDial:
     def begin(self) -> tuple[Stream, bool]:
         """Dial; give the connection, and whether nothing but its id is missing."""
         stream, connected = net.begin_to_connect(self._endpoint, self._limits, speaks_first=bool(self._line))
-        if connected and stream.push(self._line) < len(self._line):
-            stream.reset()
-            raise ConnectionAbortedError("a new connection takes no line")
+        if connected and self._line:
+            try:
+                if stream.push(self._line) < len(self._line):
+                    raise ConnectionAbortedError("a new connection takes no line")
+            except BaseException:
+                stream.reset()
+                raise
         return stream, connected
 
     def take_id(self, stream: Stream) -> bytes:
         """Take the id, if it is here; empty when it is not, or never comes."""
-        try:
-            id = stream.take_behind_line(opening.MAX_FIRST_LINE if self._line else 0, wire.ID_LENGTH)
-        except OSError:
-            return b""
+        id = stream.take_behind_line(opening.MAX_FIRST_LINE if self._line else 0, wire.ID_LENGTH)
         return wire.parse_id(id) if id else b""
 
-    def finish(self, stream: Stream, *, begun: bool) -> tuple[bytes, Transport]:
+    def finish(self, stream: Stream, *, only_id: bool) -> tuple[bytes, Transport]:
         """Wait for what is missing; when that does not come, the connection is closed."""
-        if begun:
+        if only_id:
             return self._wait_for_id(stream)
         try:
             net.finish_connecting(stream, self._limits.connect_timeout_s)
@@ -55,7 +56,7 @@ class PlainDial:
             with shared_deadline(self._limits.id_timeout_s, "id of a data connection"):
                 if says:
                     stream.sendall(says)
-                stream.wait_for_arrival()  # no id is here so soon
+                stream.wait_for_arrival()  # as a rule no id is here so soon
                 if self._line:
                     return wire.parse_id(stream.read_behind_line(opening.MAX_FIRST_LINE, wire.ID_LENGTH)), stream
                 return wire.parse_id(stream.recv_exactly(wire.ID_LENGTH)), stream

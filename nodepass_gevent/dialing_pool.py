@@ -7,8 +7,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import gevent
 from gevent.event import AsyncResult
@@ -36,8 +37,8 @@ class AtOnce(Protocol):
     def take_id(self, stream: Stream) -> bytes:
         """Take the id, if it is here; empty when it is not, or never comes. ProtocolError."""
 
-    def finish(self, stream: Stream, *, begun: bool) -> tuple[bytes, Transport]:
-        """Wait for what is missing; OSError, NodePassError, and then the connection is reset."""
+    def finish(self, stream: Stream, *, only_id: bool) -> tuple[bytes, Transport]:
+        """Wait for what is missing; OSError, NodePassError, and then the connection is closed."""
 
 
 class DialingPool:
@@ -99,7 +100,7 @@ class DialingPool:
             self._sleep(ROUND_S)
             self._adapt()
             self._forget_ended()
-            self._hand_over_late()
+            self._finish_late()
         return self._refusal
 
     def take(self, id: bytes, timeout_s: float) -> Transport:
@@ -173,6 +174,8 @@ class DialingPool:
         self._dials.kill(block=False)
         for stream in self._awaited | self._handed_over:
             stream.reset()
+        self._awaited.clear()
+        self._handed_over.clear()
         if self._leaving:
             self._outliving = {id: transport for id in self._kept if (transport := self._give(id))}
         self._idle.close()
@@ -198,77 +201,84 @@ class DialingPool:
 
     def _fill(self) -> None:
         wanted = max(self._missing(), self._owed)
-        if wanted <= 0 or self._refusal or self._leaving:
+        if wanted <= 0 or self._refusal or self._leaving or self._closed:
             return
         held = len(self._idle) + len(self._ended) + len(self._ended_before)
         begun = max(min(wanted, DIALS_AT_ONCE - self._dialling, self._maximum - held - self._dialling), 0)
+        before = self._dialling
         for _ in range(begun):
             self._begin()
-        self._owed = max(self._owed - begun, 0)
+        self._owed = max(self._owed - (self._dialling - before), 0)
 
     def _begin(self) -> None:
-        """Dial one more."""
+        """Dial one more; what there is no memory for, the next round dials."""
         self._dialling += 1
-        try:
-            stream, begun = self._at_once.begin() if self._at_once else (None, False)
-        except (OSError, NodePassError, MemoryError):  # a greenlet meets it again, and tells
-            stream, begun = None, False
-        if stream is None or not begun:
-            self._hand_over(stream)
-            return
-        try:
-            stream.watch(self._id_arrived, stream)
-        except MemoryError:
-            self._dialling -= 1
-            stream.reset()
+        stream, only_id = None, False
+        if self._at_once:
+            with suppress(OSError, NodePassError, MemoryError):  # a greenlet dials again, and tells
+                stream, only_id = self._at_once.begin()
+        if stream is None:
+            self._hand_over(self._dial)
+        elif not only_id:
+            self._finish(stream, only_id=False)
         else:
-            self._awaited.add(stream)
+            try:
+                stream.watch(self._id_arrived, stream)
+            except MemoryError:
+                self._dialling -= 1
+                stream.reset()
+            else:
+                self._awaited.add(stream)
 
-    def _hand_over(self, stream: Stream | None = None, *, begun: bool = False) -> None:
-        """Let a greenlet dial, or finish what is begun."""
-        if stream:
-            self._handed_over.add(stream)
+    def _finish(self, stream: Stream, *, only_id: bool) -> None:
+        """Let a greenlet wait for what is missing."""
+        assert self._at_once
+        stream.unwatch()
+        self._handed_over.add(stream)
+        self._hand_over(partial(self._at_once.finish, stream, only_id=only_id), stream)
+
+    def _hand_over(self, dial: Callable[[], tuple[bytes, Transport]], stream: Stream | None = None) -> None:
+        """Let a greenlet dial until it works, at first by ``dial()``, with a connection that is begun."""
         try:
-            self._dials.spawn(self._add_one, stream, begun)
-        except MemoryError:  # the next round fills again
+            self._dials.spawn(self._add_one, dial, stream)
+        except MemoryError:
             self._dialling -= 1
             if stream:
                 self._handed_over.remove(stream)
                 stream.reset()
 
     def _id_arrived(self, stream: Stream) -> None:
-        """Keep a connection whose id is here; whatever else has arrived, a greenlet meets."""
-        if stream not in self._awaited or not self._at_once:
-            stream.unwatch()  # its taker does not watch it yet
+        """Keep a connection whose id is here; whatever else has arrived, a greenlet meets, and tells."""
+        assert self._at_once
+        if stream not in self._awaited:  # its taker does not watch it yet
+            stream.unwatch()
             return
         self._awaited.remove(stream)
         try:
             id = self._at_once.take_id(stream)
             if id:
                 self._check_new(id, stream)
-        except NodePassError:
+        except NodePassError as exc:
             stream.reset()
-            self._hand_over()
-            return
-        if id:
-            self._add(id, stream)
+            self._hand_over(partial(_fail, exc))
+        except MemoryError:
+            stream.reset()
+            self._dialling -= 1
         else:
-            stream.unwatch()
-            self._hand_over(stream, begun=True)
+            if id:
+                self._add(id, stream)
+            else:
+                self._finish(stream, only_id=True)
 
-    def _hand_over_late(self) -> None:
+    def _finish_late(self) -> None:
         """Let greenlets, which have a deadline, wait for ids that have not come within a round."""
         for stream in self._awaited & self._awaited_before:
             self._awaited.remove(stream)
-            stream.unwatch()
-            self._hand_over(stream, begun=True)
+            self._finish(stream, only_id=True)
         self._awaited_before = set(self._awaited)
 
-    def _add_one(self, stream: Stream | None, begun: bool) -> None:
-        dial = self._dial
-        if stream and self._at_once:
-            self._handed_over.remove(stream)
-            dial = partial(self._at_once.finish, stream, begun=begun)
+    def _add_one(self, dial: Callable[[], tuple[bytes, Transport]], stream: Stream | None) -> None:
+        self._handed_over.discard(stream)
         dialled = None
         try:
             dialled = self._dial_until_it_works(dial)
@@ -350,3 +360,7 @@ class DialingPool:
                 self._ended[id] = transport
             else:
                 transport.reset()
+
+
+def _fail(exc: Exception) -> NoReturn:
+    raise exc

@@ -98,11 +98,11 @@ class _Flow:
         on_first: Callable[[], object] | None = None,
     ) -> None:
         self.source, self.sink, self._done = source, sink, done
-        self._on_first = on_first  # called when the first byte is read
+        self._on_first = on_first  # of the direction that answers: called when the first byte is read
         self.moved = 0  # bytes that the sink has taken
         self.began = False  # something was read
         self.ended = False  # end of stream is passed on, and all bytes before it
-        self._ending = False  # it is read, or known to be next
+        self._ending = False  # it is read
         self._rest: bytes | memoryview = b""  # read, and not taken yet
         self._full = 0  # full reads in a row
         self._calm = 0  # small splices in a row
@@ -117,7 +117,7 @@ class _Flow:
             self._go_on()
 
     def stop(self) -> None:
-        if not self.ended:
+        if not self._ending:
             self.source.unwatch()
         if self._writer is not None:
             self._writer.stop()
@@ -176,7 +176,6 @@ class _Flow:
 
     def _copy_last(self, count: int) -> bool:
         """Move a bufferful, and the end of stream with it: together they cost every receiver on the way one wake-up."""
-        self._ending = True
         taken = self.sink.push_more(_buffer[:count])
         self.moved += taken
         if taken == count:

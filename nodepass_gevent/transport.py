@@ -343,6 +343,7 @@ class Stream(Transport):
             if line.endswith(b"\n"):
                 return line[:-1]
             if not seen:
+                self._end()
                 raise ConnectionAbortedError("the peer closed before a whole line")
             if len(line) >= limit:
                 raise ProtocolError(f"a line of more than {limit} bytes")
@@ -355,8 +356,12 @@ class Stream(Transport):
         return self.recv_exactly(size)
 
     def take_behind_line(self, limit: int, size: int) -> bytes:
-        """Do so when all of it has arrived, else take and give nothing; ``limit`` 0: there is no line."""
-        seen = self.seen(limit + size)
+        """Give ``size`` bytes behind a line, if all has arrived; else take nothing. ``limit`` 0: without a line."""
+        try:
+            seen = self.seen(limit + size)
+        except OSError as exc:  # told to who reads next
+            self._broken = exc.errno
+            return b""
         behind = seen.find(b"\n") + 1 if limit else 0
         if len(seen) < behind + size or (limit and not behind):
             return b""

@@ -1,6 +1,8 @@
 """Data connections in clear, from the pool's wish to their id: at once where that can be, else in a greenlet."""
 
+import contextlib
 import errno
+import select
 import socket
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -8,11 +10,11 @@ from dataclasses import replace
 import gevent
 import pytest
 from gevent.lock import Semaphore
-from support import LIMITS, bounded, endpoint_of, is_reset, read_exactly, silent_endpoint, wait_until
+from support import LIMITS, bounded, endpoint_of, is_reset, read_exactly, reset, silent_endpoint, wait_until
 
 from nodepass_gevent import net
 from nodepass_gevent.dialing import PlainDial
-from nodepass_gevent.dialing_pool import DialingPool
+from nodepass_gevent.dialing_pool import RETRY_MIN_S, DialingPool
 from nodepass_gevent.errors import ConnectError, ProtocolError
 from nodepass_gevent.idle import ROUND_S
 
@@ -62,11 +64,21 @@ def rounds():
 
 
 @pytest.fixture
-def dormant(dial, rounds):
+def slept():
+    """Give the pauses, in seconds."""
+    return []
+
+
+@pytest.fixture
+def dormant(dial, rounds, slept):
     """A pool that does not run yet."""
 
     def sleep(seconds):
-        rounds.acquire() if seconds == ROUND_S else gevent.sleep(seconds)
+        if seconds == ROUND_S:
+            rounds.acquire()
+        else:
+            slept.append(seconds)
+            gevent.sleep(seconds)
 
     pool = DialingPool(dial, 1, 16, sleep, at_once=dial)
     yield pool
@@ -125,16 +137,23 @@ def test_a_launch_that_overtakes_its_id_costs_no_wake_up_per_byte_that_waits(ser
             assert data.recv_exactly(9) == b"of a user"
 
 
-@pytest.mark.parametrize("split", [1, 7])
-def test_an_id_in_pieces_is_waited_for(server, pool, split):
+@pytest.mark.parametrize("part", [0.1, 0.6, 0.99])
+def test_an_id_in_pieces_is_waited_for(server, pool, part):
     whole = server.says + ID
+    first = int(len(whole) * part) or 1  # of a v2 connection: in the line, and in the id
     with server.accept() as peer:
-        peer.sendall(whole[:-split])
-        gevent.sleep(0.01)
-        assert not len(pool)
-        peer.sendall(whole[-split:])
+        peer.sendall(whole[:first])
+        wait_until(lambda: not pool._awaited)
+        gevent.idle()
+        assert not len(pool) and not pool._handed_over
+        peer.sendall(whole[first:])
         wait_until(lambda: len(pool) == 1)
         assert is_the_one(pool.take(ID, 0), peer)
+
+
+def test_a_reset_before_the_id_is_told_as_one(server, pool, caplog):
+    reset(server.accept())
+    wait_until(lambda: "no data connection: connection reset by peer" in caplog.text)
 
 
 def test_an_id_that_never_comes_is_given_up_at_its_deadline(server, pool, rounds):
@@ -145,6 +164,15 @@ def test_an_id_that_never_comes_is_given_up_at_its_deadline(server, pool, rounds
         assert not pool._awaited
         assert is_reset(silent)
     with server.accept() as peer:
+        peer.sendall(server.says + ID)
+        wait_until(lambda: len(pool) == 1)
+
+
+def test_an_id_that_comes_within_a_round_needs_no_greenlet(server, pool, greenlets, rounds):
+    with server.accept() as peer:
+        rounds.release()
+        gevent.idle()
+        assert not greenlets
         peer.sendall(server.says + ID)
         wait_until(lambda: len(pool) == 1)
 
@@ -161,17 +189,15 @@ def test_an_id_that_comes_late_is_taken(server, pool, rounds):
 
 
 @pytest.mark.parametrize("wrong", [b"0A1B2C3D", b""])
-def test_what_is_no_id_is_told_and_dialled_anew_with_a_pause(server, pool, wrong, caplog, rounds):
-    for _ in range(2):  # what is done at once, and what the greenlet does in its place, which tells
-        with server.accept() as peer:
-            peer.sendall(server.says + wrong)
-            if not wrong:
-                peer.shutdown(socket.SHUT_WR)
-            with suppress(ConnectionError):
-                assert peer.recv(1) == b""
+def test_what_is_no_id_is_told_and_dialled_anew_with_a_pause(server, pool, wrong, caplog, slept):
+    with server.accept() as peer:
+        peer.sendall(server.says + wrong)
         if not wrong:
-            break
+            peer.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionError):
+            assert peer.recv(1) == b""
     wait_until(lambda: "no data connection" in caplog.text)
+    assert slept == [RETRY_MIN_S]
     with server.accept() as peer:
         peer.sendall(server.says + ID)
         wait_until(lambda: len(pool) == 1)
@@ -188,15 +214,19 @@ def test_of_two_with_one_id_the_first_is_kept(server, pool):
         assert is_the_one(pool.take(ID, 0), first)
 
 
-def test_a_connection_that_cannot_stand_at_once_is_waited_for(server, pool, dial, greenlets, monkeypatch):
-    real = net.RawSocket
+class Far(net.RawSocket):
+    """A socket to a peer that answers a moment later."""
 
-    class Far(real):
-        """A socket to a server that answers a moment later."""
+    asked = False
 
-        def connect_ex(self, address):
-            return super().connect_ex(address) and errno.EALREADY
+    def connect_ex(self, address):
+        if self.asked:
+            return errno.EALREADY
+        self.asked = True
+        return super().connect_ex(address)
 
+
+def test_a_connection_that_cannot_stand_at_once_is_waited_for(server, pool, greenlets, monkeypatch):
     with server.accept() as peer:
         peer.sendall(server.says + ID)
         wait_until(lambda: len(pool) == 1)
@@ -216,13 +246,41 @@ def test_a_dial_that_is_refused_names_the_address(no_leaks, line):
         PlainDial(endpoint, LIMITS, line)()
 
 
-def test_a_dial_without_an_answer_names_the_address_too(no_leaks, line):
+def test_a_dial_that_is_refused_later_names_it_too(no_leaks, line, monkeypatch):
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        endpoint = endpoint_of(listener)
+    monkeypatch.setattr(net, "RawSocket", Far)
+    dial = PlainDial(endpoint, LIMITS, line)
+    stream, only_id = dial.begin()
+    assert not only_id
+    with pytest.raises(ConnectError, match=f"^connect {endpoint}: connection refused$"):
+        dial.finish(stream, only_id=only_id)
+
+
+def test_a_dial_without_an_answer_names_it_too(no_leaks, line):
     with silent_endpoint() as endpoint:
         dial = PlainDial(endpoint, replace(LIMITS, connect_timeout_s=0.05), line)
-        stream, begun = dial.begin()
-        assert not begun
+        stream, only_id = dial.begin()
+        assert not only_id
         with pytest.raises(ConnectError, match=f"^connect {endpoint}: connect: timed out after 0.05 s$"):
-            dial.finish(stream, begun=begun)
+            dial.finish(stream, only_id=only_id)
+
+
+@pytest.mark.parametrize("line", [LINE])
+@pytest.mark.parametrize("failure", [ConnectionResetError(104, "Connection reset by peer"), MemoryError(), None])
+def test_a_connection_that_takes_no_line_is_closed(dial, failure, monkeypatch):
+    dialled = []
+
+    def push(stream, data):
+        dialled.append(stream)
+        if failure:
+            raise failure
+        return len(data) - 1
+
+    monkeypatch.setattr(net.Stream, "push", push)
+    with pytest.raises((OSError, MemoryError)):
+        dial.begin()
+    assert [stream.fileno() for stream in dialled] == [-1]
 
 
 def test_a_dial_may_block_until_its_id_is_here(server, dial, spawn):
@@ -250,16 +308,42 @@ def test_a_pool_that_is_closed_resets_what_it_has_begun(server, pool, handed_ove
         assert is_reset(peer)
 
 
-def test_a_dial_for_which_there_is_no_memory_is_made_in_the_next_round(server, dormant, rounds, spawn, monkeypatch):
-    def fail(*_arguments, **_options):
-        raise MemoryError
+def test_a_pool_that_is_closed_dials_no_more(server, pool):
+    server.accept().close()
+    pool.close()
+    pool.dial_more(1)
+    gevent.idle()
+    assert not select.select([server.listener], [], [], 0)[0]
 
+
+def no_memory(*_arguments, **_options):
+    raise MemoryError
+
+
+@pytest.mark.parametrize("what", ["watch", "begin", "spawn", "spawn for a far one", "take_id"])
+def test_a_dial_for_which_there_is_no_memory_is_made_in_the_next_round(
+    server, dial, dormant, rounds, spawn, monkeypatch, what
+):
     with monkeypatch.context() as patched:
-        patched.setattr(net.Stream, "watch", fail)
-        spawn(dormant.run)
-        with server.accept() as peer:
-            assert is_reset(peer)
+        if "spawn" in what:
+            patched.setattr(dormant._dials, "spawn", no_memory)
+            patched.setattr(net, "RawSocket", Far) if "far" in what else patched.setattr(dial, "begin", no_memory)
+        else:
+            patched.setattr(net.Stream if what == "watch" else dial, what, no_memory)
+        dormant.dial_more(2)
+        if what == "take_id":
+            with server.accept() as peer:
+                peer.sendall(server.says + ID)
+                assert is_reset(peer)
+            assert dormant._dialling == 1  # the other one's id may still come
+        elif what != "begin":  # which a greenlet makes good
+            assert (dormant._dialling, dormant._owed) == (0, 2)
+        assert not dormant._handed_over or what == "begin"
+    spawn(dormant.run)
     rounds.release()
-    with server.accept() as peer:
-        peer.sendall(server.says + ID)
-        wait_until(lambda: len(dormant) == 1)
+    with contextlib.ExitStack() as stack:
+        while len(dormant) < 1:
+            peer = stack.enter_context(server.accept())
+            with suppress(ConnectionError):
+                peer.sendall(server.says + ID)
+            gevent.sleep(0.001)

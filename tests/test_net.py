@@ -500,6 +500,19 @@ def test_after_an_address_of_a_family_that_the_system_lacks_the_next_one_is_trie
     assert caught.value.why == "unreachable"
 
 
+def test_where_no_descriptor_is_left_no_other_address_is_tried(listener, monkeypatch):
+    tried = []
+
+    def lacking(*what):
+        tried.append(what)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(net, "RawSocket", lacking)
+    with pytest.raises(OSError, match="Too many open files"):
+        net.connect([endpoint_of(listener)] * 2, 5, LIMITS)
+    assert len(tried) == 1
+
+
 def test_after_an_address_that_refuses_or_is_silent_the_next_one_is_tried(listener):
     with silent_endpoint() as silent:
         with net.connect([free_endpoint(), silent, endpoint_of(listener)], 0.3, LIMITS) as stream:

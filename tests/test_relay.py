@@ -12,7 +12,7 @@ import gevent
 import pytest
 from exchanges import run_exchange
 from secure import handshake, stream_pair, transports
-from support import BOUND_S, bounded, reset, segments_out, tcp_state, wait_until
+from support import BOUND_S, as_stream, bounded, read_all, reset, segments_out, tcp_state, wait_until
 
 from nodepass_gevent import relay
 from nodepass_gevent.transport import Stream
@@ -179,6 +179,25 @@ def test_an_answer_that_the_user_does_not_take_at_once_keeps_its_end(exchange):
     wait_until(exchange.b.at_end)
     assert read_to_end(exchange.user) == bytes(before) + b"answer"
     assert finish(exchange) == (0, 6, None)
+
+
+def test_an_answer_of_which_a_part_is_taken_comes_once(pair, spawn):
+    class Narrow(Stream):
+        """A socket that takes three bytes of what may be held back."""
+
+        __slots__ = ()
+
+        def push_more(self, data):
+            return super().push_more(data[:3])
+
+    (user_side, user), (target_side, target) = pair(), pair()
+    running = spawn(run_exchange, Narrow(user_side.socket), target_side, NEVER_S)
+    gevent.idle()
+    with as_stream(target) as target:
+        target.send_last(b"answer")
+        assert read_all(user) == b"answer"
+        user.shutdown(socket.SHUT_WR)
+        assert running.get(timeout=BOUND_S) == (0, 6, None)
 
 
 def test_a_reset_right_behind_an_answer_is_no_end(start):

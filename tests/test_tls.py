@@ -141,6 +141,15 @@ def test_the_last_bytes_and_the_end_of_stream_share_a_segment(ends):
     assert segments_out(server) == before + 1
 
 
+def test_what_is_pushed_goes_out_at_once(ends):
+    client, server = ends
+    before = segments_out(server)
+    server.push(b"more may follow")
+    assert segments_out(server) == before + 1
+    with bounded():
+        assert client.recv(100) == b"more may follow"
+
+
 def test_the_fin_follows_close_notify_at_once(ends):
     server, client = ends
     server.shutdown_write()
