@@ -204,9 +204,8 @@ class DialingPool:
         if wanted <= 0 or self._refusal or self._leaving or self._closed:
             return
         held = len(self._idle) + len(self._ended) + len(self._ended_before)
-        begun = max(min(wanted, DIALS_AT_ONCE - self._dialling, self._maximum - held - self._dialling), 0)
         before = self._dialling
-        for _ in range(begun):
+        for _ in range(min(wanted, DIALS_AT_ONCE - before, self._maximum - held - before)):
             self._begin()
         self._owed = max(self._owed - (self._dialling - before), 0)
 
@@ -271,7 +270,7 @@ class DialingPool:
                 self._finish(stream, only_id=True)
 
     def _finish_late(self) -> None:
-        """Let greenlets, which have a deadline, wait for ids that have not come within a round."""
+        """Let greenlets wait for ids that have not come within a round: their deadline begins there."""
         for stream in self._awaited & self._awaited_before:
             self._awaited.remove(stream)
             self._finish(stream, only_id=True)

@@ -101,6 +101,14 @@ def greenlets(pool, monkeypatch):
     return begun
 
 
+def let_greenlets_wait(pool, rounds):
+    """Let as many rounds pass as an id may be awaited without one."""
+    for _ in range(3):
+        rounds.release()
+        gevent.idle()
+    assert not pool._awaited
+
+
 def is_the_one(transport, peer):
     with transport, peer:
         peer.sendall(b"here")
@@ -158,10 +166,7 @@ def test_a_reset_before_the_id_is_told_as_one(server, pool, caplog):
 
 def test_an_id_that_never_comes_is_given_up_at_its_deadline(server, pool, rounds):
     with server.accept() as silent:
-        for _ in range(3):
-            rounds.release()
-            gevent.idle()
-        assert not pool._awaited
+        let_greenlets_wait(pool, rounds)
         assert is_reset(silent)
     with server.accept() as peer:
         peer.sendall(server.says + ID)
@@ -179,10 +184,7 @@ def test_an_id_that_comes_within_a_round_needs_no_greenlet(server, pool, greenle
 
 def test_an_id_that_comes_late_is_taken(server, pool, rounds):
     with server.accept() as peer:
-        for _ in range(3):
-            rounds.release()
-            gevent.idle()
-        assert not pool._awaited
+        let_greenlets_wait(pool, rounds)
         peer.sendall(server.says + ID)
         wait_until(lambda: len(pool) == 1)
         assert is_the_one(pool.take(ID, 0), peer)
