@@ -1,10 +1,13 @@
 """Greenlets that are used again: a new one costs a stack and several system calls, a waiting one a switch."""
 
+from collections import deque
 from collections.abc import Callable
 
 import gevent
 from gevent.hub import Waiter
 from gevent.pool import Pool
+
+from .alarm import soon
 
 SPARE = 128  # greenlets that wait for work, at most: users who come at once by the hundred find them
 
@@ -19,7 +22,8 @@ class Crew:
 
     def __init__(self, limit: int | None = None) -> None:
         self._greenlets = Pool(limit)
-        self._spare: list[Waiter] = []
+        self._spare: list[Waiter] = []  # of greenlets that wait for work
+        self._due: deque[Work] = deque()  # for one of them each, or for who has done its work before
         self._spares = SPARE  # that many may wait
         self._entering = 0  # greenlets that wait for room
         self._killed = False
@@ -27,33 +31,39 @@ class Crew:
 
     def __len__(self) -> int:
         """Count those that run."""
-        return len(self._greenlets) - len(self._spare)
+        return len(self._greenlets) - self._free
+
+    @property
+    def _free(self) -> int:
+        """How many wait for work, and there is none for them."""
+        return len(self._spare) - len(self._due)
 
     def full(self) -> bool:
         """Whether ``spawn`` would wait."""
-        return not self._spare and self._all_used()
+        return len(self._spare) <= len(self._due) and self._all_used()
 
     def free_count(self) -> int:
         """Count those that may be spawned without a wait."""
-        return len(self._spare) + self._greenlets.free_count()
+        return self._free + self._greenlets.free_count()
 
     def wait_available(self) -> None:
         """Wait until there is room for one."""
-        if not self._spare:
+        if not self._free:
             self._greenlets.wait_available()
 
     def spawn(self, function: Callable[..., object], *args: object) -> None:
         """Start ``function(*args)`` soon; waits for room when there is none."""
-        if self._spare:
-            self._wake((function, args))
+        if len(self._spare) > len(self._due):
+            soon(self._begin)
+            self._due.append((function, args))
         else:
             self._greenlets.spawn(self._work, [(function, args)])
 
     def enter(self) -> None:
         """Wait for room, and count the calling greenlet until it ends; GreenletExit when all are killed."""
         self._entering += 1
-        if self._spare:  # it keeps a place
-            self._wake((None, ()))
+        if self._free:  # it keeps a place
+            self._let_go()
         try:
             self._greenlets.add(gevent.getcurrent())
         finally:
@@ -64,8 +74,8 @@ class Crew:
     def join(self, timeout_s: float | None) -> None:
         """Wait until none runs or enters, for ``timeout_s`` at most (None: for ever); none is kept for more work."""
         self._spares = 0
-        while self._spare:
-            self._wake((None, ()))
+        while self._free:
+            self._let_go()
         with gevent.Timeout(timeout_s, False):
             while self._entering or self._greenlets.greenlets:
                 self._greenlets.join()
@@ -75,6 +85,7 @@ class Crew:
         """End all of them; what is spawned from now on, or has not begun, never runs."""
         self._killed = True
         self._spare.clear()
+        self._due.clear()
         self._greenlets.kill(block=block)
         while block and self._entering:
             gevent.sleep(0)
@@ -84,18 +95,27 @@ class Crew:
         size = self._greenlets.size
         return size is not None and len(self._greenlets.greenlets) >= size
 
-    def _wake(self, work: Work) -> None:
-        gevent.get_hub().loop.run_callback(self._spare[-1].switch, work)
-        self._spare.pop()
+    def _let_go(self) -> None:
+        soon(self._begin)
+        self._due.append((None, ()))
+
+    def _begin(self) -> None:
+        """Wake a greenlet, unless another one that was awake has done that work."""
+        if self._due:
+            self._spare.pop().switch(self._due.popleft())
 
     def _work(self, first: list[Work]) -> None:
         function, args = first.pop()  # out of the greenlet's own arguments: nothing keeps what is done
+        waiter = Waiter()
         while function and not self._killed:
             function(*args)
             function, args = None, ()
+            if self._due:
+                function, args = self._due.popleft()
+                continue
             # somebody may wait for this one's place
             if self._entering or len(self._spare) >= self._spares or self._all_used():
                 return
-            waiter = Waiter()
             self._spare.append(waiter)
             function, args = waiter.get()
+            waiter.clear()

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import gevent
 from gevent.event import AsyncResult, Event
 
+from .alarm import soon
 from .errors import NoDataConnection, PoolClosed
 from .idle import Idle
-from .transport import Transport, soon
+from .transport import Transport
 
 log = logging.getLogger(__name__)
 

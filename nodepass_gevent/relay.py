@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import gevent
 from gevent.hub import Waiter
 
+from .alarm import soon
 from .metrics import Traffic
-from .transport import WRITE, Stream, Transport, soon
+from .transport import WRITE, Stream, Transport
 
 BUFFER = 65536  # bytes; one read
 BULKY = 3  # full reads in a row that make a flow bulky

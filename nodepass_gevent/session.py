@@ -15,8 +15,9 @@ import gevent
 from gevent.event import Event
 
 from . import wire
+from .alarm import soon
 from .errors import NodePassError, PeerLeft, PeerSilent, PolicyError, ProtocolError, SessionEnded, SessionLost
-from .transport import Transport, reason, soon
+from .transport import Transport, reason
 from .wire import Bye
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory

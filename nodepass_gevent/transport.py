@@ -74,11 +74,6 @@ class _SharedDeadline:
 shared_deadline = lru_cache(64)(_SharedDeadline)  # as ``deadline``, for what is frequent; up to an eighth later
 
 
-def soon(callback: Callable[..., None], *args: object) -> None:
-    """Call ``callback(*args)`` before the event loop looks for more input; it must not block."""
-    gevent.get_hub().loop.run_callback(callback, *args)
-
-
 def reason(exc: BaseException) -> str:
     """Say why, in a few words: the text of an errno, or the exception's own."""
     if isinstance(exc, OSError) and exc.strerror:

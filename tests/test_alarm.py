@@ -5,7 +5,8 @@ import pytest
 from gevent.event import Event
 from support import bounded
 
-from nodepass_gevent.alarm import Alarm
+from nodepass_gevent import alarm as alarms
+from nodepass_gevent.alarm import TURN_S, Alarm, soon
 
 SHORT_S, FOREVER_S = 0.05, 3600
 
@@ -55,3 +56,80 @@ def test_an_alarm_that_is_closed_calls_nothing(in_lull):
     alarm.close()
     gevent.sleep(3 * SHORT_S)
     assert not called
+
+
+def test_a_lull_gives_way_and_then_sees_to_what_has_arrived_before_it_calls(monkeypatch, pair):
+    stream, peer = pair()
+    alarm, done = Alarm(FOREVER_S, in_lull=True), []
+    rung = Event()
+    stream.watch(lambda: done.append(stream.recv(1)))
+
+    def others_run():
+        monkeypatch.undo()
+        peer.sendall(b"x")
+
+    monkeypatch.setattr(alarms.os, "sched_yield", others_run)
+    alarm.set(lambda: (done.append("rung"), rung.set()))
+    with bounded():
+        rung.wait()
+    assert done == [b"x", "rung"]
+
+
+def test_what_is_put_off_is_done_in_its_order_before_anything_that_arrives(pair):
+    stream, peer = pair()
+    done, arrived = [], Event()
+    stream.watch(lambda: (done.append(stream.recv(1)), arrived.set()))
+    peer.sendall(b"x")
+    for number in range(3):
+        soon(done.append, number)
+    soon(lambda: soon(done.append, 3))
+    with bounded():
+        arrived.wait()
+    assert done == [0, 1, 2, 3, b"x"]
+
+
+def test_what_takes_long_lets_arrivals_come_before_the_rest(pair):
+    stream, peer = pair()
+    done, last = [], Event()
+    stream.watch(lambda: done.append(stream.recv(1)))
+    peer.sendall(b"x")
+
+    def work():
+        done.append("work")
+        end = time.monotonic() + 2 * TURN_S
+        while time.monotonic() < end:
+            pass
+
+    soon(work)
+    soon(work)
+    soon(last.set)
+    with bounded():
+        last.wait()
+    assert done == ["work", b"x", "work"]
+
+
+def test_an_error_is_of_one_call_and_the_others_follow(monkeypatch):
+    told, last = [], Event()
+    monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda context, kind, *_: told.append(kind))
+    soon(lambda: 1 / 0)
+    soon(last.set)
+    with bounded():
+        last.wait()
+    soon(last.clear)
+    gevent.sleep(0)
+    assert told == [ZeroDivisionError] and not last.is_set()
+
+
+def test_what_there_is_no_memory_for_is_told_and_keeps_nothing_else_back(monkeypatch):
+    done = []
+
+    def fail():
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(alarms.gevent, "get_hub", fail)
+        with pytest.raises(MemoryError):
+            soon(done.append, 1)
+    soon(done.append, 2)
+    gevent.sleep(0)
+    assert done == [2]

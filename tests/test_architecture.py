@@ -12,9 +12,8 @@ import nodepass_gevent
 
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
-    {"__init__", "errors", "state"},
+    {"__init__", "alarm", "errors", "state"},
     {
-        "alarm",
         "callers",
         "certificates",
         "crew",
@@ -54,7 +53,7 @@ SANS_IO = {
     "wire",
 }  # fmt: skip
 KNOW_WATCHERS = {  # may use the loop
-    "alarm", "crew", "dialing_pool", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay",
+    "alarm", "dialing_pool", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay",
 }  # fmt: skip
 CATCH_ALL = {"relay": 1, "service": 1, "status_server": 2, "udp_relay": 1}  # ends of exchanges, loop, requests
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines

@@ -5,6 +5,7 @@ import pytest
 from gevent.event import Event
 from support import bounded, wait_until
 
+from nodepass_gevent.alarm import soon
 from nodepass_gevent.crew import SPARE, Crew
 
 
@@ -38,6 +39,24 @@ def test_a_greenlet_that_has_finished_is_used_again(crew):
         gevent.idle()
     assert len(used) == 3
     assert len(set(used)) == 1
+
+
+def test_a_greenlet_that_has_done_its_work_goes_on_with_what_is_due(crew):
+    done, gate = [], Event()
+
+    def work(number):
+        done.append(number)
+        gate.wait()
+
+    crew.spawn(list)
+    crew.spawn(work, 1)
+    gevent.idle()  # one waits for work, and one is at work
+    gate.set()  # it ends before the other one is woken
+    soon(done.append, "soon")
+    crew.spawn(work, 2)
+    assert len(crew) == 2
+    gevent.idle()
+    assert done == [1, 2, "soon"] and len(crew) == 0
 
 
 def test_who_waits_for_work_keeps_nothing_of_what_is_done(crew):
