@@ -26,15 +26,7 @@ class PlainDial:
 
     def begin(self) -> tuple[Stream, bool]:
         """Dial; give the connection, and whether nothing but its id is missing."""
-        stream, connected = net.begin_to_connect(self._endpoint, self._limits, speaks_first=bool(self._line))
-        if connected and self._line:
-            try:
-                if stream.push(self._line) < len(self._line):
-                    raise ConnectionAbortedError("a new connection takes no line")
-            except BaseException:
-                stream.reset()
-                raise
-        return stream, connected
+        return net.begin_to_connect(self._endpoint, self._limits, self._line, speaks_first=bool(self._line))
 
     def take_id(self, stream: Stream) -> bytes:
         """Take the id, if it is here; empty when it is not, or never comes."""

@@ -106,11 +106,6 @@ def peer_key(host: str) -> str:
     return str(ipaddress.ip_network((address, 64), strict=False))
 
 
-def _send_at_once(sock: RawSocket) -> None:
-    """Let small writes not wait for acknowledgements; on a listener, its connections inherit it."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
 def _keep_alive(sock: RawSocket, limits: Limits) -> None:
     """Notice a dead peer; on a listener, its connections inherit it."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -187,7 +182,7 @@ def bind(address: Address, kind: int, *, shared: bool = False) -> RawSocket:
 def listen(address: Address, limits: Limits, *, shared: bool = False) -> RawSocket:
     """Listen on ``address``; see ``bind`` for the errors."""
     sock = bind(address, socket.SOCK_STREAM, shared=shared)
-    _send_at_once(sock)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it: small writes do not wait
     _keep_alive(sock, limits)
     sock.listen(BACKLOG)
     return sock
@@ -292,25 +287,34 @@ def _accept(listener: RawSocket) -> Stream:
     return Stream(sock, peer)
 
 
-def begin_to_connect(endpoint: Endpoint, limits: Limits, *, speaks_first: bool = False) -> tuple[Stream, bool]:
+def begin_to_connect(
+    endpoint: Endpoint, limits: Limits, says: bytes = b"", *, speaks_first: bool = False
+) -> tuple[Stream, bool]:
     """Connect without a wait; give the connection, and whether it stands already, as on the same machine. OSError.
 
-    A caller that ``speaks_first`` sends at once, and its bytes travel with the last acknowledgement of the TCP
-    handshake: the peer is woken once, and has them when it accepts.
+    If it does, it has said what it ``says``. What a caller that ``speaks_first`` sends at once travels with the last
+    acknowledgement of the TCP handshake: the peer is woken once, and has it when it accepts.
     """
+    sockaddr = endpoint.sockaddr
     sock = RawSocket(endpoint.family, _NONBLOCKING)
     try:
-        _send_at_once(sock)  # before: what is to be sent follows the handshake at once
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # before: what it says follows the handshake at once
         if speaks_first:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
-        code = sock.connect_ex(endpoint.sockaddr)
-        if code == errno.EINPROGRESS:
-            code = sock.connect_ex(endpoint.sockaddr)  # on the same machine it is done by now
-        connected = code != errno.EALREADY
-        if connected:
-            _check(sock, endpoint.sockaddr, code)
+        code = sock.connect_ex(sockaddr)
+        if code and code != errno.EINPROGRESS:
+            raise OSError(code, os.strerror(code))
+        try:
+            taken = sock.send(says)  # on the same machine it stands by now
+        except BlockingIOError:
+            connected = False
+        else:
+            connected = True
+            _check_peer(sock, sockaddr)
+            if taken < len(says):
+                raise ConnectionAbortedError("a new connection takes no line")
         _dialled.add(sock, limits)
-        return Stream(sock, endpoint.sockaddr), connected
+        return Stream(sock, sockaddr), connected
     except BaseException:
         sock.close()
         raise
@@ -321,23 +325,22 @@ def finish_connecting(stream: Stream, timeout_s: float) -> None:
     try:
         with deadline(timeout_s, "connect"):
             wait_write(stream.fileno())
-        _check(stream.socket, stream.peer, stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        code = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        _check_peer(stream.socket, stream.peer)
     except BaseException:
         stream.close()
         raise
 
 
-def _check(sock: RawSocket, sockaddr: tuple, code: int) -> None:
-    """Raise OSError for a connection that failed, or that reached its own socket."""
-    if not code and sockaddr[1] in _ports_drawn() and _reached_itself(sock, sockaddr):
-        code = errno.ECONNREFUSED  # nobody listens, and of all ports the kernel has drawn that one
-    if code:
-        raise OSError(code, os.strerror(code))
-
-
-def _reached_itself(sock: RawSocket, sockaddr: tuple) -> bool:
-    own = sock.getsockname()
-    return own[1] == sockaddr[1] and own == sock.getpeername()
+def _check_peer(sock: RawSocket, sockaddr: tuple) -> None:
+    """Raise OSError for a connection that has reached its own socket."""
+    if sockaddr[1] in _ports_drawn():
+        own = sock.getsockname()
+        if own[1] == sockaddr[1] and own == sock.getpeername():
+            # nobody listens, and of all ports the kernel has drawn that one
+            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
 def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, speaks_first: bool = False) -> Stream:
@@ -345,13 +348,12 @@ def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, 
 
     Raises ConnectError with the last address and reason.
     """
-    share_s = timeout_s / max(len(endpoints), 1)  # of one of several
     failure, why = ("no address", "resolve")
     for endpoint in endpoints:
         try:
             stream, connected = begin_to_connect(endpoint, limits, speaks_first=speaks_first)
             if not connected:
-                finish_connecting(stream, share_s)
+                finish_connecting(stream, timeout_s / len(endpoints))
             return stream
         except OSError as exc:
             if exc.errno in _NO_RESOURCES:  # the next address changes nothing

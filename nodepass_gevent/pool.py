@@ -35,6 +35,7 @@ class AcceptingPool:
         self._short = 0
         self._idle = Idle(self._drop, user_timeout_s)
         self._takers: deque[AsyncResult] = deque()
+        self.closed = False
         self.ended = Event()  # set when it is closed
         self._why: str | TimeoutError = "the pool was closed"
 
@@ -43,10 +44,6 @@ class AcceptingPool:
 
     def __contains__(self, id: bytes) -> bool:
         return id in self._idle
-
-    @property
-    def closed(self) -> bool:
-        return self.ended.is_set()
 
     @property
     def room(self) -> int:
@@ -131,6 +128,7 @@ class AcceptingPool:
 
     def close(self) -> None:
         """Reset what is idle; whoever waits is told PoolClosed."""
+        self.closed = True
         self.ended.set()
         self._idle.close()
         while self._takers:

@@ -1,7 +1,6 @@
 """Data connections in clear, from the pool's wish to their id: at once where that can be, else in a greenlet."""
 
 import contextlib
-import errno
 import select
 import socket
 from contextlib import closing, suppress
@@ -219,13 +218,13 @@ def test_of_two_with_one_id_the_first_is_kept(server, pool):
 class Far(net.RawSocket):
     """A socket to a peer that answers a moment later."""
 
-    asked = False
+    tried = False
 
-    def connect_ex(self, address):
-        if self.asked:
-            return errno.EALREADY
-        self.asked = True
-        return super().connect_ex(address)
+    def send(self, data):
+        if not self.tried:
+            self.tried = True
+            raise BlockingIOError
+        return super().send(data)
 
 
 def test_a_connection_that_cannot_stand_at_once_is_waited_for(server, pool, greenlets, monkeypatch):
@@ -273,16 +272,17 @@ def test_a_dial_without_an_answer_names_it_too(no_leaks, line):
 def test_a_connection_that_takes_no_line_is_closed(dial, failure, monkeypatch):
     dialled = []
 
-    def push(stream, data):
-        dialled.append(stream)
-        if failure:
-            raise failure
-        return len(data) - 1
+    class Full(net.RawSocket):
+        def send(self, data):
+            dialled.append(self)
+            if failure:
+                raise failure
+            return len(data) - 1
 
-    monkeypatch.setattr(net.Stream, "push", push)
+    monkeypatch.setattr(net, "RawSocket", Full)
     with pytest.raises((OSError, MemoryError)):
         dial.begin()
-    assert [stream.fileno() for stream in dialled] == [-1]
+    assert [sock.fileno() for sock in dialled] == [-1]
 
 
 def test_a_dial_may_block_until_its_id_is_here(server, dial, spawn):
