@@ -8,6 +8,7 @@ import errno
 import logging
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -15,7 +16,7 @@ import gevent
 from . import log as logs
 from .config import Address, Config
 from .errors import LaunchFailed
-from .relay import Outcome
+from .metrics import Traffic
 from .transport import Transport, reason
 from .udp_relay import UDPRelay
 
@@ -50,13 +51,19 @@ class AccessLog:
         self._sides = ("user", "tunnel") if place == PUBLIC else ("tunnel", "target")
 
     def tcp(
-        self, id: bytes, user: tuple | None, sides: tuple[Transport, Transport], started: float, outcome: Outcome
+        self,
+        id: bytes,
+        user: tuple | None,
+        sides: tuple[Transport, Transport],
+        started: float,
+        traffic: Callable[[], Traffic],
+        error: BaseException | None,
     ) -> None:
         """Tell of an exchange before its ``sides``, towards the user and towards the target, are closed."""
         if level := self._level():
-            end = self._end_of(outcome.error, sides)
-            counts = {"bytes_up": outcome.a_to_b, "bytes_down": outcome.b_to_a}
-            self._write(level, "tcp", id, user, started, end, counts)
+            bytes_up, bytes_down, *_ = traffic()
+            counts = {"bytes_up": bytes_up, "bytes_down": bytes_down}
+            self._write(level, "tcp", id, user, started, self._end_of(error, sides), counts)
 
     def session(self, id: bytes, user: tuple | None, session: UDPRelay, started: float) -> None:
         """Tell of a UDP session that has ended."""

@@ -385,11 +385,11 @@ def _idle_timeout_s(config: Config, exchanges: Crew) -> float:
 
 
 def _traffic_of_user(session: UDPRelay) -> Traffic:
-    return Traffic(session.framed_bytes, session.delivered_bytes, session.framed, session.delivered)
+    return session.framed_bytes, session.delivered_bytes, session.framed, session.delivered
 
 
 def _traffic_of_target(session: UDPRelay) -> Traffic:
-    return Traffic(session.delivered_bytes, session.framed_bytes, session.delivered, session.framed)
+    return session.delivered_bytes, session.framed_bytes, session.delivered, session.framed
 
 
 def _count_drops(counters: Counters, session: UDPRelay) -> None:

@@ -24,7 +24,7 @@ from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError,
 from .launching import Launched, Launcher, Link
 from .metrics import Counters
 from .net import connect
-from .relay import Exchange, Outcome
+from .relay import Exchange
 from .target import TargetAddresses
 from .transport import Stream, Transport, reason
 from .udp import Entrance
@@ -151,21 +151,21 @@ class Ingress:
         """Carry a user on its data connection; False when that is dead before a byte and before ``end`` (0: never)."""
         (id, data, link), running, started = begun
         with data:
-            tell = partial(self._access.tcp, id, user.peer, (user, data), started)
+            tell = partial(self._access.tcp, id, user.peer, (user, data), started, running.traffic)
             try:
-                outcome = _run(running, self._config.limits.idle_timeout_s, self._counters, tell)
+                error = _run(running, self._config.limits.idle_timeout_s, self._counters, tell)
             finally:
                 link.launched.pop(id, None)
-            if end and not running.began and _is_dead(outcome.error, user, end):
-                self._log.debug("data connection %s of user %s was dead: %s", id.decode(), user, outcome.error)
+            if end and not running.began and _is_dead(error, user, end):
+                self._log.debug("data connection %s of user %s was dead: %s", id.decode(), user, error)
                 data.reset()
                 return False
-            if isinstance(outcome.error, LaunchFailed):
+            if isinstance(error, LaunchFailed):
                 self._counters.launches_failed += 1
-                self._log.warning("user %s reset: %s", user, outcome.error)
-            tell(outcome)
-            if outcome.error:
-                _conclude(user, data, outcome.error, running.complete, self._counters)
+                self._log.warning("user %s reset: %s", user, error)
+            tell(error)
+            if error:
+                _conclude(user, data, error, running.complete, self._counters)
         return True
 
 
@@ -202,7 +202,7 @@ class Egress:
 
     def launch(self, launch: Launch) -> None:
         """Start the exchange of one launch. Never blocks."""
-        with suppress(MemoryError):
+        try:
             if not self._waiting and not self._exchanges.full():
                 self._exchanges.spawn(self._run, launch)
                 return
@@ -211,6 +211,8 @@ class Egress:
                 self._waiting[launch.id] = gevent.spawn(self._wait_for_room, launch)
                 self._pool.keep(launch.id)
                 return
+        except MemoryError:
+            pass
         # No memory; or the peer breaks the protocol, with more launches than data connections.
         self._counters.launches_lost += 1
         self._fail(launch.id, "busy")
@@ -281,11 +283,11 @@ class Egress:
             started = time.monotonic()
             on_answer = partial(_observe_answer, self._counters, launched)
             running = Exchange(data, target, limits.half_closed_timeout_s, on_answer)
-            tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started)
-            outcome = _run(running, limits.idle_timeout_s, self._counters, tell)
-            tell(outcome)
-            if outcome.error:
-                _conclude(data, target, outcome.error, running.complete, self._counters)
+            tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started, running.traffic)
+            error = _run(running, limits.idle_timeout_s, self._counters, tell)
+            tell(error)
+            if error:
+                _conclude(data, target, error, running.complete, self._counters)
 
     def _user(self, launch: Launch) -> tuple | None:
         """Give the user's address, where the peer has agreed to tell it."""
@@ -318,17 +320,18 @@ def _is_dead(error: BaseException | None, user: Stream, end: float) -> bool:
 
 
 def _run(
-    exchange: Exchange, idle_timeout_s: float, counters: Counters, on_kill: Callable[[Outcome], object]
-) -> Outcome:
+    exchange: Exchange, idle_timeout_s: float, counters: Counters, on_kill: Callable[[BaseException], object]
+) -> Exception | None:
     """Run an exchange to its end, its bytes being counted all the while."""
-    counters.running.add(exchange.traffic)
+    traffic = exchange.traffic
+    counters.running.add(traffic)
     try:
         return exchange.run(idle_timeout_s)
     except gevent.GreenletExit as exc:
-        on_kill(Outcome(*exchange.traffic()[:2], exc))
+        on_kill(exc)
         raise
     finally:
-        counters.ended(exchange.traffic)
+        counters.ended(traffic)
 
 
 def _observe_answer(counters: Counters, since: float) -> None:

@@ -3,18 +3,13 @@
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
 
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # of times to a first byte
 
 
-class Traffic(NamedTuple):
-    """What an exchange has carried so far. Bytes are user data; up is user to target."""
+TRAFFIC = ("bytes_up", "bytes_down", "datagrams_up", "datagrams_down")
 
-    bytes_up: int
-    bytes_down: int
-    datagrams_up: int = 0
-    datagrams_down: int = 0
+Traffic = tuple[int, int, int, int]  # what an exchange has carried so far, as TRAFFIC names it
 
 
 class Histogram:
@@ -80,7 +75,7 @@ class Counters:
         """Give every number by its name, with the traffic of what still runs."""
         numbers = {name: getattr(self, name) for name in NUMBERS}
         sums = map(sum, zip(*(traffic() for traffic in self.running), strict=True))
-        for name, value in zip(Traffic._fields, sums, strict=False):  # no sums where nothing runs
+        for name, value in zip(TRAFFIC, sums, strict=False):  # no sums where nothing runs
             numbers[name] += value
         return numbers
 

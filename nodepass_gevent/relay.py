@@ -15,7 +15,7 @@ import termios
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import gevent
 from gevent.hub import Waiter
@@ -34,14 +34,6 @@ MAX_PIPES = 64  # kept ready: 128 descriptors and, while they hold bytes, 16 MiB
 _NEVER_LOOKED_AT = (None, 0)  # most exchanges end before the first look
 _buffer = memoryview(bytearray(BUFFER))
 _SPLICE_FLAGS = getattr(os, "SPLICE_F_MOVE", 0) | getattr(os, "SPLICE_F_NONBLOCK", 0)
-
-
-class Outcome(NamedTuple):
-    """How an exchange went: bytes taken by each receiver, and the error that ended it, if one did."""
-
-    a_to_b: int
-    b_to_a: int
-    error: BaseException | None
 
 
 class Pipes:
@@ -327,11 +319,12 @@ class Exchange:
         return back.ended, there.ended
 
     def traffic(self) -> Traffic:
-        """Give the bytes that have moved so far; ``a`` is the user's side."""
+        """Give the bytes that each receiver has taken so far; ``a`` is the user's side."""
         there, back = self._flows
-        return Traffic(there.moved, back.moved)
+        return there.moved, back.moved, 0, 0
 
-    def run(self, idle_timeout_s: float) -> Outcome:
+    def run(self, idle_timeout_s: float) -> Exception | None:
+        """Copy; give the error that has ended it, if one did."""
         there, back = self._flows
         idle: _Silences | None = _silences(idle_timeout_s, "idle") if idle_timeout_s else None
         try:
@@ -340,14 +333,13 @@ class Exchange:
                 back.start()
             if idle:
                 idle.add(self)
-            error = self._ended.get()
+            return self._ended.get()
         finally:
             there.stop()
             back.stop()
             self._half_closed.remove(self)
             if idle:
                 idle.remove(self)
-        return Outcome(there.moved, back.moved, error)
 
     @property
     def began(self) -> bool:

@@ -2,6 +2,7 @@
 
 import socket
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 from support import LIMITS, LOOPBACK, wait_until
@@ -37,9 +38,17 @@ def configure(**settings):
     )
 
 
+class Outcome(NamedTuple):
+    up: int
+    down: int
+    error: Exception | None
+
+
 def run_exchange(a, b, half_closed_timeout_s, idle_timeout_s=0):
-    """Copy between two transports, as an exchange does."""
-    return Exchange(a, b, half_closed_timeout_s, lambda: None).run(idle_timeout_s)
+    """Copy between two transports, as an exchange does; give the bytes each way, and the error that has ended it."""
+    exchange = Exchange(a, b, half_closed_timeout_s, lambda: None)
+    error = exchange.run(idle_timeout_s)
+    return Outcome(*exchange.traffic()[:2], error)
 
 
 def happened(counters):

@@ -29,7 +29,7 @@ from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.keyring import read_token
 from nodepass_gevent.log import Event
-from nodepass_gevent.metrics import BOUNDS_S, NUMBERS, Counters, Histogram, Traffic
+from nodepass_gevent.metrics import BOUNDS_S, NUMBERS, Counters, Histogram
 from nodepass_gevent.service import Service
 from nodepass_gevent.state import Description, Ended, Peer, Presented
 from nodepass_gevent.status import HISTORY_S, Status, quantile
@@ -72,7 +72,7 @@ def test_what_runs_counts_before_it_has_ended_and_once_when_it_has():
     counters, carried = Counters(bytes_up=1), [10, 20]
 
     def traffic():
-        return Traffic(*carried, 1, 2)
+        return *carried, 1, 2
 
     counters.running.add(traffic)
     assert counters.total() | {"bytes_up": 11, "bytes_down": 20, "datagrams_up": 1} == counters.total()
