@@ -7,14 +7,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import NoReturn, Protocol
 
 import gevent
 from gevent.event import AsyncResult
 
-from .alarm import Alarm
+from .alarm import Alarm, soon
 from .crew import Crew
 from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
 from .idle import ROUND_S, Idle
@@ -78,6 +77,7 @@ class DialingPool:
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
+        self._fills_now = False  # in this turn of the event loop
         self._gathering = Alarm(lead_s / 6 or GATHER_S, in_lull=not lead_s)
         self._failing = False
         self._refusal: PolicyError | None = None  # trying again would change nothing
@@ -193,11 +193,17 @@ class DialingPool:
         return self.capacity + len(self._used_at) + len(self._takers) - len(self._idle) - self._dialling
 
     def _fill_soon(self) -> None:
-        """Replace what is used: at once when less than half is left, else in a batch, a little later."""
+        """Replace what is used: behind what is launched now when less than half is left, else a little later."""
         if 2 * len(self._idle) < self.capacity:
-            self._fill()
+            if not self._fills_now:
+                self._fills_now = True
+                soon(self._fill_now)
         elif not self._gathering.is_set:
             self._gathering.set(self._fill)
+
+    def _fill_now(self) -> None:
+        self._fills_now = False
+        self._fill()
 
     def _fill(self) -> None:
         wanted = max(self._missing(), self._owed)
@@ -214,8 +220,10 @@ class DialingPool:
         self._dialling += 1
         stream, only_id = None, False
         if self._at_once:
-            with suppress(OSError, NodePassError, MemoryError):  # a greenlet dials again, and tells
+            try:
                 stream, only_id = self._at_once.begin()
+            except (OSError, NodePassError, MemoryError):  # a greenlet dials again, and tells
+                pass
         if stream is None:
             self._hand_over(self._dial)
         elif not only_id:

@@ -8,6 +8,7 @@ from gevent.event import Event
 from support import bounded, is_reset, read_all, reset, wait_until
 
 from nodepass_gevent import dialing_pool
+from nodepass_gevent.alarm import soon
 from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
 from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
 
@@ -85,8 +86,8 @@ def dialing(dialler, clock, spawn):
     """Make a pool and run it; it is closed at the end, as its session would."""
     pools = []
 
-    def start(minimum, maximum=1024, lead_s=0.0):
-        pool = DialingPool(dialler, minimum, maximum, clock.sleep, lead_s)
+    def start(minimum, maximum=1024, lead_s=0.0, at_once=None):
+        pool = DialingPool(dialler, minimum, maximum, clock.sleep, lead_s, at_once=at_once)
         pools.append(pool)
         spawn(pool.run)
         return pool
@@ -164,11 +165,33 @@ def test_what_was_launched_long_ago_keeps_no_more_ready(dialler, dialing):
 
 
 def test_a_crowd_keeps_no_more_ready_than_may_be_dialled_at_once(dialler, dialing):
-    pool = dialing(4, lead_s=60)
+    pool = dialing(4, lead_s=6)
     for number in range(2 * DIALS_AT_ONCE):
         wait_until(lambda number=number: len(dialler.ids) > number)
         take(pool, dialler.ids[number], 1).close()
     wait_until(lambda: len(pool) == 4 + DIALS_AT_ONCE)
+
+
+def test_all_that_are_launched_in_one_turn_are_taken_before_one_is_replaced(dialler, dialing):
+    done = []
+
+    class AtOnce:
+        def begin(self):
+            done.append("replaced")
+            raise OSError  # a greenlet dials it
+
+    pool = dialing(4, at_once=AtOnce())
+    wait_until(lambda: len(pool) == 4)
+    done.clear()
+
+    def launch(id):
+        take(pool, id).close()
+        done.append("taken")
+
+    for id in dialler.ids[:4]:
+        soon(launch, id)
+    wait_until(lambda: len(done) >= 8)
+    assert done == ["taken"] * 4 + ["replaced"] * 4
 
 
 def test_a_full_pool_dials_no_more(dialler, dialing, clock):
