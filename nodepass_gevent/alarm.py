@@ -60,6 +60,11 @@ class _Soon:
         self._due: deque[tuple[Callable[..., object], tuple]] = deque()
         self._planned = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether calls wait for their turn."""
+        return bool(self._due)
+
     def __call__(self, callback: Callable[..., object], *args: object) -> None:
         """Call ``callback(*args)`` before the event loop looks for more input, if it has the time; must not block."""
         if not self._planned:

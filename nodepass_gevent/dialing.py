@@ -21,12 +21,11 @@ class PlainDial:
 
     def __call__(self) -> tuple[bytes, Transport]:
         limits = self._limits
-        stream = net.connect([self._endpoint], limits.connect_timeout_s, limits, speaks_first=bool(self._line))
-        return self._wait_for_id(stream, says=self._line)
+        return self._wait_for_id(net.connect([self._endpoint], limits.connect_timeout_s, limits, self._line))
 
     def begin(self) -> tuple[Stream, bool]:
         """Dial; give the connection, and whether nothing but its id is missing."""
-        return net.begin_to_connect(self._endpoint, self._limits, self._line, speaks_first=bool(self._line))
+        return net.begin_to_connect(self._endpoint, self._limits, self._line)
 
     def take_id(self, stream: Stream) -> bytes:
         """Take the id, if it is here; empty when it is not, or never comes."""
@@ -35,19 +34,16 @@ class PlainDial:
 
     def finish(self, stream: Stream, *, only_id: bool) -> tuple[bytes, Transport]:
         """Wait for what is missing; when that does not come, the connection is closed."""
-        if only_id:
-            return self._wait_for_id(stream)
-        try:
-            net.finish_connecting(stream, self._limits.connect_timeout_s)
-        except OSError as exc:
-            raise ConnectError(f"connect {stream}: {reason(exc)}") from exc
-        return self._wait_for_id(stream, says=self._line)
+        if not only_id:
+            try:
+                net.finish_connecting(stream, self._limits.connect_timeout_s, self._line)
+            except OSError as exc:
+                raise ConnectError(f"connect {stream}: {reason(exc)}") from exc
+        return self._wait_for_id(stream)
 
-    def _wait_for_id(self, stream: Stream, says: bytes = b"") -> tuple[bytes, Transport]:
+    def _wait_for_id(self, stream: Stream) -> tuple[bytes, Transport]:
         try:
             with shared_deadline(self._limits.id_timeout_s, "id of a data connection"):
-                if says:
-                    stream.sendall(says)
                 stream.wait_for_arrival()  # as a rule no id is here so soon
                 if self._line:
                     return wire.parse_id(stream.read_behind_line(opening.MAX_FIRST_LINE, wire.ID_LENGTH)), stream

@@ -17,6 +17,7 @@ import gevent
 from . import access, proxy_protocol, wire
 from . import log as logs
 from .access import AccessLog
+from .alarm import soon
 from .config import Config
 from .crew import Crew
 from .datagrams import DatagramEgress, DatagramIngress
@@ -30,7 +31,7 @@ from .transport import Stream, Transport, reason
 from .udp import Entrance
 from .wire import Kind, Launch
 
-CHUNK = 4096  # bytes per read of what nobody wants
+CHUNK = 4096  # bytes per read of what nobody wants, or goes along with a handshake: no new connection takes less
 FULL = "all places are taken, %d of semaphore-limit: further users wait"
 
 
@@ -266,9 +267,13 @@ class Egress:
     def _tcp(self, launch: Launch, data: Transport) -> None:
         self._counters.tcp_exchanges += 1
         limits, launched = self._config.limits, time.monotonic()
+        introduces = bool(self._config.proxy_protocol)
         try:
-            speaks_first = bool(self._config.proxy_protocol)  # the header; else perhaps the target does
-            target = connect(self._target.get(), limits.target_timeout_s, limits, speaks_first=speaks_first)
+            endpoints = self._target.get()
+            # The handshake goes first, so that the target begins to serve meanwhile; not so while others wait here for
+            # their turn, for to wake it once, by a handshake with a request, costs the machine less.
+            says = data.recv_ready(CHUNK) if soon.busy and not introduces else b""
+            target = connect(endpoints, limits.target_timeout_s, limits, says, speaks_first=introduces)
             self._target.prefer(target.peer)
         except ConnectError as exc:
             self._target.forget()
@@ -278,11 +283,11 @@ class Egress:
             self._refuse(launch.id, data, "busy")
             raise
         with target:
-            if self._config.proxy_protocol:
+            if introduces:
                 target.sendall(proxy_protocol.header(self._config.proxy_protocol, self._user(launch), target.peer))
             started = time.monotonic()
             on_answer = partial(_observe_answer, self._counters, launched)
-            running = Exchange(data, target, limits.half_closed_timeout_s, on_answer)
+            running = Exchange(data, target, limits.half_closed_timeout_s, on_answer, len(says))
             tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started, running.traffic)
             error = _run(running, limits.idle_timeout_s, self._counters, tell)
             tell(error)

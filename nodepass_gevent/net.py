@@ -292,14 +292,14 @@ def begin_to_connect(
 ) -> tuple[Stream, bool]:
     """Connect without a wait; give the connection, and whether it stands already, as on the same machine. OSError.
 
-    If it does, it has said what it ``says``. What a caller that ``speaks_first`` sends at once travels with the last
-    acknowledgement of the TCP handshake: the peer is woken once, and has it when it accepts.
+    If it does, it has said what it ``says``. That, and what a caller that ``speaks_first`` sends at once, travels with
+    the last acknowledgement of the TCP handshake: the peer is woken once, and has it when it accepts.
     """
     sockaddr = endpoint.sockaddr
     sock = RawSocket(endpoint.family, _NONBLOCKING)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # before: what it says follows the handshake at once
-        if speaks_first:
+        if says or speaks_first:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)
         code = sock.connect_ex(sockaddr)
         if code and code != errno.EINPROGRESS:
@@ -320,8 +320,8 @@ def begin_to_connect(
         raise
 
 
-def finish_connecting(stream: Stream, timeout_s: float) -> None:
-    """Wait until a connection that was begun stands; OSError, and then it is closed."""
+def finish_connecting(stream: Stream, timeout_s: float, says: bytes = b"") -> None:
+    """Wait until a connection that was begun stands, and say what it ``says``; OSError, and then it is closed."""
     try:
         with deadline(timeout_s, "connect"):
             wait_write(stream.fileno())
@@ -329,6 +329,7 @@ def finish_connecting(stream: Stream, timeout_s: float) -> None:
         if code:
             raise OSError(code, os.strerror(code))
         _check_peer(stream.socket, stream.peer)
+        stream.sendall(says)
     except BaseException:
         stream.close()
         raise
@@ -343,7 +344,9 @@ def _check_peer(sock: RawSocket, sockaddr: tuple) -> None:
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
-def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, speaks_first: bool = False) -> Stream:
+def connect(
+    endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, says: bytes = b"", *, speaks_first: bool = False
+) -> Stream:
     """Connect to the first of ``endpoints`` that answers, within ``timeout_s`` in all; see ``begin_to_connect``.
 
     Raises ConnectError with the last address and reason.
@@ -351,9 +354,9 @@ def connect(endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, *, 
     failure, why = ("no address", "resolve")
     for endpoint in endpoints:
         try:
-            stream, connected = begin_to_connect(endpoint, limits, speaks_first=speaks_first)
+            stream, connected = begin_to_connect(endpoint, limits, says, speaks_first=speaks_first)
             if not connected:
-                finish_connecting(stream, timeout_s / len(endpoints))
+                finish_connecting(stream, timeout_s / len(endpoints), says)
             return stream
         except OSError as exc:
             if exc.errno in _NO_RESOURCES:  # the next address changes nothing

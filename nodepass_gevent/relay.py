@@ -290,7 +290,8 @@ class Exchange:
 
     ``run`` copies both ways until both sides have ended, or one fails; the caller closes both. An exchange in which
     nothing moves for ``idle_timeout_s`` (0: no limit), or, half-closed, for ``half_closed_timeout_s``, ends with
-    TimeoutError. ``on_answer()`` is called when the first byte has come from ``b``.
+    TimeoutError. ``on_answer()`` is called when the first byte has come from ``b``. ``said`` bytes of ``a`` have gone
+    to ``b`` before.
     """
 
     __slots__ = ("_ended", "_flows", "_half_closed", "_over")
@@ -301,8 +302,11 @@ class Exchange:
         b: Transport,
         half_closed_timeout_s: float,
         on_answer: Callable[[], object] | None = None,
+        said: int = 0,
     ) -> None:
-        self._flows = _Flow(a, b, self.end), _Flow(b, a, self.end, on_answer)
+        self._flows = there, _ = _Flow(a, b, self.end), _Flow(b, a, self.end, on_answer)
+        if said:
+            there.began, there.moved = True, said
         self._ended = Waiter()
         self._over = False
         self._half_closed: _Silences = _silences(half_closed_timeout_s, "half-closed and idle")
@@ -328,7 +332,8 @@ class Exchange:
         there, back = self._flows
         idle: _Silences | None = _silences(idle_timeout_s, "idle") if idle_timeout_s else None
         try:
-            there.start(at_once=True)  # a request is here by now, as a rule, and needs no turn of the event loop
+            # a request is here by now, as a rule, and needs no turn of the event loop; or it is on its way already
+            there.start(at_once=not there.began)
             if not self._over:
                 back.start()
             if idle:

@@ -170,6 +170,14 @@ class Transport(ABC):
             self.wait_for_arrival()
         return self.recv(size)
 
+    def recv_ready(self, size: int) -> bytes:
+        """Receive what is here, at most ``size`` bytes; of an end, or an error, the next read tells. Never blocks."""
+        buffer = memoryview(bytearray(size))
+        try:
+            return bytes(buffer[: self.pull(buffer)])
+        except OSError:
+            return b""
+
     def recv_exactly(self, size: int) -> bytes:
         """Wait for ``size`` bytes; ConnectionError when the stream ends before."""
         data = b""
@@ -234,7 +242,7 @@ class Stream(Transport):
         self.socket = sock
         self.peer = peer  # sockaddr of the other end
         self._finished = False
-        self._broken: int | None = None  # errno that ``peek`` was told: the kernel tells it once, then of an end
+        self._broken: int | None = None  # errno that is still to be told: the kernel tells it once, then of an end
         self._reader: Any = None  # the one watcher for arrival, made when first needed
 
     def fileno(self) -> int:
@@ -317,6 +325,15 @@ class Stream(Transport):
                 return self.socket.recv(size) or bytes(self._end())
             except BlockingIOError:
                 self.wait_for_arrival()
+
+    def recv_ready(self, size: int) -> bytes:
+        try:
+            return self.socket.recv(size)
+        except BlockingIOError:
+            return b""
+        except OSError as exc:
+            self._broken = exc.errno
+            return b""
 
     def seen(self, size: int) -> bytes:
         """Give what has arrived, at most ``size`` bytes, and leave it there; empty for nothing, and for an end."""

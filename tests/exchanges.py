@@ -193,10 +193,14 @@ class EgressSide(Side):
         self.pool = FakePool()
         self.egress = Egress(self.pool, self.exchanges, self.config, self.counters)
 
+    def prepare(self, id=ID):
+        """Make a data connection ready, and give the server's end of it."""
+        self.pool.ready[id], server = self._pair()
+        return server
+
     def launch(self, kind, id=ID):
         """Launch a data connection, and give the server's end of it."""
-        data, server = self._pair()
-        self.pool.ready[id] = data
+        server = self.prepare(id)
         self.egress.launch(Launch(id, kind))
         return server
 

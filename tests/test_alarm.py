@@ -108,6 +108,14 @@ def test_what_takes_long_lets_arrivals_come_before_the_rest(pair):
     assert done == ["work", b"x", "work"]
 
 
+def test_it_is_busy_while_calls_wait_for_their_turn():
+    seen = []
+    for _ in range(3):
+        soon(lambda: seen.append(soon.busy))
+    gevent.sleep(0)
+    assert seen == [True, True, False]
+
+
 def test_an_error_is_of_one_call_and_the_others_follow(monkeypatch):
     told, last = [], Event()
     monkeypatch.setattr(gevent.get_hub(), "handle_error", lambda context, kind, *_: told.append(kind))

@@ -7,10 +7,18 @@ import pytest
 from exchanges import ID, address_of, happened
 from support import Flooded, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
 
+from nodepass_gevent import forward, net
 from nodepass_gevent.config import Address
 from nodepass_gevent.errors import ProtocolError
 from nodepass_gevent.forward import Egress
 from nodepass_gevent.wire import Kind, Launch
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["calm", "busy"])
+def busy(request, monkeypatch):
+    """While others wait for their turn, what a user has said goes along with the handshake."""
+    monkeypatch.setattr(forward, "soon", Mock(busy=request.param))
+    return request.param
 
 
 @pytest.fixture
@@ -37,6 +45,50 @@ def test_a_launch_is_brought_to_the_target_both_ways_until_both_have_ended(egres
         accepted.sendall(b"a late answer")
     assert read_all(server) == b"a late answer"
     assert side.counted == {"tcp_exchanges": 1, "bytes_up": 8, "bytes_down": 13}
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_what_a_user_has_said_comes_once_and_counts_once(egress, target, busy, far, monkeypatch):
+    said = []
+
+    class Noting(net.RawSocket):
+        def send(self, data):
+            said.append(bytes(data))
+            if far and len(said) == 1:
+                raise BlockingIOError
+            return super().send(data)
+
+    monkeypatch.setattr(net, "RawSocket", Noting)
+    side, whole = egress(target=address_of(target)), bytes(range(256)) * 64
+    server = side.prepare()
+    server.sendall(whole)
+    server.shutdown(1)
+    side.egress.launch(Launch(ID, Kind.TCP))
+    with accept(target) as accepted:
+        assert read_all(accepted) == whole
+    assert read_all(server) == b""
+    assert side.counted == {"tcp_exchanges": 1, "bytes_up": len(whole)}
+    assert said[0] == (whole[: forward.CHUNK] if busy else b"")
+
+
+def test_a_user_who_has_ended_without_a_word_is_ended_at_the_target(egress, target):
+    side = egress(target=address_of(target))
+    server = side.prepare()
+    server.shutdown(1)
+    side.egress.launch(Launch(ID, Kind.TCP))
+    with accept(target) as accepted:
+        assert read_all(accepted) == b""
+        accepted.sendall(b"an answer")
+    assert read_all(server) == b"an answer"
+
+
+def test_a_user_who_was_reset_before_the_launch_is_reset_at_the_target(egress, target):
+    side = egress(target=address_of(target))
+    reset(side.prepare())
+    side.egress.launch(Launch(ID, Kind.TCP))
+    with accept(target) as accepted:
+        assert is_reset(accepted)
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
 def test_a_target_that_refuses_resets_the_user(egress, target):

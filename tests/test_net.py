@@ -446,6 +446,23 @@ def test_whoever_speaks_first_is_accepted_with_what_it_says(listener):
     assert any(unseen_until_it_speaks() for _ in range(5))  # the kernel waits for it 40 ms at least, once in five times
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_what_a_caller_says_is_there_when_it_is_connected(listener, far, monkeypatch):
+    tried = []
+
+    class Noting(net.RawSocket):
+        def send(self, data):
+            tried.append(data)
+            if far and len(tried) == 1:
+                raise BlockingIOError
+            return super().send(data)
+
+    monkeypatch.setattr(net, "RawSocket", Noting)
+    with net.connect([endpoint_of(listener)], 5, LIMITS, b"first"), net._accept(listener) as accepted:
+        assert accepted.recv(16) == b"first"
+    assert tried == [b"first"] * (1 + far)
+
+
 def test_whoever_may_stay_silent_is_accepted_at_once(listener):
     with net.connect([endpoint_of(listener)], 5, LIMITS):
         assert select.select([listener], [], [], 0)[0]  # perhaps it waits for a word of the other side

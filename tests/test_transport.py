@@ -271,6 +271,28 @@ def test_peek_tells_nothing_yet_from_bytes_and_from_an_end(pair):
     assert stream.peek() is False
 
 
+def test_what_is_here_is_received_without_a_wait_and_an_end_is_told_later(pair):
+    stream, peer = pair()
+    assert stream.recv_ready(2) == b""
+    peer.sendall(b"xyz")
+    wait_until(stream.peek)
+    assert [stream.recv_ready(2), stream.recv_ready(2), stream.recv_ready(2)] == [b"xy", b"z", b""]
+    peer.close()
+    wait_read(stream.fileno(), timeout=5)
+    assert [stream.recv_ready(2), stream.recv(2)] == [b"", b""]
+
+
+@pytest.mark.parametrize("read", [lambda stream: stream.recv(1), lambda stream: stream.pull(memoryview(bytearray(1)))])
+def test_a_reset_is_told_to_who_reads_behind_what_was_here(pair, read):
+    stream, peer = pair()
+    reset(peer)
+    wait_read(stream.fileno(), timeout=5)
+    assert stream.recv_ready(2) == b""
+    for _ in range(2):
+        with pytest.raises(ConnectionResetError):
+            read(stream)
+
+
 @pytest.mark.parametrize("read", [lambda stream: stream.recv(1), lambda stream: stream.pull(memoryview(bytearray(1)))])
 def test_a_reset_that_was_peeked_at_is_no_end(pair, read):
     stream, peer = pair()
