@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import gevent
 
-TURN_S = 0.005  # of calls that were put off; then the event loop looks for arrivals before the others
+TURN_S = 0.01  # of calls that were put off; then the event loop looks for arrivals before the others
 
 
 class Alarm:
