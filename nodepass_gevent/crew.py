@@ -96,8 +96,9 @@ class Crew:
         return size is not None and len(self._greenlets.greenlets) >= size
 
     def _let_go(self) -> None:
-        soon(self._begin)
-        self._due.append((None, ()))
+        """Let a greenlet end that waits for work."""
+        soon(self._spare[-1].switch, (None, ()))
+        self._spare.pop()
 
     def _begin(self) -> None:
         """Wake a greenlet, unless another one that was awake has done that work."""

@@ -141,6 +141,17 @@ def test_join_waits_for_those_that_run_and_for_no_spare_one(crew):
     assert len(crew) == 0
 
 
+def test_join_ends_each_spare_one_although_another_one_ends_in_the_same_turn(spawn):
+    crew, gate = Crew(), Event()
+    crew.spawn(list)
+    crew.spawn(gate.wait)
+    gevent.idle()
+    joining = spawn(crew.join, None)
+    gate.set()
+    joining.get(timeout=5)
+    assert len(crew) == 0
+
+
 def test_a_greenlet_that_enters_waits_for_room_and_counts_until_it_ends(spawn):
     crew, gates = Crew(1), [Event(), Event()]
 
