@@ -23,7 +23,7 @@ class Crew:
     def __init__(self, limit: int | None = None) -> None:
         self._greenlets = Pool(limit)
         self._spare: list[Waiter] = []  # of greenlets that wait for work
-        self._due: deque[Work] = deque()  # for one of them each, or for who has done its work before
+        self._due: deque[Work] = deque()  # never more than there are spare ones, and for each a _begin is planned
         self._spares = SPARE  # that many may wait
         self._entering = 0  # greenlets that wait for room
         self._killed = False
@@ -101,7 +101,7 @@ class Crew:
         self._spare.pop()
 
     def _begin(self) -> None:
-        """Wake a greenlet, unless another one that was awake has done that work."""
+        """Wake a greenlet for work that is due, unless one that was awake has taken it."""
         if self._due:
             self._spare.pop().switch(self._due.popleft())
 
@@ -111,12 +111,11 @@ class Crew:
         while function and not self._killed:
             function(*args)
             function, args = None, ()
+            # somebody may wait for this one's place
+            if self._entering or self._free >= self._spares or self._all_used():
+                return
             if self._due:
                 function, args = self._due.popleft()
-                continue
-            # somebody may wait for this one's place
-            if self._entering or len(self._spare) >= self._spares or self._all_used():
-                return
-            self._spare.append(waiter)
-            function, args = waiter.get()
-            waiter.clear()
+            else:
+                self._spare.append(waiter)
+                function, args = waiter.get()

@@ -196,8 +196,8 @@ class DialingPool:
         """Replace what is used: behind what is launched now when less than half is left, else a little later."""
         if 2 * len(self._idle) < self.capacity:
             if not self._fills_now:
-                self._fills_now = True
                 soon(self._fill_now)
+                self._fills_now = True
         elif not self._gathering.is_set:
             self._gathering.set(self._fill)
 

@@ -31,7 +31,8 @@ from .transport import Stream, Transport, reason
 from .udp import Entrance
 from .wire import Kind, Launch
 
-CHUNK = 4096  # bytes per read of what nobody wants, or goes along with a handshake: no new connection takes less
+CHUNK = 4096  # bytes per read of what nobody wants
+FIRST = 4096  # bytes that go along with a handshake: there is room for more in the send buffer of a new connection
 FULL = "all places are taken, %d of semaphore-limit: further users wait"
 
 
@@ -199,7 +200,7 @@ class Egress:
         self._waiting: dict[bytes, gevent.Greenlet] = {}  # launches that wait for room among the exchanges, by id
         self._target = TargetAddresses(config.target)
         udp = DatagramEgress(self._target, self._refuse, self._user, exchanges, config, counters)
-        self._carry = {Kind.TCP: self._tcp, Kind.UDP: udp.exchange, Kind.UDP_SESSION: udp.session}
+        self._carry_udp = {Kind.UDP: udp.exchange, Kind.UDP_SESSION: udp.session}
 
     def launch(self, launch: Launch) -> None:
         """Start the exchange of one launch. Never blocks."""
@@ -237,7 +238,7 @@ class Egress:
         self._run(launch)
 
     def _run(self, launch: Launch) -> None:
-        started = time.monotonic()
+        started, in_crowd = time.monotonic(), soon.busy
         try:
             data = self._pool.take(launch.id, self._config.limits.pool_wait_s)
         except NodePassError as exc:
@@ -247,7 +248,10 @@ class Egress:
             return
         try:
             with data:
-                self._carry[launch.kind](launch, data)
+                if launch.kind is Kind.TCP:
+                    self._tcp(launch, data, in_crowd=in_crowd)
+                else:
+                    self._carry_udp[launch.kind](launch, data)
         except (OSError, ConnectError) as exc:
             self._counters.exchanges_failed += 1
             self._log.warning("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
@@ -264,15 +268,15 @@ class Egress:
             end = access.NO_DATA_CONNECTION, str(exc)
             self._access.nothing(_protocol(launch), launch.id, self._user(launch), started, end)
 
-    def _tcp(self, launch: Launch, data: Transport) -> None:
+    def _tcp(self, launch: Launch, data: Transport, *, in_crowd: bool) -> None:
         self._counters.tcp_exchanges += 1
         limits, launched = self._config.limits, time.monotonic()
         introduces = bool(self._config.proxy_protocol)
         try:
             endpoints = self._target.get()
-            # The handshake goes first, so that the target begins to serve meanwhile; not so while others wait here for
-            # their turn, for to wake it once, by a handshake with a request, costs the machine less.
-            says = data.recv_ready(CHUNK) if soon.busy and not introduces else b""
+            # Alone, a handshake is done before the request, and the target gets ready meanwhile. In a crowd both go
+            # together: the target is woken once for them, which costs the machine less.
+            says = data.recv_ready(FIRST) if in_crowd and not introduces and isinstance(data, Stream) else b""
             target = connect(endpoints, limits.target_timeout_s, limits, says, speaks_first=introduces)
             self._target.prefer(target.peer)
         except ConnectError as exc:

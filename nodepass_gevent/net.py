@@ -304,17 +304,14 @@ def begin_to_connect(
         code = sock.connect_ex(sockaddr)
         if code and code != errno.EINPROGRESS:
             raise OSError(code, os.strerror(code))
+        stream = Stream(sock, sockaddr)
         try:
-            taken = sock.send(says)  # on the same machine it stands by now
+            _say_first(stream, says)  # on the same machine it stands by now
+            connected = True
         except BlockingIOError:
             connected = False
-        else:
-            connected = True
-            _check_peer(sock, sockaddr)
-            if taken < len(says):
-                raise ConnectionAbortedError("a new connection takes no line")
         _dialled.add(sock, limits)
-        return Stream(sock, sockaddr), connected
+        return stream, connected
     except BaseException:
         sock.close()
         raise
@@ -325,21 +322,24 @@ def finish_connecting(stream: Stream, timeout_s: float, says: bytes = b"") -> No
     try:
         with deadline(timeout_s, "connect"):
             wait_write(stream.fileno())
-        code = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code:
-            raise OSError(code, os.strerror(code))
-        _check_peer(stream.socket, stream.peer)
-        stream.sendall(says)
+        _say_first(stream, says)
     except BaseException:
         stream.close()
         raise
 
 
-def _check_peer(sock: RawSocket, sockaddr: tuple) -> None:
-    """Raise OSError for a connection that has reached its own socket."""
+def _say_first(stream: Stream, says: bytes) -> None:
+    """Say something short, if only nothing: BlockingIOError while the connection does not stand, OSError if it failed.
+
+    Where only a part of it was taken, for want of memory, the connection is reset, and it may be said nowhere else.
+    """
+    sock, sockaddr = stream.socket, stream.peer
+    if sock.send(says) < len(says):
+        stream.reset()
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
     if sockaddr[1] in _ports_drawn():
         own = sock.getsockname()
-        if own[1] == sockaddr[1] and own == sock.getpeername():
+        if own[1] == sockaddr[1] and own == sock.getpeername():  # itself
             # nobody listens, and of all ports the kernel has drawn that one
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 

@@ -170,14 +170,6 @@ class Transport(ABC):
             self.wait_for_arrival()
         return self.recv(size)
 
-    def recv_ready(self, size: int) -> bytes:
-        """Receive what is here, at most ``size`` bytes; of an end, or an error, the next read tells. Never blocks."""
-        buffer = memoryview(bytearray(size))
-        try:
-            return bytes(buffer[: self.pull(buffer)])
-        except OSError:
-            return b""
-
     def recv_exactly(self, size: int) -> bytes:
         """Wait for ``size`` bytes; ConnectionError when the stream ends before."""
         data = b""
@@ -327,6 +319,7 @@ class Stream(Transport):
                 self.wait_for_arrival()
 
     def recv_ready(self, size: int) -> bytes:
+        """Receive what is here, at most ``size`` bytes; of an end, or an error, the next read tells."""
         try:
             return self.socket.recv(size)
         except BlockingIOError:

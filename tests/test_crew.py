@@ -90,15 +90,17 @@ def test_kill_ends_what_runs_and_starts_nothing_more(crew):
         finally:
             ended.append(True)
 
-    crew.spawn(list)
+    for _ in range(3):
+        crew.spawn(list)
     gevent.idle()
     crew.spawn(work)
     crew.spawn(work)
     gevent.idle()
     crew.spawn(started.append, 1)  # begins only in the next turn
+    assert len(crew) == 3
     crew.kill()
     assert ended == [True, True]
-    assert not started
+    assert not started and len(crew) == 0
 
 
 def test_beyond_the_limit_a_spawn_waits(spawn):
@@ -125,6 +127,55 @@ def test_beyond_the_limit_a_spawn_waits(spawn):
     wait_until(lambda: began == [0, 1, 2])
     crew.kill()
     assert len(crew) == 0
+
+
+@pytest.fixture
+def promised(crew):
+    """A spare greenlet, one at work that is about to end, and work for one of them that is to begin behind that."""
+    crew = Crew(3)
+    gates, done = [Event(), Event()], []
+    crew.spawn(list)
+    crew.spawn(gates[0].wait)
+    gevent.idle()
+    gates[0].set()
+    crew.spawn(lambda: (done.append(True), gates[1].wait()))
+    yield crew, gates[1], done
+    crew.kill()
+
+
+def test_work_that_is_promised_to_a_spare_one_uses_a_place(promised):
+    crew, _, _ = promised
+    assert (len(crew), crew.free_count(), crew.full()) == (2, 1, False)
+    crew.spawn(list)
+    assert (len(crew), crew.free_count(), crew.full()) == (3, 0, True)
+
+
+@pytest.mark.parametrize("wait", [Crew.wait_available, Crew.enter])
+def test_who_waits_for_a_place_gets_that_of_the_one_that_ends_before_work_is_begun(promised, spawn, wait):
+    crew, _, done = promised
+    crew.spawn(Event().wait)  # the last place
+    waiting = spawn(wait, crew)
+    waiting.get(timeout=5)
+    assert done == [True]
+
+
+def test_who_enters_takes_no_spare_one_that_has_a_promise(crew, spawn):
+    done = []
+    crew.spawn(list)
+    gevent.idle()
+    entering = spawn(crew.enter)
+    crew.spawn(done.append, True)
+    entering.get(timeout=5)
+    gevent.idle()
+    assert done == [True]
+
+
+def test_join_ends_all_that_are_spare_behind_work_that_was_promised(promised, spawn):
+    crew, gate, done = promised
+    joining = spawn(crew.join, None)
+    gate.set()
+    joining.get(timeout=5)
+    assert done == [True] and len(crew) == 0
 
 
 def test_join_waits_for_those_that_run_and_for_no_spare_one(crew):

@@ -68,7 +68,17 @@ def test_what_a_user_has_said_comes_once_and_counts_once(egress, target, busy, f
         assert read_all(accepted) == whole
     assert read_all(server) == b""
     assert side.counted == {"tcp_exchanges": 1, "bytes_up": len(whole)}
-    assert said[0] == (whole[: forward.CHUNK] if busy else b"")
+    assert said[0] == (whole[: forward.FIRST] if busy else b"")
+
+
+def test_the_header_of_the_proxy_protocol_stands_before_what_a_user_has_said(egress, target):
+    side = egress(target=address_of(target), proxy_protocol=1)
+    server = side.prepare()
+    server.sendall(b"question")
+    server.shutdown(1)
+    side.egress.launch(Launch(ID, Kind.TCP))
+    with accept(target) as accepted:
+        assert read_all(accepted) == b"PROXY UNKNOWN\r\nquestion"
 
 
 def test_a_user_who_has_ended_without_a_word_is_ended_at_the_target(egress, target):

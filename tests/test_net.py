@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import gevent
 import pytest
 from gevent.event import Event
-from support import LIMITS, LOOPBACK, endpoint_of, out_of_descriptors, silent_endpoint, wait_until
+from support import LIMITS, LOOPBACK, bounded, endpoint_of, out_of_descriptors, silent_endpoint, wait_until
 
 from nodepass_gevent import net
 from nodepass_gevent.config import Address
@@ -463,6 +463,21 @@ def test_what_a_caller_says_is_there_when_it_is_connected(listener, far, monkeyp
     assert tried == [b"first"] * (1 + far)
 
 
+def test_what_is_said_in_part_alone_ends_in_a_reset_and_is_said_to_nobody_else(listener, no_leaks, monkeypatch):
+    class Short(net.RawSocket):
+        def send(self, data):
+            return super().send(data[:2])
+
+    monkeypatch.setattr(net, "RawSocket", Short)
+    with pytest.raises(OSError, match="No buffer space"):
+        net.connect([endpoint_of(listener)] * 2, 5, LIMITS, b"first")
+    with net._accept(listener) as accepted, bounded(), pytest.raises(ConnectionResetError):
+        while accepted.recv(16):
+            pass
+    with pytest.raises(BlockingIOError):
+        net._accept(listener)
+
+
 def test_whoever_may_stay_silent_is_accepted_at_once(listener):
     with net.connect([endpoint_of(listener)], 5, LIMITS):
         assert select.select([listener], [], [], 0)[0]  # perhaps it waits for a word of the other side
@@ -474,11 +489,20 @@ def test_a_refused_connect_names_the_address_and_the_reason(no_leaks):
         net.connect([endpoint], 5, LIMITS)
 
 
+@pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_connection_that_would_reach_itself_is_refused(no_leaks, monkeypatch, host):
+def test_a_connection_that_would_reach_itself_is_refused(no_leaks, monkeypatch, host, far):
     endpoint = net.Endpoint(socket.AF_INET, (host, free_endpoint().sockaddr[1]))
 
     class Unlucky(net.RawSocket):
+        sends = 0
+
+        def send(self, data):
+            self.sends += 1
+            if far and self.sends == 1:
+                raise BlockingIOError
+            return super().send(data)
+
         def connect_ex(self, address):
             if not self.getsockname()[1]:
                 self.bind(("127.0.0.1", address[1]))  # as the kernel draws it, once in 28,000 times

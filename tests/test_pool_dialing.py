@@ -194,6 +194,14 @@ def test_all_that_are_launched_in_one_turn_are_taken_before_one_is_replaced(dial
     assert done == ["taken"] * 4 + ["replaced"] * 4
 
 
+def test_the_last_one_is_replaced_each_time(dialler, dialing):
+    pool = dialing(1)
+    for number in range(3):
+        wait_until(lambda: len(pool) == 1)
+        take(pool, dialler.ids[number]).close()
+    wait_until(lambda: len(pool) == 1)
+
+
 def test_a_full_pool_dials_no_more(dialler, dialing, clock):
     pool = dialing(4, maximum=4)
     wait_until(lambda: len(pool) == 4)

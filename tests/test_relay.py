@@ -72,6 +72,12 @@ def send_and_end(transport, data):
     transport.shutdown_write()
 
 
+def test_what_was_said_before_counts_as_moved(pair):
+    a, b = pair()[0], pair()[0]
+    exchange = relay.Exchange(a, b, NEVER_S, said=3)
+    assert exchange.began and exchange.traffic() == (3, 0, 0, 0)
+
+
 def finish(exchange):
     """End both directions and give the outcome."""
     exchange.user.shutdown_write()

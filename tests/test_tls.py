@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import gevent
 import pytest
-from gevent.socket import wait_read
 from OpenSSL import SSL
 from secure import client_context, handshake, key_updater, presented, stream_pair
 from support import bounded, segments_out, wait_until
@@ -224,23 +223,6 @@ def test_peek_tells_bytes_silence_and_end_apart_and_takes_nothing(ends):
     assert client.peek() is None
     server.shutdown_write()
     wait_until(lambda: client.peek() is False)
-
-
-@pytest.mark.parametrize("end", ["end", "cut", "reset"])
-def test_what_is_here_is_received_without_a_wait_and_how_it_ends_is_told_later(ends, end):
-    server, client = ends
-    assert client.recv_ready(2) == b""
-    server.sendall(b"xyz")
-    wait_until(lambda: client.peek())
-    assert [client.recv_ready(2), client.recv_ready(2), client.recv_ready(2)] == [b"xy", b"z", b""]
-    {"end": server.shutdown_write, "cut": server.stream.finish, "reset": server.reset}[end]()
-    wait_read(client.fileno(), timeout=5)
-    assert client.recv_ready(2) == b""
-    if end == "end":
-        assert client.recv(2) == b""
-    else:
-        with pytest.raises(ConnectionError):
-            client.recv(2)
 
 
 @pytest.mark.parametrize("end", ["cut", "reset"])
