@@ -35,7 +35,6 @@ class AcceptingPool:
         self._short = 0
         self._idle = Idle(self._drop, user_timeout_s)
         self._takers: deque[AsyncResult] = deque()
-        self.closed = False
         self.ended = Event()  # set when it is closed
         self._why: str | TimeoutError = "the pool was closed"
 
@@ -44,6 +43,10 @@ class AcceptingPool:
 
     def __contains__(self, id: bytes) -> bool:
         return id in self._idle
+
+    @property
+    def closed(self) -> bool:
+        return self.ended.is_set()
 
     @property
     def room(self) -> int:
@@ -128,7 +131,6 @@ class AcceptingPool:
 
     def close(self) -> None:
         """Reset what is idle; whoever waits is told PoolClosed."""
-        self.closed = True
         self.ended.set()
         self._idle.close()
         while self._takers:
