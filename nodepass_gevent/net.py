@@ -305,13 +305,12 @@ def begin_to_connect(
         if code and code != errno.EINPROGRESS:
             raise OSError(code, os.strerror(code))
         stream = Stream(sock, sockaddr)
-        try:
-            _say_first(stream, says)  # on the same machine it stands by now
-            connected = True
-        except BlockingIOError:
-            connected = False
         _dialled.add(sock, limits)
-        return stream, connected
+        try:
+            _say_first(stream, says)  # on the same machine it stands by now, and behind this nothing can fail
+        except BlockingIOError:
+            return stream, False
+        return stream, True
     except BaseException:
         sock.close()
         raise
@@ -329,9 +328,10 @@ def finish_connecting(stream: Stream, timeout_s: float, says: bytes = b"") -> No
 
 
 def _say_first(stream: Stream, says: bytes) -> None:
-    """Say something short, if only nothing: BlockingIOError while the connection does not stand, OSError if it failed.
+    """Say something short, if only nothing: BlockingIOError while the connection does not stand.
 
-    Where only a part of it was taken, for want of memory, the connection is reset, and it may be said nowhere else.
+    OSError if it failed, or reached its own socket. Where only a part was taken, for want of memory, it is reset, and
+    nothing may be said elsewhere.
     """
     sock, sockaddr = stream.socket, stream.peer
     if sock.send(says) < len(says):
@@ -339,7 +339,7 @@ def _say_first(stream: Stream, says: bytes) -> None:
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
     if sockaddr[1] in _ports_drawn():
         own = sock.getsockname()
-        if own[1] == sockaddr[1] and own == sock.getpeername():  # itself
+        if own[1] == sockaddr[1] and own == sock.getpeername():
             # nobody listens, and of all ports the kernel has drawn that one
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 

@@ -478,6 +478,14 @@ def test_what_is_said_in_part_alone_ends_in_a_reset_and_is_said_to_nobody_else(l
         net._accept(listener)
 
 
+def test_without_memory_nothing_is_said(listener, no_leaks, monkeypatch):
+    monkeypatch.setattr(net, "_dialled", Mock(add=Mock(side_effect=MemoryError)))
+    with pytest.raises(MemoryError):
+        net.connect([endpoint_of(listener)], 5, LIMITS, b"first")
+    with net._accept(listener) as accepted:
+        assert accepted.recv(16) == b""
+
+
 def test_whoever_may_stay_silent_is_accepted_at_once(listener):
     with net.connect([endpoint_of(listener)], 5, LIMITS):
         assert select.select([listener], [], [], 0)[0]  # perhaps it waits for a word of the other side
