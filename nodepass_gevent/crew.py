@@ -107,7 +107,7 @@ class Crew:
 
     def _work(self, first: list[Work]) -> None:
         function, args = first.pop()  # out of the greenlet's own arguments: nothing keeps what is done
-        waiter = Waiter()
+        waiter = Waiter()  # for all its waits: nobody switches to one that does not wait
         while function and not self._killed:
             function(*args)
             function, args = None, ()

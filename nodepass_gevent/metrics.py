@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # of times to a first byte
-
-
 TRAFFIC = ("bytes_up", "bytes_down", "datagrams_up", "datagrams_down")
 
 Traffic = tuple[int, int, int, int]  # what an exchange has carried so far, as TRAFFIC names it
