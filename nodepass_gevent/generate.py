@@ -26,7 +26,7 @@ STOP_SLACK_S = 3  # the log is flushed, and a busy machine
 LEAST_BYE_S = 2.0  # the default of drain-linger
 MAX_PROCESSES = 100
 FIRST_FREE_PORT = 1024  # below, a listener needs a capability
-HOMES = ("/home/", "/root/", "/run/user/")
+HOMES = ("/home/", "/root/", "/run/user/")  # what systemd's ProtectHome= hides from a unit, on any machine
 CREDENTIALS = "/run/credentials/"
 _FILES = ("crt", "key", "ca", "tunnel_key_file", "status_token_file")  # that are read
 _OWN_PORTS = "such as 101%(process_num)02d"

@@ -104,7 +104,7 @@ class Writer(logging.Handler):
         self._put(None)
         end = time.monotonic() + FLUSH_TIMEOUT_S
         while self._done < self._queued and time.monotonic() < end:
-            time.sleep(0.002)
+            time.sleep(0.002)  # a thread writes, and could not wake who waits in the event loop
 
     def _put(self, line: str | None) -> None:
         self._queued += 1
