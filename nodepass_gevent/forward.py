@@ -76,11 +76,14 @@ class Ingress:
         self.udp = DatagramIngress(self._launcher, exchanges, config, counters, entrance)
 
     def room(self) -> int:
-        """Wait until there is room for a user, and say for how many."""
+        """Say for how many users there is room."""
+        return self._exchanges.free_count()
+
+    def wait_for_room(self) -> None:
+        """Wait until there is room for a user."""
         if self._exchanges.full():
             self._full.warning(FULL, self._config.semaphore_limit)
             self._exchanges.wait_available()
-        return self._exchanges.free_count()
 
     def settle(self, timeout_s: float) -> None:
         """Wait until nobody who has come waits for a launch, for ``timeout_s`` at most."""

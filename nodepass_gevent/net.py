@@ -1,50 +1,32 @@
-"""TCP addresses and ports: resolve, listen, serve, connect, and the options of every socket."""
+"""TCP addresses and ports: resolve, listen, connect, and the options of every socket; ``accepting`` has who calls."""
 
-import array
 import errno
 import ipaddress
 import os
 import random
 import socket
-import struct
-import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
-import gevent
-from gevent.socket import wait_read, wait_write
+from gevent.socket import wait_write
 
 from .alarm import Alarm
 from .config import Address, Limits
 from .errors import ConnectError
-from .transport import READ, RawSocket, Stream, deadline, reason
+from .transport import RawSocket, Stream, deadline, reason
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
-ACCEPT_BATCH = 64  # connections per wake-up, then everybody else has a turn
 RESOLVE_TIMEOUT_S = 5.0
 LASTS_S = 1.0  # who is there then, or a moment later, is no short request any more
-DEFAULT_LIMITS = Limits()
 
 _BIND_HINTS = {
     errno.EADDRNOTAVAIL: ", which is no address of this machine; for all that it has, give only :{}",
     errno.EACCES: ", and ports below 1024 need root or the capability CAP_NET_BIND_SERVICE",
 }
 _NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27  # <asm-generic/socket.h>; not in Python's socket module
-_NO_SYN = array.array(  # struct sock_filter: passes every segment but a SYN, the first one of a connection
-    "Q",
-    struct.pack(
-        "=" + 5 * "HBBI",
-        *(0x30, 0, 0, 13),  # load the byte of the TCP header that has the flags
-        *(0x54, 0, 0, 0x12),  # SYN and ACK of them
-        *(0x15, 0, 1, 0x02),  # SYN alone:
-        *(0x06, 0, 0, 0),  # drop it
-        *(0x06, 0, 0, 0xFFFFFFFF),
-    ),
-)
+NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 
 class Endpoint(NamedTuple):
@@ -195,98 +177,6 @@ def duplicate(sock: RawSocket) -> RawSocket:
     return twin
 
 
-def serve(
-    listener: RawSocket,
-    handle: Callable[[Stream], object],
-    on_pause: Callable[[Exception], None],
-    room: Callable[[], int] = lambda: ACCEPT_BATCH,
-    limits: Limits = DEFAULT_LIMITS,
-) -> None:
-    """Accept for ever and do nothing else: ``handle`` must not block, ``room`` may, and says for how many.
-
-    When accepting fails, or ``handle`` for want of memory, the loop pauses, longer each time, and tells ``on_pause``
-    why. Kill the greenlet before the listener is closed.
-    """
-    pause_s = limits.accept_pause_s
-    hub = gevent.get_hub()
-    with closing(hub.loop.io(listener.fileno(), READ)) as arrival:  # for all waits: a new one costs a system call
-        alike = ACCEPT_BATCH  # connections whose keepalives fall together; at first those of former settings
-        while True:
-            if alike >= ACCEPT_BATCH:
-                scatter_keepalives(listener, limits)
-                alike = 0
-            hub.wait(arrival)
-            try:
-                for _ in range(min(room(), ACCEPT_BATCH)):
-                    handle(_accept(listener))
-                    alike += 1
-            except (BlockingIOError, ConnectionAbortedError):  # all accepted; or the caller is gone again
-                pass
-            except (OSError, MemoryError) as exc:
-                on_pause(exc)
-                gevent.sleep(pause_s)
-                pause_s = min(pause_s * 2, limits.accept_pause_longest_s)
-                continue
-            pause_s = limits.accept_pause_s
-
-
-def migrates() -> bool:
-    """Whether the kernel gives who waits for a shared listener that is closed to another one (``tcp_migrate_req``)."""
-    try:
-        with open("/proc/sys/net/ipv4/tcp_migrate_req") as setting:
-            return setting.read().strip() == "1"
-    except OSError:  # before Linux 5.14
-        return False
-
-
-def serve_last(
-    listener: RawSocket, handle: Callable[[Stream], object], room: Callable[[], int], diverted_s: float = 0
-) -> None:
-    """Accept who has called, before the listener is closed: who is in its queue then is reset.
-
-    With ``diverted_s`` also those who are in the middle of calling and are through within that time. Who begins to call
-    meanwhile gets no answer, and a second later, when the SYN comes again, another process that shares the port. Ends
-    early when accepting fails.
-    """
-    if diverted_s:
-        program = struct.pack("HP", len(_NO_SYN), _NO_SYN.buffer_info()[0])
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)
-        except OSError:  # not every kernel, or sandbox, has filters
-            diverted_s = 0
-    end = time.monotonic() + diverted_s
-    while room():
-        try:
-            caller = _accept(listener)
-        except BlockingIOError:
-            left_s = end - time.monotonic()
-            if left_s <= 0:
-                return
-            with gevent.Timeout(left_s, False):
-                wait_read(listener.fileno())
-        except ConnectionAbortedError:
-            pass
-        except (OSError, MemoryError):
-            return
-        else:
-            if diverted_s:
-                with suppress(OSError):  # inherited, unless it was through before
-                    caller.socket.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-            with suppress(MemoryError):
-                handle(caller)
-
-
-def _accept(listener: RawSocket) -> Stream:
-    descriptor, peer = listener._accept()  # type: ignore[attr-defined]  # what socket.accept() itself calls, without its wrapper
-    try:
-        sock = RawSocket(listener.family, _NONBLOCKING, 0, descriptor)
-    except MemoryError:
-        socket.close(descriptor)
-        raise
-    sock.setblocking(False)
-    return Stream(sock, peer)
-
-
 def begin_to_connect(
     endpoint: Endpoint, limits: Limits, says: bytes = b"", *, speaks_first: bool = False
 ) -> tuple[Stream, bool]:
@@ -296,7 +186,7 @@ def begin_to_connect(
     the last acknowledgement of the TCP handshake: the peer is woken once, and has it when it accepts.
     """
     sockaddr = endpoint.sockaddr
-    sock = RawSocket(endpoint.family, _NONBLOCKING)
+    sock = RawSocket(endpoint.family, NONBLOCKING)
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # before: what it says follows the handshake at once
         if says or speaks_first:

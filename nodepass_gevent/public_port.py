@@ -7,11 +7,12 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import gevent
 
+from . import accepting, net
 from . import log as logs
-from . import net
 from .admission import Admission
 from .clients import Clients
 from .config import Address, Config
@@ -154,8 +155,9 @@ class PublicPort:
             target = replace(target, port=datagrams.port)
             self._receivers.append(gevent.spawn(self._ingress.udp.serve, datagrams))
         if self._listener:
-            room, limits = self._ingress.room, config.limits
-            self._receivers.append(gevent.spawn(net.serve, self._listener, self._start, self._on_pause, room, limits))
+            limits, ingress = config.limits, self._ingress
+            serve = partial(accepting.serve, room=ingress.room, rest=ingress.wait_for_room, limits=limits)
+            self._receivers.append(gevent.spawn(serve, self._listener, self._start, self._on_pause))
         return target
 
     def close(self, within_s: float) -> None:
@@ -174,9 +176,9 @@ class PublicPort:
                 self._ingress.udp.end("this process takes no users any more")
         if self._listener:
             if ours and within_s:
-                diverted_s = DIVERTED_S if shared and not net.migrates() else 0
+                diverted_s = DIVERTED_S if shared and not accepting.migrates() else 0
                 with gevent.Timeout(within_s, False):
-                    net.serve_last(self._listener, self._start, self._ingress.room, diverted_s)
+                    accepting.serve_last(self._listener, self._start, self._ingress.wait_for_room, diverted_s)
             self._sockets.forget(self._listener)
             self._listener.close()
             self._listener = None

@@ -19,8 +19,8 @@ import gevent
 from gevent.event import Event
 from gevent.pool import Group
 
+from . import accepting, net
 from . import log as logs
-from . import net
 from .admission import Admission
 from .clients import Clients
 from .config import Address, Config
@@ -142,7 +142,7 @@ class Server:
             return stack.enter_context(closing(sock))
 
         def serve(listener: RawSocket, handle: Callable[[Stream], object]) -> Callable[[], None]:
-            return partial(net.serve, listener, handle, self._paused, _after_those_before, config.limits)
+            return partial(accepting.serve, listener, handle, self._paused, rest=_let_them_begin, limits=config.limits)
 
         tunnel = listen("tunnel", config.tunnel, shared=bool(config.reuse_port))
         ports = [f"tunnel {bound(config.tunnel, tunnel)}"]
@@ -204,10 +204,9 @@ class Server:
         self._log.log(logging.WARNING if warn else logging.DEBUG, "accepting pauses: %s", reason(exc))
 
 
-def _after_those_before() -> int:
-    """Let callers that are accepted have their turn, and then take a batch more: a handshake takes longer than that.
+def _let_them_begin() -> None:
+    """Let callers that are accepted have their turn before more are: a handshake takes longer than to accept.
 
     The event loop looks for arrivals every few milliseconds, whether those before have had their turn or not.
     """
     gevent.sleep(0)
-    return net.ACCEPT_BATCH

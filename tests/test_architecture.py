@@ -12,7 +12,7 @@ import nodepass_gevent
 
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
-    {"__init__", "alarm", "errors", "state"},
+    {"__init__", "alarm", "arrivals", "errors", "state"},
     {
         "callers",
         "certificates",
@@ -31,7 +31,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"log"},
     {"configfile", "descriptors", "keyring", "opening", "penalties", "ports", "settings", "transport", "url"},
     {"command_line", "example", "idle", "launching", "net", "notify", "relay", "udp_relay", "unframed"},
-    {"access", "options", "status_client", "target", "udp", "verification"},
+    {"accepting", "access", "options", "status_client", "target", "udp", "verification"},
     {"datagrams", "generate", "tls_context"},
     {"tls"},
     {"admission", "authentication", "dialing", "dialing_pool", "forward", "pool"},
@@ -53,9 +53,12 @@ SANS_IO = {
     "wire",
 }  # fmt: skip
 KNOW_WATCHERS = {  # may use the loop
-    "alarm", "dialing_pool", "net", "pool", "relay", "ripening", "tls", "transport", "udp", "udp_relay",
+    "accepting", "alarm", "arrivals", "dialing_pool", "net", "pool", "relay", "ripening", "tls", "transport", "udp",
+    "udp_relay",
 }  # fmt: skip
-CATCH_ALL = {"relay": 1, "service": 1, "status_server": 2, "udp_relay": 1}  # ends of exchanges, loop, requests
+CATCH_ALL = {  # what is told to a greenlet; ends of exchanges, loop, requests
+    "arrivals": 1, "relay": 1, "service": 1, "status_server": 2, "udp_relay": 1,
+}  # fmt: skip
 MAX_FUNCTION, MAX_MODULE = 60, 400  # lines
 
 

@@ -153,12 +153,14 @@ def test_a_reset_of_the_client_is_a_reset_for_the_user(ingress):
 def test_at_the_limit_of_exchanges_there_is_no_room_until_one_ends(ingress, spawn, caplog):
     side = ingress(semaphore_limit=2)
     assert side.ingress.room() == 2
+    side.ingress.wait_for_room()  # there is some
     users = [side.user(), side.user()]
-    assert not caplog.messages
-    waiting = spawn(side.ingress.room)
+    assert not caplog.messages and side.ingress.room() == 0
+    waiting = spawn(side.ingress.wait_for_room)
     gevent.idle()
     assert not waiting.ready()
     assert caplog.messages == ["all places are taken, 2 of semaphore-limit: further users wait"]
     reset(users[0])
     side.add_data()
-    assert waiting.get(timeout=5) == 1
+    waiting.get(timeout=5)
+    assert side.ingress.room() == 1

@@ -1,38 +1,21 @@
 import errno
 import select
 import socket
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from unittest.mock import Mock
 
 import gevent
 import pytest
 from gevent.event import Event
-from support import LIMITS, LOOPBACK, bounded, endpoint_of, out_of_descriptors, silent_endpoint, wait_until
+from listeners import dial, keepalives, keeps_alive, refuse_to_pause
+from support import LIMITS, LOOPBACK, bounded, endpoint_of, silent_endpoint, wait_until
 
-from nodepass_gevent import net
+from nodepass_gevent import accepting, net
 from nodepass_gevent.config import Address
 from nodepass_gevent.errors import ConnectError
 
 needs_ipv6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this system has no IPv6")
-SO_GET_FILTER = 26  # <asm-generic/socket.h>
-KEEPALIVE = {
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE): 1,
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): LIMITS.keepalive_count,
-}
-
-
-def dial(listener):
-    return socket.create_connection(endpoint_of(listener).sockaddr[:2], 5)
-
-
-@pytest.fixture
-def listener(no_leaks):
-    with closing(net.listen(LOOPBACK, LIMITS)) as sock:
-        yield sock
-
-
 # Addresses
 
 
@@ -146,43 +129,6 @@ def test_an_address_in_use_is_named_in_the_error(listener):
     assert caught.value.errno == errno.EADDRINUSE
 
 
-# shared ports
-
-
-@pytest.fixture
-def shared(no_leaks):
-    """Make listeners on one port."""
-    with ExitStack() as stack:
-        first = stack.enter_context(closing(net.listen(LOOPBACK, LIMITS, shared=True)))
-        address = Address("127.0.0.1", first.getsockname()[1])
-        yield first, lambda: stack.enter_context(closing(net.listen(address, LIMITS, shared=True)))
-
-
-def calling(sock, stack):
-    """Begin to connect, and do not wait for it."""
-    caller = stack.enter_context(closing(net.RawSocket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)))
-    caller.connect_ex(sock.getsockname())
-    return caller
-
-
-def is_through(caller):
-    """Whether a connect has come to its end."""
-    return bool(select.select([], [caller], [], 0)[1])
-
-
-def test_a_shared_port_is_bound_several_times_and_each_listener_has_its_callers(shared, accepted):
-    first, listen = shared
-    listeners = first, listen()
-    with ExitStack() as stack:
-        for _ in range(64):
-            stack.enter_context(dial(first))
-        counts = []
-        for listener in listeners:
-            net.serve_last(listener, accepted.append, lambda: 1)
-            counts.append(len(accepted) - sum(counts))
-    assert sum(counts) == 64 and min(counts) > 8
-
-
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
 def test_a_port_that_is_taken_and_not_shared_is_said_to_be(kind):
     with closing(net.bind(LOOPBACK, kind)) as taken:
@@ -191,170 +137,6 @@ def test_a_port_that_is_taken_and_not_shared_is_said_to_be(kind):
         address = Address("127.0.0.1", taken.getsockname()[1])
         with pytest.raises(OSError, match=f"in use: {address}, taken by a process without reuse-port"):
             net.bind(address, kind, shared=True)
-
-
-def test_who_waits_in_a_queue_is_accepted_before_the_end_while_there_is_room(listener, accepted):
-    with ExitStack() as stack:
-        for _ in range(70):
-            stack.enter_context(dial(listener))
-        net.serve_last(listener, accepted.append, lambda: len(accepted) < 69)
-        assert len(accepted) == 69
-        net.serve_last(listener, accepted.append, lambda: 1)
-        assert len(accepted) == 70
-
-
-def test_who_waits_in_a_queue_at_the_end_is_accepted_although_there_was_no_memory_for_another(listener, accepted):
-    def handle(caller):
-        accepted.append(caller)
-        if len(accepted) == 1:
-            raise MemoryError
-
-    with dial(listener), dial(listener):
-        net.serve_last(listener, handle, lambda: 1)
-        assert len(accepted) == 2
-
-
-def test_a_kernel_that_has_no_filters_loses_nobody_who_waits(listener, accepted, monkeypatch):
-    monkeypatch.setattr(net, "_SO_ATTACH_FILTER", 9999)
-    with dial(listener):
-        net.serve_last(listener, accepted.append, lambda: 1, 60)
-        assert len(accepted) == 1
-
-
-def test_who_begins_to_call_a_listener_at_its_end_is_answered_by_another_one(shared, accepted, spawn):
-    first, listen = shared
-    second = listen()
-    with ExitStack() as stack:
-        last = spawn(net.serve_last, second, accepted.append, lambda: 1, 0.1)
-        gevent.sleep(0)
-        callers = [calling(first, stack) for _ in range(32)]
-        unanswered = [caller for caller in callers if not is_through(caller)]
-        assert 0 < len(unanswered) < 32
-        wait_until(last.ready)
-        assert not accepted
-        second.close()
-        wait_until(lambda: all(map(is_through, callers)))  # their SYN is sent again after a second
-        assert not any(caller.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) for caller in callers)
-        net.serve_last(first, accepted.append, lambda: 1)
-        assert len(accepted) == 32
-
-
-def test_who_is_in_the_middle_of_calling_a_listener_at_its_end_is_accepted(listener, accepted, spawn):
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 5)  # a handshake ends with a first byte
-    with dial(listener) as caller:
-        last = spawn(net.serve_last, listener, accepted.append, lambda: 1, 5)
-        gevent.sleep(0)
-        caller.sendall(b"question")
-        wait_until(lambda: accepted)
-        last.kill()
-        assert accepted[0].recv(8) == b"question"
-        assert not accepted[0].socket.getsockopt(socket.SOL_SOCKET, SO_GET_FILTER, 0)
-
-
-# serve
-
-
-@pytest.fixture
-def accepted(spawn):
-    """What ``handle`` was given; closed at the end."""
-    streams = []
-    yield streams
-    for stream in streams:
-        stream.close()
-
-
-def refuse_to_pause(exc):
-    raise AssertionError(f"the accept loop paused: {exc}")
-
-
-def test_whoever_connects_is_handed_on_with_its_address(listener, accepted, spawn):
-    spawn(net.serve, listener, accepted.append, refuse_to_pause)
-    with dial(listener) as user:
-        wait_until(lambda: accepted)
-        assert accepted[0].peer == user.getsockname()
-        assert str(accepted[0]) == "{}:{}".format(*user.getsockname())
-        user.sendall(b"hello")
-        assert accepted[0].recv_exactly(5) == b"hello"
-
-
-def test_more_callers_than_one_batch_are_all_accepted(listener, accepted, spawn):
-    with ExitStack() as users:
-        for _ in range(2 * net.ACCEPT_BATCH + 1):
-            users.enter_context(dial(listener))
-        spawn(net.serve, listener, accepted.append, refuse_to_pause)
-        wait_until(lambda: len(accepted) == 2 * net.ACCEPT_BATCH + 1)
-
-
-def test_accepting_stops_where_there_is_no_room_and_goes_on_when_there_is(listener, accepted, spawn):
-    room, asked = Event(), []
-
-    def room_for_two_then_wait():
-        asked.append(len(accepted))
-        if accepted:
-            room.wait()
-        return 2
-
-    with ExitStack() as users:
-        for _ in range(5):
-            users.enter_context(dial(listener))
-        spawn(net.serve, listener, accepted.append, refuse_to_pause, room_for_two_then_wait)
-        wait_until(lambda: len(asked) == 2)
-        assert len(accepted) == 2
-        room.set()
-        wait_until(lambda: len(accepted) == 5)
-
-
-def test_the_accept_loop_outlives_a_lack_of_descriptors(listener, accepted, spawn):
-    pauses = []
-    with dial(listener), dial(listener):
-        with out_of_descriptors():
-            loop = spawn(net.serve, listener, accepted.append, pauses.append)
-            wait_until(lambda: len(pauses) == 2)
-            assert not accepted
-        wait_until(lambda: len(accepted) == 2)
-    assert {exc.errno for exc in pauses} == {errno.EMFILE}
-    assert not loop.ready()
-
-
-def test_the_accept_loop_outlives_a_lack_of_memory(listener, accepted, spawn):
-    pauses = []
-    no_memory = MemoryError("no memory for this one")
-
-    def handle(caller):
-        accepted.append(caller)
-        if len(accepted) == 1:
-            raise no_memory
-
-    with dial(listener), dial(listener):
-        spawn(net.serve, listener, handle, pauses.append)
-        wait_until(lambda: len(accepted) == 2)
-    assert pauses == [no_memory]
-
-
-def test_a_caller_for_whom_there_is_no_memory_leaves_no_descriptor(listener, monkeypatch):
-    with dial(listener) as caller:
-        monkeypatch.setattr(net, "RawSocket", Mock(side_effect=MemoryError))
-        with pytest.raises(MemoryError):
-            net._accept(listener)
-        assert caller.recv(1) == b""
-
-
-def test_out_of_descriptors_the_accept_loop_pauses_and_does_not_spin(listener, accepted, spawn):
-    pauses = []
-    with dial(listener), out_of_descriptors():
-        spawn(net.serve, listener, accepted.append, pauses.append)
-        wait_until(lambda: pauses)
-        for _ in range(100):
-            gevent.idle()
-        assert len(pauses) == 1
-
-
-def test_the_pauses_of_the_accept_loop_follow_the_settings(listener, accepted, spawn):
-    pauses = []
-    limits = replace(LIMITS, accept_pause_s=0.001, accept_pause_longest_s=0.002)
-    with dial(listener), out_of_descriptors():
-        spawn(partial(net.serve, limits=limits), listener, accepted.append, pauses.append)
-        wait_until(lambda: len(pauses) == 30)  # with the defaults that takes half a minute
 
 
 # connect
@@ -367,17 +149,13 @@ def free_endpoint():
 
 
 def test_accepted_and_connected_sockets_notice_a_dead_peer(listener, accepted, spawn):
-    spawn(net.serve, listener, accepted.append, refuse_to_pause)
+    spawn(accepting.serve, listener, accepted.append, refuse_to_pause)
     with net.connect([endpoint_of(listener)], 5, LIMITS) as stream:
         assert stream.peer == listener.getsockname()
         wait_until(lambda: accepted)
         for sock in (stream.socket, accepted[0].socket):
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
             wait_until(lambda sock=sock: keeps_alive(sock))
-
-
-def keeps_alive(sock):
-    return all(sock.getsockopt(*option) == value for option, value in KEEPALIVE.items())
 
 
 def test_a_connection_that_ends_before_it_is_given_keepalives_does_not_disturb_the_others(listener):
@@ -396,10 +174,6 @@ def test_a_connection_dialled_after_those_that_last_ends_before_it_is_given_keep
             assert not short.socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
-def keepalives(sock):
-    return tuple(sock.getsockopt(socket.IPPROTO_TCP, option) for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL))
-
-
 def test_keepalives_follow_the_settings(no_leaks):
     limits = replace(LIMITS, keepalive_idle_s=7, keepalive_interval_s=6, keepalive_count=5)
     with closing(net.listen(LOOPBACK, limits)) as listener:
@@ -410,36 +184,13 @@ def test_keepalives_follow_the_settings(no_leaks):
                 assert 4 <= idle_s <= 7 and 3 <= interval_s <= 6
 
 
-def test_the_first_connection_of_an_inherited_listener_has_the_keepalives_of_now(listener, accepted, spawn):
-    now = replace(LIMITS, keepalive_idle_s=400, keepalive_interval_s=300)
-    spawn(net.serve, listener, accepted.append, refuse_to_pause, lambda: 1, now)
-    gevent.sleep(0)  # it begins
-    with net.connect([endpoint_of(listener)], 5, LIMITS):
-        wait_until(lambda: accepted)
-        idle_s, interval_s = keepalives(accepted[0].socket)
-        assert idle_s >= 200 and interval_s >= 150
-
-
-def test_the_keepalives_of_a_crowd_do_not_come_all_at_once(listener, accepted, spawn, monkeypatch):
-    monkeypatch.setattr(net, "ACCEPT_BATCH", 2)
-    spawn(net.serve, listener, accepted.append, refuse_to_pause)
-    with ExitStack() as users:
-        dialled = []
-        for _ in range(50):  # in more than one batch
-            dialled.append(users.enter_context(net.connect([endpoint_of(listener)], 5, LIMITS)))
-            wait_until(lambda: len(accepted) == len(dialled))
-        for streams in (dialled, accepted):
-            wait_until(lambda streams=streams: all(keeps_alive(stream.socket) for stream in streams))
-            assert len({keepalives(stream.socket) for stream in streams}) > 10
-
-
 def test_whoever_speaks_first_is_accepted_with_what_it_says(listener):
     def unseen_until_it_speaks():
         with net.connect([endpoint_of(listener)], 5, LIMITS, speaks_first=True) as stream:
             seen = bool(select.select([listener], [], [], 0)[0])
             stream.sendall(b"first")
             wait_until(lambda: select.select([listener], [], [], 0)[0])
-            with net._accept(listener) as accepted:
+            with accepting._accept(listener) as accepted:
                 assert accepted.recv(16) == b"first"
             return not seen
 
@@ -458,7 +209,7 @@ def test_what_a_caller_says_is_there_when_it_is_connected(listener, far, monkeyp
             return super().send(data)
 
     monkeypatch.setattr(net, "RawSocket", Noting)
-    with net.connect([endpoint_of(listener)], 5, LIMITS, b"first"), net._accept(listener) as accepted:
+    with net.connect([endpoint_of(listener)], 5, LIMITS, b"first"), accepting._accept(listener) as accepted:
         assert accepted.recv(16) == b"first"
     assert tried == [b"first"] * (1 + far)
 
@@ -471,18 +222,18 @@ def test_what_is_said_in_part_alone_ends_in_a_reset_and_is_said_to_nobody_else(l
     monkeypatch.setattr(net, "RawSocket", Short)
     with pytest.raises(OSError, match="No buffer space"):
         net.connect([endpoint_of(listener)] * 2, 5, LIMITS, b"first")
-    with net._accept(listener) as accepted, bounded(), pytest.raises(ConnectionResetError):
+    with accepting._accept(listener) as accepted, bounded(), pytest.raises(ConnectionResetError):
         while accepted.recv(16):
             pass
     with pytest.raises(BlockingIOError):
-        net._accept(listener)
+        accepting._accept(listener)
 
 
 def test_without_memory_nothing_is_said(listener, no_leaks, monkeypatch):
     monkeypatch.setattr(net, "_dialled", Mock(add=Mock(side_effect=MemoryError)))
     with pytest.raises(MemoryError):
         net.connect([endpoint_of(listener)], 5, LIMITS, b"first")
-    with net._accept(listener) as accepted:
+    with accepting._accept(listener) as accepted:
         assert accepted.recv(16) == b""
 
 

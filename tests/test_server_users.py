@@ -91,7 +91,7 @@ def test_an_exchange_outlives_the_client_that_launched_it(serve, connect):
     data.close()
 
 
-def test_over_the_limit_users_wait_in_the_backlog_and_nothing_else_stops(serve, connect):
+def test_over_the_limit_users_wait_in_the_backlog_and_nothing_else_stops(serve, connect, caplog):
     running = serve(semaphore_limit=2, report_interval_s=0.01)
     client = connect(running).join(4)
     busy = [connect(running, "user") for _ in range(2)]
@@ -104,6 +104,7 @@ def test_over_the_limit_users_wait_in_the_backlog_and_nothing_else_stops(serve, 
         user.sendall(b"later")
     assert [read_line(client.control) for _ in range(5)] == [b""] * 5  # pings, and no launch
     assert running.counters.tcp_exchanges == len(running.server.exchanges) == 2
+    assert caplog.messages.count("all places are taken, 2 of semaphore-limit: further users wait") == 1
     for user, data in zip(busy, held, strict=True):
         user.close()
         data.close()

@@ -12,8 +12,8 @@ from support import BOUND_S, as_stream, bounded, read_all, read_exactly, wait_un
 from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line
 
 from nodepass_gevent import opening, tls
+from nodepass_gevent.accepting import ACCEPT_BATCH
 from nodepass_gevent.errors import ProtocolError
-from nodepass_gevent.net import ACCEPT_BATCH
 from nodepass_gevent.tls_context import SELF_SIGNED, ClientPolicy
 from nodepass_gevent.transport import RawSocket
 

@@ -18,8 +18,9 @@ INJECTED = re.compile(r"ConcurrentObjectUseError|ResourceWarning|Exception ignor
         ("nodepass_gevent.relay:Exchange.run", (3, 5, 8)),
         ("nodepass_gevent.tls:accept", (3, 12, 20)),
         ("nodepass_gevent.session:Session._read", (1, 2)),
+        ("nodepass_gevent.session:Session._take", (2, 6)),
         ("nodepass_gevent.session:Session._write", (1, 2)),
-        ("nodepass_gevent.net:serve", (1, 2)),
+        ("nodepass_gevent.accepting:serve", (1, 2)),
     ],
 )
 def test_an_error_of_our_own_ends_what_it_happens_in_and_is_recovered_from(target, where, numbers):

@@ -1,0 +1,69 @@
+"""What arrives where many speak to one socket: one by one as a rule, and at times as a crowd."""
+
+from collections.abc import Callable
+
+import gevent
+from gevent.hub import Waiter
+
+
+def turn() -> int:
+    """Number the event loop's turn: the number stays between two looks for arrivals, and then grows by one."""
+    return gevent.get_hub().loop.iteration
+
+
+class Crowd:
+    """Takes what waits: one thing per wake-up, and all of them as long as there is more than one.
+
+    To ask for another one when there is none costs as much as to take one. ``one()`` takes one, and raises
+    BlockingIOError where nothing waits; what else it raises is for the caller.
+    """
+
+    __slots__ = ("_many", "_turn")
+
+    def __init__(self) -> None:
+        self._many = False  # the last time
+        self._turn = -1  # of the last time
+
+    def take(self, one: Callable[[], object], most: int) -> None:
+        """Call ``one()`` once, or, where a crowd is to be expected, until nothing waits, ``most`` times at most."""
+        now = turn()
+        crowd = self._many or now == self._turn + 1  # woken again at once: something was left
+        self._turn = now
+        taken = 0
+        try:
+            while taken < (most if crowd else 1):
+                one()
+                taken += 1
+        except BlockingIOError:
+            crowd = taken > 1
+        self._many = crowd
+
+
+class Arrivals:
+    """Lets what arrives be taken in the event loop, which costs no switch, while a greenlet waits for its end.
+
+    Whatever ``start(callback)`` makes calls ``callback()`` at arrivals, until ``stop()``. ``take()`` must not block.
+    """
+
+    def __init__(
+        self, start: Callable[[Callable[[], None]], object], stop: Callable[[], object], take: Callable[[], bool]
+    ) -> None:
+        self._start, self._stop, self._take = start, stop, take
+        self._over = Waiter()
+
+    def run(self) -> None:
+        """Wait while ``take()`` gives True; raise what it raises."""
+        self._start(self._arrived)
+        try:
+            self._over.get()
+        finally:
+            self._stop()
+
+    def _arrived(self) -> None:
+        try:
+            goes_on = self._take()
+        except Exception as exc:  # of whoever waits here
+            self._over.throw(exc)
+        else:
+            if not goes_on:
+                self._over.switch(None)
