@@ -16,6 +16,7 @@ from gevent.event import Event
 
 from . import wire
 from .alarm import soon
+from .arrivals import Arrivals, turn
 from .errors import NodePassError, PeerLeft, PeerSilent, PolicyError, ProtocolError, SessionEnded, SessionLost
 from .transport import Transport, reason
 from .wire import Bye
@@ -23,6 +24,8 @@ from .wire import Bye
 CHUNK = 4096  # bytes per read: many lines at once, little memory
 GATHERED = 4  # lines per segment behind the first of a turn: fewer cost more segments, more let the peer begin late
 MAX_DUE = 65536  # lines; a peer that reads leaves at most as many as it has data connections
+
+_buffer = memoryview(bytearray(CHUNK))  # nobody switches while it is in use
 
 
 class ReadyPool(Protocol):
@@ -69,7 +72,10 @@ class Session:
         self._leave_s = leave_s
         self._begin = begin
         self._due: list[bytes] = []
-        self._gathers = False  # a line was sent in this turn of the event loop: more wait for others, or its end
+        self._sent_in = -1  # the turn of the event loop in which a line was sent: more wait for others, or its end
+        self._gathers = False  # some do
+        self._heard_at = 0.0
+        self._limit_s: float | None = None  # of silence
         self._wake = Event()  # what is due is for the writer: the peer reads slowly, or not at all
         self._ending = False  # no line follows those that are due
 
@@ -81,12 +87,13 @@ class Session:
         if self._ending:
             return False
         self._due.append(line)
-        if not self._gathers:  # the peer can begin with the first while the others of a crowd are got ready
+        now = turn()
+        if now != self._sent_in or len(self._due) >= GATHERED:
+            self._sent_in = now
+            self._send_now()  # the peer can begin with the first while the others of a crowd are got ready
+        elif not self._gathers:
             self._gathers = True
             soon(self._send_gathered)
-            self._send_now()
-        elif len(self._due) >= GATHERED:
-            self._send_now()
         return True
 
     def _send_gathered(self) -> None:
@@ -149,25 +156,40 @@ class Session:
         self.control.close()
 
     def _read(self) -> str | TimeoutError | NodePassError:
+        """Let what comes be taken in the event loop, until it ends, may not be, or nothing comes for too long."""
         try:
             self._begin()
+            self._heard_at = time.monotonic()
+            if self.control.buffered:
+                self._take()
+            arrivals = Arrivals(self.control.watch, self.control.unwatch, self._take)
             while True:
-                limit_s, data = self._silence_s(), None
-                with gevent.Timeout(limit_s, False):
-                    data = self.control.recv_next(CHUNK)
-                if data is None:
+                self._limit_s = limit_s = self._silence_s()
+                left_s = limit_s and max(self._heard_at + limit_s - time.monotonic(), 0)
+                if left_s == 0:
                     return TimeoutError(f"silent for {limit_s:g} s")
-                if not data:
-                    return "closed by the peer"
-                self._receive(data)
-                if len(self._due) > MAX_DUE:
-                    return "the peer makes us speak and does not read"
+                with gevent.Timeout(left_s, False):
+                    arrivals.run()
         except (PeerLeft, PolicyError) as exc:
             return exc
         except TimeoutError as exc:  # what was sent is not acknowledged
             return TimeoutError(reason(exc))
         except (OSError, ProtocolError) as exc:
             return reason(exc)
+
+    def _take(self) -> bool:
+        """Take what is here; what this raises ends the session. False while the limit of silence is to be asked for."""
+        try:
+            while count := self.control.pull(_buffer):
+                self._heard_at = time.monotonic()
+                self._receive(bytes(_buffer[:count]))
+                if len(self._due) > MAX_DUE:
+                    raise ConnectionError("the peer makes us speak and does not read")
+                if not self.control.buffered:
+                    return self._limit_s is not None
+        except BlockingIOError:
+            return True
+        raise ConnectionError("closed by the peer")
 
     def _write(self) -> str:
         ping_due = time.monotonic()

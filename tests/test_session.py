@@ -1,4 +1,5 @@
 import contextlib
+import itertools
 import time
 
 import gevent
@@ -147,6 +148,46 @@ def test_what_arrives_is_handed_on_in_order(run):
     assert running.alive
 
 
+class Ahead(Stream):
+    """Has some bytes that no descriptor tells of, as a TLS connection may behind its handshake."""
+
+    buffered = True
+
+    def __init__(self, stream, *pieces):
+        super().__init__(stream.socket, stream.peer)
+        self._pieces = list(pieces)
+
+    def pull(self, buffer):
+        if not self._pieces:
+            self.buffered = False
+            return super().pull(buffer)
+        piece = self._pieces.pop(0)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def test_what_has_arrived_before_the_session_begins_is_handed_on(pair, spawn):
+    stream, peer = pair()
+    received = []
+    spawn(Session(Ahead(stream, b"one", b"two"), AcceptingPool(capacity=4), received.append).run)
+    wait_until(lambda: received == [b"one", b"two"])
+    peer.sendall(b"three")
+    wait_until(lambda: received[2:] == [b"three"])
+
+
+def test_nothing_is_handed_on_behind_what_has_ended_the_session(run):
+    received = []
+
+    def refuse(data):
+        received.append(data)
+        raise ProtocolError("not expected")
+
+    running = run(refuse)
+    running.peer.sendall(b"a" * 10_000)  # more than one read
+    assert str(running.lost()) == "control channel lost: not expected"
+    assert len(received) == 1
+
+
 def test_a_peer_that_is_silent_for_too_long_is_lost(run):
     assert str(run(silence_s=lambda: 0.01).lost()) == "control channel lost: silent for 0.01 s"
 
@@ -160,8 +201,8 @@ def test_a_peer_that_speaks_in_time_is_not_lost(run):
     assert running.alive
 
 
-def test_the_limit_of_silence_is_asked_for_anew_with_each_arrival(run):
-    limits_s = iter([None, 0.01])
+def test_the_limit_of_silence_is_asked_for_at_each_arrival_until_it_is_known(run):
+    limits_s = itertools.chain([None], itertools.repeat(0.01))
     running = run(silence_s=lambda: next(limits_s))
     gevent.sleep(0.02)
     assert running.alive
