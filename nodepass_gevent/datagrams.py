@@ -285,7 +285,7 @@ class DatagramEgress:
         with self._open_target(launch, data) as target:
             target.expect_many()
             target.on_refusal = partial(self._refused, target.endpoint)  # not target: a cycle
-            session = UDPRelay(proxy_protocol.Introduced(target.push, self._header(launch, target)))
+            session = UDPRelay(proxy_protocol.introduced(target.push, self._header(launch, target)))
             traffic = partial(_traffic_of_target, session)
             self._counters.running.add(traffic)
             try:

@@ -30,9 +30,11 @@ class Frames:
             if len(self._rest) < self._needed:
                 return []
             data, self._rest = bytes(self._rest), bytearray()
-        datagrams = []
         start, end = 0, len(data)
         self._needed = LENGTH
+        if end >= LENGTH and end - LENGTH == data[0] << 8 | data[1] <= MAX_DATAGRAM:
+            return [data[LENGTH:]]  # just one, as a rule
+        datagrams = []
         while end - start >= LENGTH:
             size = data[start] << 8 | data[start + 1]
             if size > MAX_DATAGRAM:

@@ -55,9 +55,12 @@ def _addresses(user: tuple[str, int], target: tuple) -> tuple[_Address, _Address
     return source, ipaddress.IPv4Address(0)
 
 
-class Introduced:
-    """Puts ``header`` before the first datagram that ``push`` takes."""
+def introduced(push: Callable[[memoryview | bytes], object], header: bytes) -> Callable[[memoryview | bytes], object]:
+    """Give ``push`` with ``header``, if there is one, before the first datagram that it takes."""
+    return _Introduced(push, header) if header else push
 
+
+class _Introduced:
     __slots__ = ("_header", "_push")
 
     def __init__(self, push: Callable[[memoryview | bytes], object], header: bytes) -> None:

@@ -5,16 +5,19 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import closing
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import gevent
 from gevent.socket import wait_read, wait_write
 
 from . import net
+from .arrivals import Arrivals, Crowd
 from .config import Address
 from .net import Endpoint
 from .transport import READ, RawSocket
 
+USERS = 1024  # whose replies are kept
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
 MEMORY_PAUSE_S = 0.05  # after a receive that failed for lack of memory: the datagram waits, and so would a loop spin
@@ -47,6 +50,7 @@ class PublicSocket:
         self._admits = admits
         self._socket = bound or net.bind(address, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        self._reply = lru_cache(USERS)(partial(Reply, self._socket))  # who comes again costs no new one
         self._ancillary = 0
         if self._socket.getsockname()[0] in ("0.0.0.0", "::"):
             self._ancillary = _ANCILLARY
@@ -61,22 +65,26 @@ class PublicSocket:
 
     def serve(self, handle: Callable[[bytes, Any], None]) -> None:
         """Receive for ever: ``handle(datagram, reply)`` must not block; ``reply(bytes)`` answers the sender."""
-        sock = self._socket
-        hub = gevent.get_hub()
-        with closing(hub.loop.io(sock.fileno(), READ)) as arrival:  # for all waits: a new one costs a system call
+        crowd = Crowd()
+
+        def receive() -> None:
+            if self._ancillary:
+                size, ancillary, _, sender = self._socket.recvmsg_into([_buffer], self._ancillary)
+                source = tuple(_as_source(*entry) for entry in ancillary)
+            else:
+                (size, sender), source = self._socket.recvfrom_into(_buffer), ()
+            if self._admits(sender[0]):
+                handle(bytes(_buffer[:size]), self._reply(sender, source))
+
+        def receive_some() -> bool:
+            crowd.take(receive, BATCH)
+            return True
+
+        with closing(gevent.get_hub().loop.io(self._socket.fileno(), READ)) as arrival:
+            arrivals = Arrivals(arrival.start, arrival.stop, receive_some)
             while True:
-                hub.wait(arrival)
                 try:
-                    for _ in range(BATCH):
-                        if self._ancillary:
-                            size, ancillary, _, sender = sock.recvmsg_into([_buffer], self._ancillary)
-                        else:
-                            (size, sender), ancillary = sock.recvfrom_into(_buffer), []
-                        if self._admits(sender[0]):
-                            source = tuple(_as_source(*entry) for entry in ancillary)
-                            handle(bytes(_buffer[:size]), Reply(sock, sender, source))
-                except BlockingIOError:
-                    pass
+                    arrivals.run()
                 except MemoryError:
                     gevent.sleep(MEMORY_PAUSE_S)
                 except OSError as exc:  # an ICMP error of an earlier reply, or no memory: for no sender in particular

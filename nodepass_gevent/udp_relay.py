@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import gevent
 from gevent.hub import Waiter
 
+from .arrivals import Crowd, turn
 from .frames import LENGTH, MAX_DATAGRAM, Frames, format_frame
 from .transport import READ, WRITE, Transport, reason
 
@@ -47,10 +48,10 @@ class UDPRelay:
     """
 
     __slots__ = (
-        "_blocked", "_data", "_deliver", "_end", "_frames", "_gathers", "_loop", "_queue", "_queued", "_rest",
-        "_target", "_watchers", "_writer", "active_at", "answered_at", "delivered", "delivered_bytes",
-        "dropped_network", "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes", "how", "refused",
-        "running",
+        "_answers", "_blocked", "_data", "_deliver", "_end", "_frames", "_gathers", "_loop", "_queue", "_queued",
+        "_rest", "_target", "_watchers", "_writer", "_written_in", "active_at", "answered_at", "delivered",
+        "delivered_bytes", "dropped_network", "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes",
+        "how", "refused", "running",
     )  # fmt: skip
 
     def __init__(self, deliver: Callable[[memoryview | bytes], object]) -> None:
@@ -62,8 +63,10 @@ class UDPRelay:
         self._loop = gevent.get_hub().loop
         self._data: Transport | None = None
         self._target: Target | None = None
+        self._answers = Crowd()
         self._blocked = True  # nothing can be written now
-        self._gathers = False  # one was written in this turn of the event loop: further ones wait for its end
+        self._written_in = -1  # the turn of the event loop in which one was written: further ones wait for its end
+        self._gathers = False  # some do
         self._end: Any = Waiter()
         self._writer: Any = None  # made when the data connection first has to be waited for
         self._watchers: list[Any] = []
@@ -92,10 +95,15 @@ class UDPRelay:
         self._queue.append(format_frame(datagram))
         self._queued += size
         self.active_at = time.monotonic()
-        if not self._gathers and not self._blocked:
+        if self._blocked:
+            return
+        now = turn()
+        if now != self._written_in:
+            self._written_in = now
+            self._guard(self._write)
+        elif not self._gathers:
             self._loop.run_callback(self._guard, self._write_gathered)
             self._gathers = True
-            self._guard(self._write)
 
     def take_waiting(self) -> list[bytes]:
         """Take back the datagrams that are not written yet."""
@@ -211,8 +219,11 @@ class UDPRelay:
 
     def _on_target_readable(self) -> None:
         assert self._target
-        for _ in range(RECEIVE_BATCH):
-            self.send(self._target.pull())
+        self._answers.take(self._receive, RECEIVE_BATCH)
+
+    def _receive(self) -> None:
+        assert self._target
+        self.send(self._target.pull())
 
     # Out of the data connection
 

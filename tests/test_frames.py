@@ -77,6 +77,8 @@ def test_a_frame_longer_than_any_datagram_is_refused_at_its_length(before, size)
         feed(Frames(), before + length)
     with pytest.raises(ProtocolError):
         feed(Frames(), before + length[:1], length[1:])
+    with pytest.raises(ProtocolError):
+        feed(Frames(), before + length + bytes(size))
 
 
 def test_a_frame_that_is_not_whole_is_kept_and_no_byte_more():
