@@ -1,9 +1,10 @@
 """When users may come: the public port, shared or not, and what becomes of those who wait when it is closed."""
 
 import errno
+import random
 import re
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from nodepass_gevent.server import Server
 
 
 def free_address(kind=socket.SOCK_STREAM):
-    with closing(net.bind(Address("127.0.0.1", 0), kind)) as sock:
-        return Address("127.0.0.1", sock.getsockname()[1])
+    """Draw below the ports that the kernel gives to connections: who binds this one again may come too late there."""
+    while True:
+        address = Address("127.0.0.1", random.randrange(20000, 32000))
+        with suppress(OSError), closing(net.bind(address, kind)):
+            return address
 
 
 def shared(**settings):
