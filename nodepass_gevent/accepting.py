@@ -47,7 +47,7 @@ def serve(
     before the listener is closed.
     """
     pause_s = limits.accept_pause_s
-    accepted = 0  # since the last rest
+    accepted = ACCEPT_BATCH  # of this batch, whose keepalives fall together; at first those of former settings
     crowd = Crowd()
 
     def accept_one() -> None:
@@ -65,8 +65,9 @@ def serve(
     with closing(gevent.get_hub().loop.io(listener.fileno(), READ)) as arrival:
         arrivals = Arrivals(arrival.start, arrival.stop, accept_some)
         while True:
-            scatter_keepalives(listener, limits)  # those of a batch fall together
-            accepted = 0
+            if accepted >= ACCEPT_BATCH:
+                scatter_keepalives(listener, limits)
+                accepted = 0
             try:
                 arrivals.run()
                 rest()

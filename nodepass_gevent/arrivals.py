@@ -1,4 +1,4 @@
-"""What arrives where many speak to one socket: one by one as a rule, and at times as a crowd."""
+"""What arrives, one by one as a rule and at times as a crowd, and how it is taken in the event loop."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ class Crowd:
     def take(self, one: Callable[[], object], most: int) -> None:
         """Call ``one()`` once, or, where a crowd is to be expected, until nothing waits, ``most`` times at most."""
         now = turn()
-        crowd = self._many or now == self._turn + 1  # woken again at once: something was left
+        crowd = self._many or now == self._turn + 1  # woken again at once: perhaps something was left
         self._turn = now
         taken = 0
         try:

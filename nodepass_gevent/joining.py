@@ -99,7 +99,7 @@ class Joining:
         if client is None or client.pool.closed or not self.has_room(client):
             self._counters.data_connections_refused += 1
             self._log.debug("data connection from %s refused: no such session here, or its pool is full", key)
-            stream.sendall(first)
+            stream.say(first)
             return False
         try:
             if self._certificate:
@@ -201,5 +201,6 @@ def _send_id(
     id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
     while id in pool:
         id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
-    data.sendall(before + id + behind(id))  # in one write: the original's client reads it with one read
+    send = data.say if isinstance(data, Stream) else data.sendall
+    send(before + id + behind(id))  # in one write: the original's client reads it with one read
     return id

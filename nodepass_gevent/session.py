@@ -92,8 +92,8 @@ class Session:
             self._sent_in = now
             self._send_now()  # the peer can begin with the first while the others of a crowd are got ready
         elif not self._gathers:
-            self._gathers = True
             soon(self._send_gathered)
+            self._gathers = True
         return True
 
     def _send_gathered(self) -> None:
@@ -179,17 +179,19 @@ class Session:
 
     def _take(self) -> bool:
         """Take what is here; what this raises ends the session. False while the limit of silence is to be asked for."""
-        try:
-            while count := self.control.pull(_buffer):
-                self._heard_at = time.monotonic()
-                self._receive(bytes(_buffer[:count]))
-                if len(self._due) > MAX_DUE:
-                    raise ConnectionError("the peer makes us speak and does not read")
-                if not self.control.buffered:
-                    return self._limit_s is not None
-        except BlockingIOError:
-            return True
-        raise ConnectionError("closed by the peer")
+        while True:
+            try:
+                count = self.control.pull(_buffer)
+            except BlockingIOError:
+                return True
+            if not count:
+                raise ConnectionError("closed by the peer")
+            self._heard_at = time.monotonic()
+            self._receive(bytes(_buffer[:count]))
+            if len(self._due) > MAX_DUE:
+                raise ConnectionError("the peer makes us speak and does not read")
+            if not self.control.buffered:
+                return self._limit_s is not None
 
     def _write(self) -> str:
         ping_due = time.monotonic()

@@ -6,6 +6,7 @@ and, beneath them, a non-blocking engine for the relay's pump. Who opens a trans
 The deadline of a wait stands at the call: ``with deadline(5, "TLS handshake"): ...``.
 """
 
+import errno
 import fcntl
 import os
 import socket
@@ -279,6 +280,11 @@ class Stream(Transport):
         taken = self.push(data)
         if taken < len(data):  # seldom: short lines need no more
             super().sendall(data[taken:])
+
+    def say(self, line: bytes) -> None:
+        """Send something short, without a wait; OSError where there is no memory for it, and a part may be sent."""
+        if self.push(line) < len(line):
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
     def flush(self) -> bool:
         return True

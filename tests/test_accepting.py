@@ -231,6 +231,22 @@ def test_the_pauses_of_the_accept_loop_follow_the_settings(listener, accepted, s
         wait_until(lambda: len(pauses) == 30)  # with the defaults that takes half a minute
 
 
+def test_a_caller_who_is_gone_again_is_no_reason_to_pause(listener, accepted, spawn, monkeypatch):
+    accept = accepting._accept
+    gone = [ConnectionAbortedError(errno.ECONNABORTED, "software caused connection abort")]
+
+    def accept_or_find_gone(listener):
+        if gone:
+            raise gone.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(accepting, "_accept", accept_or_find_gone)
+    with dial(listener):
+        spawn(accepting.serve, listener, accepted.append, refuse_to_pause)
+        wait_until(lambda: accepted)
+    assert not gone
+
+
 def test_after_an_accept_that_works_the_pauses_begin_anew(listener, spawn, monkeypatch):
     monkeypatch.setattr(accepting, "gevent", Mock(wraps=gevent))
     fails = [True, True, True, False, True]

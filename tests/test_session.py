@@ -202,12 +202,15 @@ def test_a_peer_that_speaks_in_time_is_not_lost(run):
 
 
 def test_the_limit_of_silence_is_asked_for_at_each_arrival_until_it_is_known(run):
-    limits_s = itertools.chain([None], itertools.repeat(0.01))
-    running = run(silence_s=lambda: next(limits_s))
+    asked, limits_s = itertools.count(), itertools.chain([None], itertools.repeat(0.5))
+    running = run(silence_s=lambda: next(limits_s) if next(asked) < 99 else None)
     gevent.sleep(0.02)
     assert running.alive
-    running.peer.sendall(b"\n")
-    assert "silent for 0.01 s" in str(running.lost())
+    for number in range(1, 4):
+        running.peer.sendall(b"\n")
+        wait_until(lambda number=number: len(running.received) == number)
+    assert next(asked) == 2
+    assert "silent for 0.5 s" in str(running.lost())
 
 
 # Sending

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -155,6 +156,17 @@ def test_sendall_goes_as_fast_as_the_peer_reads(pair, spawn):
     assert not sending.ready()
     assert read_exactly(peer, len(data) - (1 << 20)) == data[1 << 20 :]
     sending.get(timeout=5)
+
+
+def test_what_is_said_does_not_wait_for_the_peer(pair):
+    stream, peer = pair()
+    stream.say(b"hello")
+    assert read_exactly(peer, 5) == b"hello"
+    while stream.push(bytes(65536)):
+        pass
+    with pytest.raises(OSError) as caught:
+        stream.say(b"hello")
+    assert caught.value.errno == errno.ENOBUFS
 
 
 def test_the_last_bytes_and_the_end_of_stream_share_a_segment(pair):

@@ -156,22 +156,23 @@ def test_serving_goes_on_when_the_handler_lets_a_network_error_through(serve):
 class WithoutMemory:
     """A socket that cannot receive, however often it is tried, until there is ``memory``."""
 
-    def __init__(self, sock):
-        self.sock, self.tries, self.memory = sock, 0, False
+    def __init__(self, sock, error):
+        self.sock, self.error, self.tries, self.memory = sock, error, 0, False
 
     def recvfrom_into(self, buffer):
         self.tries += 1
         if self.memory:
             return self.sock.recvfrom_into(buffer)
-        raise OSError(errno.ENOMEM, "out of memory")
+        raise self.error
 
     def __getattr__(self, name):
         return getattr(self.sock, name)
 
 
-def test_without_memory_it_receives_with_pauses_and_goes_on_when_there_is_some(spawn):
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "out of memory"), MemoryError()])
+def test_without_memory_it_receives_with_pauses_and_goes_on_when_there_is_some(spawn, error):
     public = PublicSocket(Address("127.0.0.1", 0))
-    poor = public._socket = WithoutMemory(public._socket)
+    poor = public._socket = WithoutMemory(public._socket, error)
     with user() as sock, closing(public):
         sock.sendto(b"x", ("127.0.0.1", public.port))
         serving = spawn(public.serve, echo)

@@ -83,7 +83,7 @@ ROWS = {
     69: "certificate files half-written, empty, gone, replaced",
     70: "key files that others can read, missing, empty, binary, too many keys, odd line ends",
     71: "TLS key updates",
-    72: "an error of our own in each kind of greenlet",
+    72: "an error of our own in each kind of greenlet, and in the event loop",
     73: "500 exchanges killed wherever they are",
     74: "descriptors used again at once, 2,000 users, a third of them resetting",
     75: "an event loop blocked for 2 s",
