@@ -71,7 +71,7 @@ def _per_request(way: tunnels.Tunnel, users: int, fresh: bool) -> list[Counts]:
     """Give the calls of server and client per request."""
     few, many = (_count(way, users, fresh, requests) for requests in (FEW, MANY))
     return [
-        Counts({name: (after[name] - before[name]) / (MANY - FEW) for name in after})
+        Counts({name: max(after[name] - before[name], 0) / (MANY - FEW) for name in after})
         for before, after in zip(few, many, strict=True)
     ]
 
