@@ -201,6 +201,17 @@ def test_a_peer_that_speaks_in_time_is_not_lost(run):
     assert running.alive
 
 
+def test_what_a_peer_has_said_counts_although_this_process_was_held_up(run):
+    running = run(silence_s=lambda: 0.2)
+    for _ in range(3):
+        running.peer.sendall(b"\n")
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:  # the event loop has no turn
+            pass
+        gevent.sleep(0.01)
+    assert running.alive and len(running.received) == 3
+
+
 def test_the_limit_of_silence_is_asked_for_at_each_arrival_until_it_is_known(run):
     asked, limits_s = itertools.count(), itertools.chain([None], itertools.repeat(0.5))
     running = run(silence_s=lambda: next(limits_s) if next(asked) < 99 else None)
