@@ -62,7 +62,7 @@ class Arrivals:
     def _arrived(self) -> None:
         try:
             goes_on = self._take()
-        except Exception as exc:  # of whoever waits here
+        except Exception as exc:  # the event loop must not see it: it is raised where ``run`` waits
             self._over.throw(exc)
         else:
             if not goes_on:

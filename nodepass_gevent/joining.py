@@ -201,6 +201,6 @@ def _send_id(
     id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
     while id in pool:
         id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
-    send = data.say if isinstance(data, Stream) else data.sendall
+    send = data.say if isinstance(data, Stream) else data.sendall  # in clear nobody may wait: it is accepted just now
     send(before + id + behind(id))  # in one write: the original's client reads it with one read
     return id
