@@ -86,6 +86,7 @@ class DialingPool:
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before
         self._takers: dict[bytes, AsyncResult] = {}
         self._kept: set[bytes] = set()  # launched, and not taken yet
+        self._dropped: deque[bytes] = deque(maxlen=maximum)  # launched in vain before they came
         self._outliving: dict[bytes, Transport] = {}  # those of them that were here at an end in good order
         self._leaving = False
         self._closed = False
@@ -127,6 +128,8 @@ class DialingPool:
         except BaseException:
             if taker.successful():  # it came in the very moment of giving up
                 taker.get().reset()
+            else:
+                self.drop(id)
             raise
         finally:
             self._takers.pop(id, None)
@@ -142,10 +145,15 @@ class DialingPool:
         self._kept.add(id)
 
     def drop(self, id: bytes) -> None:
-        """Keep connection ``id`` no longer: its launch comes to nothing."""
+        """Reset connection ``id``, or the next one that comes with it: its launch comes to nothing."""
         self._kept.discard(id)
         if id in self._outliving:
             self._outliving.pop(id).reset()
+        elif transport := self._give(id):
+            transport.reset()
+            self._fill_soon()
+        else:
+            self._dropped.append(id)
 
     def outlives(self, id: bytes) -> bool:
         """Whether connection ``id`` has outlived the session."""
@@ -330,6 +338,9 @@ class DialingPool:
 
     def _settle(self, id: bytes, transport: Transport) -> None:
         if self._closed:
+            transport.reset()
+        elif id in self._dropped:  # idle, it would wait for ever for a launch that was
+            self._dropped.remove(id)
             transport.reset()
         elif id in self._takers:
             self._takers.pop(id).set(transport)

@@ -46,7 +46,7 @@ class ById(Protocol):
         """Let the data connection of that id wait until it is taken, or dropped."""
 
     def drop(self, id: bytes) -> None:
-        """Take back ``keep``."""
+        """Reset the data connection of that id, here or to come: its launch comes to nothing."""
 
     def outlives(self, id: bytes) -> bool:
         """Whether what was kept under that id has outlived the session."""
@@ -221,6 +221,8 @@ class Egress:
         # No memory; or the peer breaks the protocol, with more launches than data connections.
         self._counters.launches_lost += 1
         self._fail(launch.id, "busy")
+        if launch.id not in self._waiting:
+            self._pool.drop(launch.id)
 
     def leave(self) -> None:
         """Go on without the session, with all that it has launched, but for what its end took the data connection."""

@@ -177,7 +177,10 @@ class FakePool:
         self.kept.append(id)
 
     def drop(self, id):
-        self.kept.remove(id)
+        if id in self.kept:
+            self.kept.remove(id)
+        if id in self.ready:
+            self.ready.pop(id).reset()
 
     def take(self, id, timeout_s):
         if id not in self.ready:

@@ -235,10 +235,10 @@ def test_launches_of_a_new_session_get_the_slots_that_the_old_one_leaves(egress,
     assert finish(second, target)
 
 
-def test_a_launch_for_which_there_is_no_memory_is_counted_as_lost(egress, monkeypatch):
+def test_a_launch_for_which_there_is_no_memory_is_counted_as_lost_and_its_data_connection_reset(egress, monkeypatch):
     side = egress()
     monkeypatch.setattr(side.exchanges, "spawn", Mock(side_effect=MemoryError))
-    side.launch(Kind.TCP)
+    assert is_reset(side.launch(Kind.TCP))
     assert side.counted == {"launches_lost": 1}
 
 

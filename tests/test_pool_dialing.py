@@ -270,6 +270,48 @@ def test_a_connection_that_comes_for_a_launch_that_just_gave_up_is_reset(dialler
     assert is_reset(dialler.peers[0])
 
 
+def test_a_connection_that_comes_when_its_launch_has_given_up_is_reset_and_takes_nobodys_place(dialler, dialing, spawn):
+    dialler.open.clear()
+    pool = dialing(2)
+    waiting = spawn(pool.take, b"00000000", 5)
+    wait_until(lambda: dialler.in_flight == 3)
+    waiting.kill()
+    dialler.open.set()
+    wait_until(lambda: len(dialler.peers) == 3 and len(pool) == 2)
+    assert is_reset(dialler.peers[0])
+    assert all(leads_to(take(pool, dialler.ids[number]), dialler.peers[number]) for number in (1, 2))
+
+
+def test_a_dropped_connection_is_replaced_at_once(dialler, dialing):
+    pool = dialing(1)
+    wait_until(lambda: len(pool) == 1)
+    pool.drop(dialler.ids[0])
+    assert is_reset(dialler.peers[0])
+    wait_until(lambda: len(pool) == 1)
+
+
+def test_an_id_that_is_dropped_before_it_comes_is_dropped_once(dialler, dialing):
+    dialler.open.clear()
+    dialler.next_ids = [b"ffffffff", b"ffffffff"]
+    pool = dialing(1)
+    pool.drop(b"ffffffff")
+    dialler.open.set()
+    wait_until(lambda: len(pool) == 1)
+    assert is_reset(dialler.peers[0])
+    assert leads_to(take(pool, b"ffffffff"), dialler.peers[1])
+
+
+def test_what_is_dropped_before_it_comes_is_forgotten_behind_as_many_as_can_be_there(dialler, dialing):
+    dialler.open.clear()
+    pool = dialing(2, maximum=3)
+    for id in [b"00000000", *(b"fffffff%d" % number for number in range(2)), b"00000001"]:
+        pool.drop(id)
+    dialler.open.set()
+    wait_until(lambda: len(pool) == 2)
+    assert is_reset(dialler.peers[1])
+    assert leads_to(take(pool, b"00000000"), dialler.peers[0])
+
+
 def test_bytes_that_overtake_the_launch_wait_for_it(dialler, dialing):
     pool = dialing(1)
     wait_until(lambda: len(pool) == 1)
