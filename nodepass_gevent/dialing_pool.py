@@ -87,6 +87,7 @@ class DialingPool:
         self._takers: dict[bytes, AsyncResult] = {}
         self._kept: set[bytes] = set()  # launched, and not taken yet
         self._dropped: deque[bytes] = deque(maxlen=maximum)  # launched in vain before they came
+        self._gone: deque[bytes] = deque(maxlen=maximum)  # let go of before a launch
         self._outliving: dict[bytes, Transport] = {}  # those of them that were here at an end in good order
         self._leaving = False
         self._closed = False
@@ -105,7 +106,10 @@ class DialingPool:
         return self._refusal
 
     def take(self, id: bytes, timeout_s: float) -> Transport:
-        """Give connection ``id``, waiting for it when its launch has overtaken it; NoDataConnection, PoolClosed."""
+        """Give connection ``id``, waiting for it when its launch has overtaken it; NoDataConnection, PoolClosed.
+
+        For one that was here and is gone there is no wait.
+        """
         if id in self._outliving:
             return self._outliving.pop(id)
         if self._closed:
@@ -117,6 +121,9 @@ class DialingPool:
         if transport := self._give(id):
             self._fill_soon()
             return transport
+        if id in self._gone:  # which the peer cannot know yet; told once, for a few bytes ask for it
+            self._gone.remove(id)
+            raise NoDataConnection(f"data connection {id.decode()} is gone")
         if id in self._takers:
             raise ProtocolError(f"data connection {id.decode()} launched twice")
         taker = self._takers[id] = AsyncResult()
@@ -359,7 +366,7 @@ class DialingPool:
     def _drop_surplus(self) -> None:
         """Let go what a crowd that has passed left beyond the capacity: the newest, which the peer hands out last."""
         for id in [id for id in self._idle if id not in self._kept][self.capacity :]:
-            self._idle.give(id).reset()
+            self._let_go(id, self._idle.give(id))
 
     def _look(self, id: bytes, transport: Transport) -> None:
         """Something arrived on an idle connection. If it is the user's, it has overtaken the launch, which is
@@ -377,7 +384,11 @@ class DialingPool:
             if id in self._kept:
                 self._ended[id] = transport
             else:
-                transport.reset()
+                self._let_go(id, transport)
+
+    def _let_go(self, id: bytes, transport: Transport) -> None:
+        transport.reset()
+        self._gone.append(id)
 
 
 def _fail(exc: Exception) -> NoReturn:

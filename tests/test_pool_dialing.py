@@ -353,8 +353,24 @@ def test_a_connection_that_ended_and_is_never_launched_is_dropped(dialler, diali
     clock.advance(ROUND_S)
     clock.advance(ROUND_S)
     assert is_reset(dialler.peers[0])
-    with pytest.raises(NoDataConnection):
+    with pytest.raises(NoDataConnection, match=f"^data connection {dialler.ids[0].decode()} is gone$"):
+        take(pool, dialler.ids[0], 30)
+    with pytest.raises(NoDataConnection, match="within"):  # once
         take(pool, dialler.ids[0])
+
+
+def test_an_id_that_is_gone_may_come_again(dialler, dialing, clock):
+    dialler.next_ids = [b"ffffffff", b"00000001", b"ffffffff"]
+    pool = dialing(1, maximum=1)
+    wait_until(lambda: len(pool) == 1)
+    dialler.peers[0].shutdown(1)
+    wait_until(lambda: len(pool) == 0)
+    clock.advance(ROUND_S)
+    clock.advance(ROUND_S)
+    wait_until(lambda: len(pool) == 1)
+    take(pool, b"00000001").close()
+    wait_until(lambda: len(pool) == 1)
+    assert leads_to(take(pool, b"ffffffff"), dialler.peers[2])
 
 
 def end_each(dialler):
@@ -591,6 +607,8 @@ def test_more_is_dialled_when_the_peer_asks_for_it_and_dropped_when_the_crowd_ha
     clock.advance(ROUND_S)
     assert len(pool) == 2
     assert is_reset(dialler.peers[-1]) and leads_to(take(pool, b"%08x" % 1), dialler.peers[1])
+    with pytest.raises(NoDataConnection, match="is gone"):
+        take(pool, dialler.ids[-1], 30)
 
 
 def test_what_is_launched_and_waits_to_be_taken_is_no_surplus(dialler, dialing, clock):
