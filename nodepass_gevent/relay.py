@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import sys
-import termios
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -205,6 +204,7 @@ class _Flow:
     def _start_splicing(self) -> None:
         self._full = self._calm = 0
         if type(self.source) is Stream and type(self.sink) is Stream and hasattr(os, "splice"):
+            self.sink.expect_bulk()
             with suppress(OSError):  # out of descriptors: copying needs none
                 self._pipe = pipes.take()
 
@@ -278,7 +278,7 @@ class _Silences:
 def _on_the_way(sink: Transport) -> int:
     """Give the number of bytes that the kernel keeps because the other end has not acknowledged them."""
     with suppress(OSError):
-        return int.from_bytes(fcntl.ioctl(sink.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return sink.unacknowledged()
     return 0
 
 

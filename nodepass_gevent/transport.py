@@ -16,6 +16,7 @@ import termios
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ READ, WRITE = 1, 2  # libev's event masks
 LOOKS = 8  # at what waits within a shared deadline
 DISCARD = 65536  # bytes per read when what comes is thrown away
 
+_LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where congestion control that paces (BBR) takes half the rate
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 
 if TYPE_CHECKING:
@@ -151,6 +153,10 @@ class Transport(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Close with RST, so that the peer cannot take a cut for an end."""
+
+    def unacknowledged(self) -> int:
+        """Count the bytes sent that the peer's kernel has not acknowledged."""
+        return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
     def recv_into(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 at the end of stream."""
@@ -381,9 +387,11 @@ class Stream(Transport):
     def __str__(self) -> str:
         return str(Address(*self.peer[:2]))
 
-    def unacknowledged(self) -> int:
-        """Count the bytes sent that the peer's kernel has not acknowledged."""
-        return int.from_bytes(fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, b"\0" * 4), sys.byteorder)
-
     def fail_when_unacknowledged(self, seconds: float) -> None:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+    def expect_bulk(self) -> None:
+        """Make ready for many bytes to be sent."""
+        if str(self).startswith(_LOOPBACK):  # Reno is in every kernel, and does not pace
+            with suppress(OSError):
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")

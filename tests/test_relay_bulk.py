@@ -145,6 +145,17 @@ def test_a_bulky_flow_goes_by_splice_and_gives_its_pipe_back_empty(start, pipes)
         os.read(pipe[0], 1)
 
 
+def test_the_receiver_of_a_bulky_flow_is_made_ready_for_it(start, monkeypatch):
+    ready = []
+    monkeypatch.setattr(Stream, "expect_bulk", lambda sink: ready.append(sink.socket.getpeername()))
+    user, target, greenlet = start()
+    user.sendall(b"question")
+    assert target.recv(100) == b"question" and not ready
+    assert carries(user, target)
+    assert ready == [target.socket.getsockname()]
+    assert end(user, target, greenlet) == (8 + len(BULK), 0, None)
+
+
 def test_both_directions_can_be_bulky(start, pipes):
     user, target, greenlet = start()
     both = [gevent.spawn(carries, user, target), gevent.spawn(carries, target, user)]

@@ -3,6 +3,7 @@ import errno
 import os
 import socket
 import time
+from unittest.mock import Mock, call
 
 import gevent
 import pytest
@@ -11,7 +12,7 @@ from gevent.socket import wait_read
 from support import Flooded, bounded, is_reset, read_all, read_exactly, reset, segments_out, wait_until
 
 from nodepass_gevent.errors import ProtocolError
-from nodepass_gevent.transport import shared_deadline
+from nodepass_gevent.transport import Stream, shared_deadline
 
 SHORT_S = 0.05
 
@@ -202,6 +203,24 @@ def test_a_dead_path_ends_a_connection_after_the_time_that_was_set(pair):
     stream, _ = pair()
     stream.fail_when_unacknowledged(20)
     assert stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+
+
+LOCAL = ("127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1")
+ELSEWHERE = ("192.0.2.127", "::2", "::1:2", "2001:db8::1", "::ffff:192.0.2.1")
+
+
+@pytest.mark.parametrize("host", LOCAL + ELSEWHERE)
+def test_bulk_is_not_paced_within_the_machine_and_left_to_the_system_elsewhere(host):
+    sock = Mock()
+    Stream(sock, (host, 80)).expect_bulk()
+    reno = call(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    assert sock.setsockopt.mock_calls == ([reno] if host in LOCAL else [])
+
+
+def test_a_kernel_that_knows_nothing_else_sends_bulk_all_the_same():
+    sock = Mock()
+    sock.setsockopt.side_effect = OSError(errno.ENOENT, "no such congestion control")
+    Stream(sock, ("127.0.0.1", 80)).expect_bulk()
 
 
 def test_after_shutdown_write_the_other_direction_goes_on(pair):
