@@ -3,9 +3,13 @@
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gevent
+import pages
 import pytest
 from OpenSSL import SSL
 from secure import client_context, handshake, key_updater, presented, stream_pair
@@ -367,6 +371,24 @@ def test_tls_1_1_is_refused(no_leaks, spawn, ours):
         dialling = spawn(swallow, tls.dial, far, replace(how, context=old) if ours == "server" else how)
         assert "unsupported protocol" in str(accepting.get())
         assert "alert protocol version" in str(dialling.get())  # the client is told why
+
+
+def test_the_file_for_openssl_that_the_page_shows_names_the_key_exchange(tmp_path):
+    (page,) = [page for page in pages.PAGES if page.stem == "performance"]
+    (block,) = [block.text for block in pages.blocks(page) if "openssl_conf" in block.text]
+    (tmp_path / "openssl.cnf").write_text(block)
+    code = "from secure import transports; print(transports('1.3')[0]._connection.get_group_name())"
+
+    def agreed(**environment):
+        run = subprocess.run(
+            [sys.executable, "-c", f"from gevent import monkey; monkey.patch_all(); {code}"],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment},
+            capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        return run.stdout.strip()
+
+    assert agreed() == "X25519MLKEM768"
+    assert agreed(OPENSSL_CONF=str(tmp_path / "openssl.cnf")) == "x25519"
 
 
 def swallow(function, *arguments):
