@@ -86,9 +86,9 @@ class DialingPool:
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before
         self._takers: dict[bytes, AsyncResult] = {}
         self._kept: set[bytes] = set()  # launched, and not taken yet
-        self._dropped: deque[bytes] = deque(maxlen=maximum)  # launched in vain before they came
-        self._gone: deque[bytes] = deque(maxlen=maximum)  # let go of before a launch
         self._outliving: dict[bytes, Transport] = {}  # those of them that were here at an end in good order
+        self._dropped: deque[bytes] = deque(maxlen=maximum)  # launched in vain before they came
+        self._gone: dict[bytes, None] = {}  # let go of before a launch, the oldest first; no more than the maximum
         self._leaving = False
         self._closed = False
 
@@ -121,8 +121,8 @@ class DialingPool:
         if transport := self._give(id):
             self._fill_soon()
             return transport
-        if id in self._gone:  # which the peer cannot know yet; told once, for a few bytes ask for it
-            self._gone.remove(id)
+        if id in self._gone:  # which the peer may not know yet; told once, or it could ask for a few bytes each
+            del self._gone[id]
             raise NoDataConnection(f"data connection {id.decode()} is gone")
         if id in self._takers:
             raise ProtocolError(f"data connection {id.decode()} launched twice")
@@ -387,8 +387,11 @@ class DialingPool:
                 self._let_go(id, transport)
 
     def _let_go(self, id: bytes, transport: Transport) -> None:
+        """Reset a connection that was never launched, and remember that it is gone."""
+        self._gone[id] = None
+        if len(self._gone) > self._maximum:
+            del self._gone[next(iter(self._gone))]
         transport.reset()
-        self._gone.append(id)
 
 
 def _fail(exc: Exception) -> NoReturn:

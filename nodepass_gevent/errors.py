@@ -16,7 +16,7 @@
         │   ├── PeerSilent          by silence
         │   └── SessionEnded        in good order
         ├── PoolClosed          the session of this pool ended
-        ├── NoDataConnection    none became ready in time
+        ├── NoDataConnection    none became ready in time, or it is gone
         ├── NoPlace             one of several processes has its client already
         └── NotCarried          the peer that has come lacks a capability
 
@@ -109,7 +109,7 @@ class PoolClosed(TunnelError):
 
 
 class NoDataConnection(TunnelError):
-    """No data connection became ready in time."""
+    """No data connection became ready in time, or the one that was launched is gone."""
 
 
 class NoPlace(TunnelError):

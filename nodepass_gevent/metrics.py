@@ -36,7 +36,7 @@ class Counters:
     datagrams_up: int = 0
     datagrams_down: int = 0
     exchanges_failed: int = 0  # ended by a reset, a timeout or a missing data connection
-    launches_lost: int = 0  # a launch whose data connection never came
+    launches_lost: int = 0  # a launch whose data connection never came, or was gone
     launches_failed: int = 0  # the peer said so
     launches_repeated: int = 0  # the data connection proved dead before a byte; its user was given another one
     signals_malformed: int = 0

@@ -359,6 +359,19 @@ def test_a_connection_that_ended_and_is_never_launched_is_dropped(dialler, diali
         take(pool, dialler.ids[0])
 
 
+def test_of_as_many_that_are_gone_as_can_be_there_a_launch_is_told(dialler, dialing, clock):
+    pool = dialing(1, maximum=1)
+    for number in range(2):
+        wait_until(lambda: len(pool) == 1)
+        dialler.peers[number].shutdown(1)
+        wait_until(lambda: len(pool) == 0)
+        clock.advance(ROUND_S)
+        clock.advance(ROUND_S)
+    for id, told in zip(dialler.ids[:2], ("within", "is gone"), strict=True):
+        with pytest.raises(NoDataConnection, match=told):
+            take(pool, id)
+
+
 def test_an_id_that_is_gone_may_come_again(dialler, dialing, clock):
     dialler.next_ids = [b"ffffffff", b"00000001", b"ffffffff"]
     pool = dialing(1, maximum=1)
