@@ -32,7 +32,7 @@ READ, WRITE = 1, 2  # libev's event masks
 LOOKS = 8  # at what waits within a shared deadline
 DISCARD = 65536  # bytes per read when what comes is thrown away
 
-_LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where congestion control that paces (BBR) takes up to half of the rate
+_LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to half of the rate
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 
 if TYPE_CHECKING:
@@ -392,6 +392,7 @@ class Stream(Transport):
 
     def expect_bulk(self) -> None:
         """Make ready for many bytes to be sent."""
-        if str(self).startswith(_LOOPBACK):  # Reno is in every kernel, and does not pace
-            with suppress(OSError):
-                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        if str(self).startswith(_LOOPBACK):
+            with suppress(OSError):  # a sandbox may refuse
+                if self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
+                    self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")

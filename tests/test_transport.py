@@ -3,7 +3,7 @@ import errno
 import os
 import socket
 import time
-from unittest.mock import Mock, call
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -209,17 +209,33 @@ LOCAL = ("127.0.0.1", "127.8.9.1", "::1", "::ffff:127.0.0.1")
 ELSEWHERE = ("192.0.2.127", "::2", "::1:2", "2001:db8::1", "::ffff:192.0.2.1")
 
 
+def congestion(default, host):
+    """Make a Stream to a host ready for bulk, where that is the system's congestion control; give what it changes."""
+    sock = Mock()
+    sock.getsockopt.return_value = default.ljust(16, b"\0")
+    Stream(sock, (host, 80)).expect_bulk()
+    return [change.args[2] for change in sock.setsockopt.mock_calls]
+
+
 @pytest.mark.parametrize("host", LOCAL + ELSEWHERE)
 def test_bulk_is_not_paced_within_the_machine_and_left_to_the_system_elsewhere(host):
-    sock = Mock()
-    Stream(sock, (host, 80)).expect_bulk()
-    reno = call(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
-    assert sock.setsockopt.mock_calls == ([reno] if host in LOCAL else [])
+    assert congestion(b"bbr", host) == ([b"reno"] if host in LOCAL else [])
+    assert congestion(b"cubic", host) == []
 
 
-def test_a_kernel_that_knows_nothing_else_sends_bulk_all_the_same():
+def test_a_kernel_takes_what_is_set_for_bulk(pair):
+    stream, _ = pair()
+    option = socket.IPPROTO_TCP, socket.TCP_CONGESTION
+    with contextlib.suppress(OSError):  # not every kernel has it
+        stream.socket.setsockopt(*option, b"bbr")
+    before = stream.socket.getsockopt(*option, 16).rstrip(b"\0")
+    stream.expect_bulk()
+    assert stream.socket.getsockopt(*option, 16).rstrip(b"\0") == (b"reno" if before == b"bbr" else before)
+
+
+def test_a_sandbox_that_refuses_sends_bulk_all_the_same():
     sock = Mock()
-    sock.setsockopt.side_effect = OSError(errno.ENOENT, "no such congestion control")
+    sock.getsockopt.side_effect = OSError(errno.ENOPROTOOPT, "no such option")
     Stream(sock, ("127.0.0.1", 80)).expect_bulk()
 
 
