@@ -10,6 +10,7 @@ bulky goes on by ``splice`` through a pipe of its own, so that its bytes never v
 import errno
 import fcntl
 import os
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,7 +29,7 @@ BULKY = 3  # full reads in a row that make a flow bulky
 PIPE = 262144  # bytes; what one splice moves
 SMALL, SMALL_IN_A_ROW = (16384, 16)  # bytes and moves after which a bulky flow gives its pipe back
 LOOKS = 4  # at the counters within the time that an exchange may be silent: bytes cost no timer
-MAX_PIPES = 64  # kept ready: 128 descriptors and, while they hold bytes, 16 MiB
+MAX_PIPES = 64  # kept ready, empty; of those in use ``Pipes.most`` is the bound
 
 _NEVER_LOOKED_AT = (None, 0)  # most exchanges end before the first look
 _buffer = memoryview(bytearray(BUFFER))
@@ -52,19 +53,28 @@ class Pipes:
             raise OSError(errno.EMFILE, "there are as many pipes as there may be")
         pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._made += 1
-        try:
-            fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE)
-        except OSError:  # over the user's share of pipe memory: the default size does, too
-            pass
+        if _enlarge(pipe) < BUFFER:  # over the user's share of pipe memory they are so small that to copy is better
+            self._close(pipe)
+            raise OSError(errno.ENOMEM, "there is no memory for a pipe")
         return pipe
 
     def give_back(self, pipe: tuple[int, int], held: int) -> None:
         if held or len(self._free) >= self._limit:
-            for descriptor in pipe:
-                os.close(descriptor)
-            self._made -= 1
+            self._close(pipe)
         else:
             self._free.append(pipe)
+
+    def _close(self, pipe: tuple[int, int]) -> None:
+        for descriptor in pipe:
+            socket.close(descriptor)  # at once: no watcher knows it, as gevent's own close has to suppose
+        self._made -= 1
+
+
+def _enlarge(pipe: tuple[int, int]) -> int:
+    """Give a pipe the size that is wanted, if that may be; give the size that it has."""
+    with suppress(OSError):
+        return fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE)
+    return fcntl.fcntl(pipe[1], fcntl.F_GETPIPE_SZ)
 
 
 pipes = Pipes(MAX_PIPES)
@@ -75,7 +85,11 @@ def _nobody(_error: Exception | None) -> None:
 
 
 class _Flow:
-    """One direction: what ``source`` says, ``sink`` gets."""
+    """One direction: what ``source`` says, ``sink`` gets.
+
+    What was read and not taken is in ``_rest`` or in the pipe, never in both, while it ``_waits`` for the sink. It does
+    not watch the source then, nor once that has ended.
+    """
 
     __slots__ = (
         "_calm", "_done", "_ending", "_full", "_held", "_on_first", "_pipe", "_rest", "_waits", "_writer",
@@ -96,7 +110,7 @@ class _Flow:
         self.ended = False  # end of stream is passed on, and all bytes before it
         self._ending = False  # it is read
         self._rest: bytes | memoryview = b""  # read, and not taken yet
-        self._full = 0  # full reads in a row
+        self._full = 0  # full reads in a row that the sink took at once
         self._calm = 0  # small splices in a row
         self._held = 0  # bytes in the pipe
         self._pipe: tuple[int, int] | None = None
@@ -116,7 +130,7 @@ class _Flow:
             self._writer.close()
         if self._pipe:
             self._drop_pipe()
-        self._done = _nobody  # who holds this flow, and would live on with it until the next garbage collection
+        self._done = _nobody  # the exchange holds this flow: without a cycle both go at once
 
     def _go_on(self) -> None:
         """Move what can be moved. The event loop must not see an exception: it ends this exchange, and no other."""
@@ -133,10 +147,10 @@ class _Flow:
     def _catch_up(self) -> bool:
         """Give the sink what it did not take; True when more can be moved at once."""
         if self._held:
-            self._held -= self._splice_out()
+            self._splice_out()
         elif self._rest:
             self._take(self._rest)
-        if self._held or self._rest or not self.sink.flush():
+        if self._rest or not self.sink.flush():
             return False
         self._waits = False
         self._writer.stop()
@@ -222,21 +236,25 @@ class _Flow:
             return self._end()
         self._held = count
         try:
-            self._held -= self._splice_out()
+            self._splice_out()
         except BlockingIOError:
-            return self._wait_for_sink()
-        if self._held:
             return self._wait_for_sink()
         self._calm = self._calm + 1 if count < SMALL else 0
         if self._calm >= SMALL_IN_A_ROW:
             self._drop_pipe()
         return True
 
-    def _splice_out(self) -> int:
+    def _splice_out(self) -> None:
+        """Give the sink what the pipe holds; BlockingIOError when it does not take all.
+
+        Never leave it at a part: a reset in the middle of a splice ends it early, and the kernel tells only who tries
+        again; the other flow would take it for an end.
+        """
         assert self._pipe
-        sent = os.splice(self._pipe[0], self.sink.fileno(), self._held, flags=_SPLICE_FLAGS)
-        self.moved += sent
-        return sent
+        while self._held:
+            sent = os.splice(self._pipe[0], self.sink.fileno(), self._held, flags=_SPLICE_FLAGS)
+            self.moved += sent
+            self._held -= sent
 
     def _drop_pipe(self) -> None:
         assert self._pipe
@@ -313,7 +331,10 @@ class Exchange:
 
     @property
     def delivered(self) -> int:
-        """Bytes that have come to the other ends: a slow reader takes what was moved a minute ago."""
+        """Bytes that have come to the other ends: a slow reader takes what was moved a minute ago.
+
+        With TLS the bytes on the way are cipher text: whether it changes is all that this says.
+        """
         return sum(flow.moved - _on_the_way(flow.sink) for flow in self._flows)
 
     @property
@@ -323,7 +344,7 @@ class Exchange:
         return back.ended, there.ended
 
     def traffic(self) -> Traffic:
-        """Give the bytes that each receiver has taken so far; ``a`` is the user's side."""
+        """Give the bytes that each sink has taken so far; ``a`` is the user's side."""
         there, back = self._flows
         return there.moved, back.moved, 0, 0
 
@@ -332,7 +353,7 @@ class Exchange:
         there, back = self._flows
         idle: _Silences | None = _silences(idle_timeout_s, "idle") if idle_timeout_s else None
         try:
-            # a request is here by now, as a rule, and needs no turn of the event loop; or it is on its way already
+            # a request is here by now, as a rule, and needs no turn of the event loop; or it was said before
             there.start(at_once=not there.began)
             if not self._over:
                 back.start()

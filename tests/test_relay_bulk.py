@@ -8,6 +8,7 @@ import itertools
 import os
 import random
 import socket
+import stat
 import struct
 import termios
 
@@ -323,9 +324,8 @@ def fail_with(code):
         (os, "splice", None),
         (os, "splice", fail_with(errno.EINVAL)),
         (os, "pipe2", fail_with(errno.EMFILE)),
-        (fcntl, "fcntl", fail_with(errno.EPERM)),
     ],
-    ids=["no splice", "splice refused", "no descriptors", "small pipes"],
+    ids=["no splice", "splice refused", "no descriptors"],
 )
 def test_without_what_splice_needs_the_bytes_are_copied(start, pipes, monkeypatch, module, name, replacement):
     user, target, greenlet = start()
@@ -334,6 +334,51 @@ def test_without_what_splice_needs_the_bytes_are_copied(start, pipes, monkeypatc
         assert carries(user, target)
     assert end(user, target, greenlet) == (len(BULK), 0, None)
     assert pipes.in_use == 0
+
+
+@pytest.mark.parametrize(("size", "taken"), [(65536, 1), (8192, 0)], ids=["default size", "two pages"])
+def test_without_the_size_that_is_wanted_a_pipe_is_used_where_it_is_better_than_to_copy(
+    start, pipes, monkeypatch, size, taken
+):
+    """A kernel gives less to a user who has used up his share of pipe memory, which root never has."""
+
+    unpatched = fcntl.fcntl
+
+    def shrunk(descriptor, command, argument=0):
+        if command == fcntl.F_SETPIPE_SZ:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return size if command == fcntl.F_GETPIPE_SZ else unpatched(descriptor, command, argument)
+
+    user, target, greenlet = start()
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", shrunk)
+        assert carries(user, target)
+        assert pipes.taken == pipes.in_use == taken
+    assert end(user, target, greenlet) == (len(BULK), 0, None)
+    assert len(pipes.kept) == taken and pipes._made == taken
+
+
+def test_a_reset_in_the_middle_of_a_splice_is_a_reset(start, monkeypatch):
+    """The kernel gives the number of bytes that went before, and tells nobody of the error: the next read gives 0."""
+    user, target, greenlet = start()
+    splice, reset = os.splice, []
+
+    def interrupted(source, sink, count, **options):
+        if reset or not stat.S_ISSOCK(os.fstat(sink).st_mode):
+            return splice(source, sink, count, **options)
+        sent = splice(source, sink, 1, **options)
+        reset.append(sent)
+        target.reset()
+        with socket.socket(fileno=os.dup(sink)) as broken:
+            assert broken.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET
+        return sent
+
+    monkeypatch.setattr(os, "splice", interrupted)
+    sending = gevent.spawn(user.sendall, BULK)
+    outcome = greenlet.get()
+    sending.kill()
+    assert reset and isinstance(outcome.error, OSError)
+    assert user.peek() is None  # no end
 
 
 class Counted(Stream):
