@@ -195,6 +195,7 @@ class _Flow:
         self._rest = memoryview(data)[taken:] if taken < len(data) else b""
 
     def _wait_for_sink(self) -> bool:
+        """Read no more until the sink has what is kept: that is owed to it although the source may break meanwhile."""
         self._waits = True
         self.source.unwatch()
         if self._writer is None:
