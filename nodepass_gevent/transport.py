@@ -32,7 +32,7 @@ READ, WRITE = 1, 2  # libev's event masks
 LOOKS = 8  # at what waits within a shared deadline
 DISCARD = 65536  # bytes per read when what comes is thrown away
 
-_LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to half of the rate
+_LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to 40 % of the rate
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 
 if TYPE_CHECKING:
