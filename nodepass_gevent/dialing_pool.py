@@ -121,7 +121,7 @@ class DialingPool:
         if transport := self._give(id):
             self._fill_soon()
             return transport
-        if id in self._gone:  # which the peer may not know yet; told once, or it could ask for a few bytes each
+        if id in self._gone:  # the peer may not know yet; once per id: a launch costs it few bytes
             del self._gone[id]
             raise NoDataConnection(f"data connection {id.decode()} is gone")
         if id in self._takers:
