@@ -14,11 +14,11 @@ from gevent.lock import Semaphore
 from gevent.pool import Group
 
 from . import log as logs
-from . import relay
 from .config import LOG_LEVELS, Address, Config, Process
 from .descriptors import make_room
 from .errors import ConfigError, TunnelsRefused
 from .notify import Notifier
+from .pipes import pipes
 from .state import Ended
 from .status import Status
 from .status_server import StatusServer
@@ -132,7 +132,7 @@ class _Signals:
         for warning in plan.warnings:
             log.warning("%s", warning)
         make_room(plan.descriptors)
-        relay.pipes.most = plan.pipes
+        pipes.most = plan.pipes
         try:
             return self._tunnels.apply(plan.configs)
         finally:

@@ -8,10 +8,6 @@ bulky goes on by ``splice`` through a pipe of its own, so that its bytes never v
 """
 
 import errno
-import fcntl
-import os
-import socket
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -22,62 +18,16 @@ from gevent.hub import Waiter
 
 from .alarm import soon
 from .metrics import Traffic
+from .pipes import Pipe, pipes
 from .transport import WRITE, Stream, Transport
 
 BUFFER = 65536  # bytes; one read
 BULKY = 3  # full reads in a row that make a flow bulky
-PIPE = 262144  # bytes; what one splice moves
 SMALL, SMALL_IN_A_ROW = (16384, 16)  # bytes and moves after which a bulky flow gives its pipe back
 LOOKS = 4  # at the counters within the time that an exchange may be silent: bytes cost no timer
-MAX_PIPES = 64  # kept ready, empty; of those in use ``Pipes.most`` is the bound
 
 _NEVER_LOOKED_AT = (None, 0)  # most exchanges end before the first look
 _buffer = memoryview(bytearray(BUFFER))
-_SPLICE_FLAGS = getattr(os, "SPLICE_F_MOVE", 0) | getattr(os, "SPLICE_F_NONBLOCK", 0)
-
-
-class Pipes:
-    """Empty pipes, kept for the next bulky flow. One that may hold bytes is closed, never kept."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._free: list[tuple[int, int]] = []
-        self._made = 0
-        self.most = sys.maxsize  # that there may be: users need descriptors more than bulky flows do
-
-    def take(self) -> tuple[int, int]:
-        """Give an empty pipe, or raise OSError."""
-        if self._free:
-            return self._free.pop()
-        if self._made >= self.most:
-            raise OSError(errno.EMFILE, "there are as many pipes as there may be")
-        pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._made += 1
-        if _enlarge(pipe) < BUFFER:  # over the user's share of pipe memory they are so small that to copy is better
-            self._close(pipe)
-            raise OSError(errno.ENOMEM, "there is no memory for a pipe")
-        return pipe
-
-    def give_back(self, pipe: tuple[int, int], held: int) -> None:
-        if held or len(self._free) >= self._limit:
-            self._close(pipe)
-        else:
-            self._free.append(pipe)
-
-    def _close(self, pipe: tuple[int, int]) -> None:
-        for descriptor in pipe:
-            socket.close(descriptor)  # at once: no watcher knows it, as gevent's own close has to suppose
-        self._made -= 1
-
-
-def _enlarge(pipe: tuple[int, int]) -> int:
-    """Give a pipe the size that is wanted, if that may be; give the size that it has."""
-    with suppress(OSError):
-        return fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE)
-    return fcntl.fcntl(pipe[1], fcntl.F_GETPIPE_SZ)
-
-
-pipes = Pipes(MAX_PIPES)
 
 
 def _nobody(_error: Exception | None) -> None:
@@ -92,7 +42,7 @@ class _Flow:
     """
 
     __slots__ = (
-        "_calm", "_done", "_ending", "_full", "_held", "_on_first", "_pipe", "_rest", "_waits", "_writer",
+        "_calm", "_done", "_ending", "_full", "_on_first", "_pipe", "_rest", "_waits", "_writer",
         "began", "ended", "moved", "sink", "source",
     )  # fmt: skip
 
@@ -112,8 +62,7 @@ class _Flow:
         self._rest: bytes | memoryview = b""  # read, and not taken yet
         self._full = 0  # full reads in a row that the sink took at once
         self._calm = 0  # small splices in a row
-        self._held = 0  # bytes in the pipe
-        self._pipe: tuple[int, int] | None = None
+        self._pipe: Pipe | None = None
         self._waits = False  # for the sink, and does not read meanwhile
         self._writer: Any = None  # made when the sink first has to be waited for
 
@@ -129,7 +78,7 @@ class _Flow:
             self._writer.stop()
             self._writer.close()
         if self._pipe:
-            self._drop_pipe()
+            self._drop_pipe(self._pipe)
         self._done = _nobody  # the exchange holds this flow: without a cycle both go at once
 
     def _go_on(self) -> None:
@@ -137,7 +86,7 @@ class _Flow:
         try:
             if self._waits and not self._catch_up():
                 return
-            while (self._splice() if self._pipe else self._copy()) and self.source.buffered:
+            while (self._splice(self._pipe) if self._pipe else self._copy()) and self.source.buffered:
                 pass
         except BlockingIOError:
             pass
@@ -146,10 +95,10 @@ class _Flow:
 
     def _catch_up(self) -> bool:
         """Give the sink what it did not take; True when more can be moved at once."""
-        if self._held:
-            self._splice_out()
-        elif self._rest:
+        if self._rest:
             self._take(self._rest)
+        elif self._pipe:
+            self._drain(self._pipe)
         if self._rest or not self.sink.flush():
             return False
         self._waits = False
@@ -208,7 +157,7 @@ class _Flow:
         self.source.unwatch()
         self._ending = True
         if self._pipe:
-            self._drop_pipe()
+            self._drop_pipe(self._pipe)
         self.sink.finish()
         if self.sink.unsent:
             return self._wait_for_sink()
@@ -218,50 +167,39 @@ class _Flow:
 
     def _start_splicing(self) -> None:
         self._full = self._calm = 0
-        if type(self.source) is Stream and type(self.sink) is Stream and hasattr(os, "splice"):
-            self.sink.expect_bulk()
-            with suppress(OSError):  # out of descriptors: copying needs none
+        if type(self.source) is Stream and type(self.sink) is Stream:
+            with suppress(OSError):  # none to be had: copying needs none
                 self._pipe = pipes.take()
+                self.sink.expect_bulk()
 
-    def _splice(self) -> bool:
+    def _splice(self, pipe: Pipe) -> bool:
         """Move one pipeful, as ``_copy`` does with the buffer."""
-        assert self._pipe
         try:
-            count = os.splice(self.source.fileno(), self._pipe[1], PIPE, flags=_SPLICE_FLAGS)
+            count = pipe.fill(self.source.fileno())
         except OSError as exc:
             if exc.errno != errno.EINVAL:
                 raise
-            self._drop_pipe()  # these descriptors cannot be spliced
+            self._drop_pipe(pipe)  # these descriptors cannot be spliced
             return self._copy()
         if not count:
             return self._end()
-        self._held = count
         try:
-            self._splice_out()
+            self._drain(pipe)
         except BlockingIOError:
             return self._wait_for_sink()
         self._calm = self._calm + 1 if count < SMALL else 0
         if self._calm >= SMALL_IN_A_ROW:
-            self._drop_pipe()
+            self._drop_pipe(pipe)
         return True
 
-    def _splice_out(self) -> None:
-        """Give the sink what the pipe holds; BlockingIOError when it does not take all.
+    def _drain(self, pipe: Pipe) -> None:
+        """Give the sink all that the pipe holds; BlockingIOError when it does not take it now."""
+        while pipe.held:
+            self.moved += pipe.drain(self.sink.fileno())
 
-        Never leave it at a part: a reset in the middle of a splice ends it early, and the kernel tells only who tries
-        again; the other flow would take it for an end.
-        """
-        assert self._pipe
-        while self._held:
-            sent = os.splice(self._pipe[0], self.sink.fileno(), self._held, flags=_SPLICE_FLAGS)
-            self.moved += sent
-            self._held -= sent
-
-    def _drop_pipe(self) -> None:
-        assert self._pipe
-        pipes.give_back(self._pipe, self._held)
+    def _drop_pipe(self, pipe: Pipe) -> None:
         self._pipe = None
-        self._held = 0
+        pipes.give_back(pipe)
 
 
 class _Silences:

@@ -134,13 +134,23 @@ def is_reset(sock):
     return False
 
 
-def _open_descriptors():
-    """Give what is open: pipes are left out (the relay keeps empty ones), and so is the event loop's own."""
+def _links():
+    """Give what is open, by descriptor."""
     links = {}
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the one of this very listing
             links[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-    return {fd: link for fd, link in links.items() if not link.startswith(("pipe:", "anon_inode:", "/proc/"))}
+    return links
+
+
+def _open_descriptors():
+    """Give what is open: pipes are left out (the relay keeps empty ones), and so is the event loop's own."""
+    return {fd: link for fd, link in _links().items() if not link.startswith(("pipe:", "anon_inode:", "/proc/"))}
+
+
+def open_pipes():
+    """Count the open ends of pipes."""
+    return sum(link.startswith("pipe:") for link in _links().values())
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
         "log_forms",
         "log_limit",
         "metrics",
+        "pipes",
         "proxy_protocol",
         "tunnel_key",
         "usage",

@@ -16,9 +16,10 @@ import gevent
 import pytest
 from exchanges import run_exchange
 from secure import stream_pair, transports
-from support import bounded, wait_until
+from support import bounded, open_pipes, wait_until
 
 from nodepass_gevent import relay
+from nodepass_gevent.pipes import MAX_KEPT, SIZE, Pipes
 from nodepass_gevent.transport import Stream
 
 NEVER_S = 3600
@@ -28,14 +29,14 @@ BULK = random.Random(7).randbytes(4 * MIB) * 4  # more than the kernel holds
 
 def bytes_in(pipe):
     """Ask the kernel how many bytes a pipe holds."""
-    return struct.unpack("i", fcntl.ioctl(pipe[0], termios.FIONREAD, bytes(4)))[0]
+    return struct.unpack("i", fcntl.ioctl(pipe._reader, termios.FIONREAD, bytes(4)))[0]
 
 
-class WatchedPipes(relay.Pipes):
+class WatchedPipes(Pipes):
     """The relay's pipes, counted; ``kept`` are ready for the next flow."""
 
-    def __init__(self, limit=relay.MAX_PIPES):
-        super().__init__(limit)
+    def __init__(self):
+        super().__init__(MAX_KEPT)
         self.taken = 0
         self.returned = []  # bytes each one held, by the kernel's account
 
@@ -52,21 +53,9 @@ class WatchedPipes(relay.Pipes):
         self.taken += 1
         return pipe
 
-    def give_back(self, pipe, held):
+    def give_back(self, pipe):
         self.returned.append(bytes_in(pipe))
-        super().give_back(pipe, held)
-
-    def close(self):
-        for pipe in self._free:
-            for descriptor in pipe:
-                os.close(descriptor)
-
-
-def open_pipes():
-    """Count the open ends of pipes; gevent closes a descriptor in the next round of its loop."""
-    gevent.sleep(0.001)
-    links = (f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd"))
-    return sum(os.path.islink(link) and os.readlink(link).startswith("pipe:") for link in links)
+        super().give_back(pipe)
 
 
 @pytest.fixture
@@ -75,8 +64,9 @@ def pipes(monkeypatch):
     watched = WatchedPipes()
     monkeypatch.setattr(relay, "pipes", watched)
     yield watched
-    watched.close()
-    wait_until(lambda: open_pipes() == before)
+    for pipe in watched.kept:
+        pipe.close()
+    assert open_pipes() == before
 
 
 @pytest.fixture
@@ -142,8 +132,7 @@ def test_a_bulky_flow_goes_by_splice_and_gives_its_pipe_back_empty(start, pipes)
     assert (pipes.taken, pipes.in_use) == (1, 1)
     assert end(user, target, greenlet) == (len(BULK), 0, None)
     (pipe,) = pipes.kept
-    with pytest.raises(BlockingIOError):
-        os.read(pipe[0], 1)
+    assert bytes_in(pipe) == 0
 
 
 def test_the_receiver_of_a_bulky_flow_is_made_ready_for_it(start, monkeypatch):
@@ -265,50 +254,12 @@ def test_a_stalled_bulky_flow_goes_on_where_it_stopped(start, spawn):
     assert greenlet.get() == (len(data), 0, None)
 
 
-def test_no_more_pipes_are_kept_than_the_limit():
-    pipes = WatchedPipes(2)
-    before = open_pipes()
-    taken = [pipes.take() for _ in range(5)]
-    assert open_pipes() == before + 10
-    for pipe in taken:
-        pipes.give_back(pipe, 0)
-    wait_until(lambda: open_pipes() == before + 4)
-    assert pipes.kept == taken[:2]
-    pipes.close()
-
-
-def test_there_are_no_more_pipes_than_the_most():
-    pipes = WatchedPipes()
-    pipes.most = 2
-    first, second = pipes.take(), pipes.take()
-    with pytest.raises(OSError, match="as many pipes as there may be"):
-        pipes.take()
-    pipes.give_back(first, 0)
-    assert pipes.take() == first
-    os.write(first[1], b"foreign")
-    pipes.give_back(first, len(b"foreign"))  # closed, so that there may be another one
-    third = pipes.take()
-    for pipe in (second, third):
-        pipes.give_back(pipe, 0)
-    pipes.close()
-
-
 def test_a_bulky_flow_that_gets_no_pipe_is_copied(start, pipes):
     pipes.most = 0
     user, target, greenlet = start()
     assert carries(user, target)
     assert end(user, target, greenlet) == (len(BULK), 0, None)
     assert pipes.taken == 0
-
-
-def test_a_pipe_that_holds_bytes_is_closed():
-    pipes = WatchedPipes()
-    before = open_pipes()
-    pipe = pipes.take()
-    os.write(pipe[1], b"foreign")
-    pipes.give_back(pipe, len(b"foreign"))
-    wait_until(lambda: open_pipes() == before)
-    assert pipes.kept == []
 
 
 def fail_with(code):
@@ -334,28 +285,6 @@ def test_without_what_splice_needs_the_bytes_are_copied(start, pipes, monkeypatc
         assert carries(user, target)
     assert end(user, target, greenlet) == (len(BULK), 0, None)
     assert pipes.in_use == 0
-
-
-@pytest.mark.parametrize(("size", "taken"), [(65536, 1), (8192, 0)], ids=["default size", "two pages"])
-def test_without_the_size_that_is_wanted_a_pipe_is_used_where_it_is_better_than_to_copy(
-    start, pipes, monkeypatch, size, taken
-):
-    """A kernel gives less to a user who has used up his share of pipe memory, which root never has."""
-
-    unpatched = fcntl.fcntl
-
-    def shrunk(descriptor, command, argument=0):
-        if command == fcntl.F_SETPIPE_SZ:
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        return size if command == fcntl.F_GETPIPE_SZ else unpatched(descriptor, command, argument)
-
-    user, target, greenlet = start()
-    with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "fcntl", shrunk)
-        assert carries(user, target)
-        assert pipes.taken == pipes.in_use == taken
-    assert end(user, target, greenlet) == (len(BULK), 0, None)
-    assert len(pipes.kept) == taken and pipes._made == taken
 
 
 def test_a_reset_in_the_middle_of_a_splice_is_a_reset(start, monkeypatch):
@@ -449,7 +378,7 @@ def test_a_spliced_flow_moves_one_pipeful_in_a_round_of_the_event_loop(start, mo
     with rounds(lambda: moved[0]) as samples:
         assert carries(user, target)
     assert moved[0] > MIB
-    assert most_at_once(samples) <= 2 * relay.PIPE  # in, and out
+    assert most_at_once(samples) <= 2 * SIZE  # in, and out
 
 
 @pytest.mark.parametrize("kinds", [("plain", "plain"), ("1.3", "plain"), ("plain", "1.3")], ids="-".join)
