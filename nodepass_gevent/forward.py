@@ -253,6 +253,8 @@ class Egress:
             return
         try:
             with data:
+                if self._config.network != "both":
+                    self._check_network(launch, data)
                 if launch.kind is Kind.TCP:
                     self._tcp(launch, data, in_crowd=in_crowd)
                 else:
@@ -302,6 +304,12 @@ class Egress:
             tell(error)
             if error:
                 _conclude(data, target, error, running.complete, self._counters)
+
+    def _check_network(self, launch: Launch, data: Transport) -> None:
+        """Refuse what this side is not to carry, whatever the server takes from its users: ConnectError."""
+        if self._config.network != _protocol(launch):
+            self._refuse(launch.id, data, "refused")
+            raise ConnectError(f"network={self._config.network} keeps {_protocol(launch)} out")
 
     def _user(self, launch: Launch) -> tuple | None:
         """Give the user's address, where the peer has agreed to tell it."""

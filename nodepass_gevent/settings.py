@@ -83,7 +83,8 @@ _DEADLINES, _SOCKETS = "deadlines (seldom changed)", "sockets (seldom changed)"
 # fmt: off
 SETTINGS = (
     Setting("url", "NODEPASS_URL", str, "URL", _ADDRESSES, "the tunnel, like the argument URL"),
-    Setting("network", "NODEPASS_NETWORK", str, "", _ADDRESSES, "what the tunnel carries"),
+    Setting("network", "NODEPASS_NETWORK", str, "", _ADDRESSES,
+            "server: what the public port takes; client: what may reach the target"),
     Setting("protocol", "NODEPASS_PROTOCOL", str, "", _ADDRESSES, "profile of the wire protocol"),
     Setting("proxy_protocol", "NODEPASS_PROXY_PROTOCOL", parse_choice, "", _ADDRESSES,
             "client: version of the PROXY protocol by which the target is told the user's address, 0 for none"),

@@ -109,6 +109,31 @@ def test_a_target_that_refuses_resets_the_user(egress, target):
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("network", ["tcp", "udp", "both"])
+def test_a_client_carries_its_network_alone_whatever_the_server_launches(
+    egress, target, udp_target, caplog, network, kind
+):
+    protocol = "tcp" if kind is Kind.TCP else "udp"
+    at = address_of(target if protocol == "tcp" else udp_target)
+    side = egress(target=at, network=network, drain_linger_s=0.01)
+    side.egress._fail = Mock()
+    if network in (protocol, "both"):
+        server = side.launch(kind)
+        server.sendall(b"\0\5hello" if kind is Kind.UDP_SESSION else b"hello")
+        server.shutdown(socket.SHUT_WR)
+        with bounded():
+            there = accept(target) if protocol == "tcp" else udp_target
+            assert there.recv(100) == b"hello"
+        there.close()
+        side.egress._fail.assert_not_called()
+    else:
+        assert is_reset(side.launch(kind))
+        side.egress._fail.assert_called_once_with(ID, "refused")
+        assert side.counted == {"exchanges_failed": 1}
+        assert f"network={network} keeps {protocol} out" in caplog.text
+
+
 def test_a_launch_that_failed_ends_in_time_although_the_server_sends_without_a_pause(egress, pair):
     side = egress(target=Address("127.0.0.1", 1), drain_linger_s=0.01)
     side.egress._fail = lambda id, why: True
