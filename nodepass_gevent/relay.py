@@ -156,8 +156,6 @@ class _Flow:
         """Pass the end of stream on, after all bytes before it."""
         self.source.unwatch()
         self._ending = True
-        if self._pipe:
-            self._drop_pipe(self._pipe)
         self.sink.finish()
         if self.sink.unsent:
             return self._wait_for_sink()
@@ -177,12 +175,12 @@ class _Flow:
         try:
             count = pipe.fill(self.source.fileno())
         except OSError as exc:
-            if exc.errno != errno.EINVAL:
+            if exc.errno not in (errno.EAGAIN, errno.EINVAL):
                 raise
-            self._drop_pipe(pipe)  # these descriptors cannot be spliced
+            count = 0
+        if not count:  # the end, or what cannot be spliced, as all behind an urgent byte: a read says which
+            self._drop_pipe(pipe)
             return self._copy()
-        if not count:
-            return self._end()
         try:
             self._drain(pipe)
         except BlockingIOError:

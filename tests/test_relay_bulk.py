@@ -184,6 +184,23 @@ def test_a_flow_that_calms_down_gives_its_pipe_back_and_may_take_one_again(start
     assert end(user, target, greenlet) == (2 * len(BULK) + little, 0, None)
 
 
+def test_what_comes_behind_an_urgent_byte_is_passed_on(start, pipes):
+    """The kernel splices no further than up to it, and tells of more to read, or of an end, all the same."""
+    user, target, greenlet = start()
+    assert carries(user, target)
+    assert pipes.in_use == 1
+    user.socket.send(b"!", socket.MSG_OOB)
+    user.sendall(b"behind")
+    assert target.recv_exactly(6) == b"behind"
+    assert carries(user, target)
+    assert pipes.in_use == 1
+    user.socket.send(b"!", socket.MSG_OOB)
+    send_and_end(user, b"behind")
+    assert target.recv_exactly(6) == b"behind"
+    assert end(user, target, greenlet) == (2 * len(BULK) + 12, 0, None)
+    assert pipes.in_use == 0
+
+
 @pytest.mark.parametrize("cut", ["kill", "reset of the user", "reset of the target"])
 def test_the_bytes_of_a_cut_exchange_never_reach_another_one(start, pipes, cut):
     user, target, greenlet = start()
