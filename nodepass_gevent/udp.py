@@ -4,7 +4,7 @@ import errno
 import socket
 import struct
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from .net import Endpoint
 from .transport import READ, RawSocket
 
 USERS = 1024  # whose replies are kept
+REFUSALS = 64  # passed over in a row; from another machine they come at any time, also meanwhile
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
 MEMORY_PAUSE_S = 0.05  # after a receive that failed for lack of memory: the datagram waits, and so would a loop spin
@@ -164,17 +165,24 @@ class TargetSocket:
         """Send at once, or raise OSError; then it is lost."""
         try:
             self._socket.send(datagram)
-        except ConnectionRefusedError:  # of an earlier one: the kernel tells, and has not sent this one
-            self.on_refusal()
-            self._socket.send(datagram)
+        except ConnectionRefusedError:
+            self._pass_over(lambda: self._socket.send(datagram))
 
     def pull(self) -> bytes:
         """Give a datagram that is there; BlockingIOError when there is none."""
         try:
-            return bytes(_buffer[: self._socket.recv_into(_buffer)])
+            count = self._socket.recv_into(_buffer)
         except ConnectionRefusedError:
+            count = self._pass_over(lambda: self._socket.recv_into(_buffer))
+        return bytes(_buffer[:count])
+
+    def _pass_over(self, again: Callable[[], int]) -> int:
+        """Do again what was refused: the kernel tells of an earlier datagram, and has done nothing."""
+        for _ in range(REFUSALS):
             self.on_refusal()
-            return bytes(_buffer[: self._socket.recv_into(_buffer)])
+            with suppress(ConnectionRefusedError):
+                return again()
+        raise BlockingIOError(errno.EAGAIN, "refusals come faster than they are passed over")
 
     def __str__(self) -> str:
         return str(self.endpoint)

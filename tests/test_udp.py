@@ -9,7 +9,7 @@ from support import BOUND_S, LOOPBACK, bounded, endpoint_of, wait_until
 
 from nodepass_gevent.config import Address
 from nodepass_gevent.frames import MAX_DATAGRAM
-from nodepass_gevent.udp import BATCH, MEMORY_PAUSE_S, PublicSocket, TargetSocket
+from nodepass_gevent.udp import BATCH, MEMORY_PAUSE_S, REFUSALS, PublicSocket, TargetSocket
 
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
@@ -325,3 +325,29 @@ def test_a_target_that_restarts_is_reached_again_and_no_datagram_is_lost_to_its_
             sock.push(b"question")
             assert target.recv(100) == b"question"
         assert refusals == [1]
+
+
+@pytest.mark.parametrize("count", [2, REFUSALS, 10 * REFUSALS])
+@pytest.mark.parametrize("told", ["pull", "push"])
+def test_refusals_in_a_row_are_passed_over_and_more_than_that_are_no_error_of_the_target(no_leaks, told, count):
+    """From another machine one may come while another one is told; here each makes the next one."""
+    left = count - 1
+
+    def on_refusal():
+        nonlocal left
+        if left:
+            left -= 1
+            sock._socket.send(b"lost")
+
+    with closing(user()) as target:
+        target.bind(("127.0.0.98", 0))
+        endpoint = endpoint_of(target)
+    with TargetSocket(endpoint) as sock:
+        sock.on_refusal = on_refusal
+        sock.push(b"lost")
+        if told == "pull" or count > REFUSALS:
+            with pytest.raises(BlockingIOError):
+                sock.pull() if told == "pull" else sock.push(b"question")
+        else:
+            sock.push(b"question")
+        assert left == max(count - 1 - REFUSALS, 0)
