@@ -86,7 +86,7 @@ class DatagramIngress:
         for reply, session in list(self._sessions.items()):
             session.end(why)
             if not session.running:  # it waits for a client, and its user need not
-                self._close_session(reply)
+                self._close_session(reply, session)
         if self._leaving is not None:
             self._leaving.kill()
             self._leaving = None
@@ -176,7 +176,7 @@ class DatagramIngress:
                 gevent.sleep(REFUSED_S)
         except NotCarried:  # by the peer for which its first datagrams have waited
             carried = False
-            self._close_session(reply)
+            self._close_session(reply, session)
             for datagram in session.take_waiting():
                 self._open_exchange(datagram, reply)
         except TunnelError as exc:
@@ -184,17 +184,18 @@ class DatagramIngress:
             self._counters.datagrams_unanswered += len(session.take_waiting())
         finally:
             launched.pop(id, None)
-            if self._sessions.get(reply) is session:
-                self._close_session(reply)
+            self._close_session(reply, session)
             self._ended()
             _count_drops(self._counters, session)
             self._counters.ended(traffic)
             if carried:
                 self._access.session(id, reply.sender, session, started)
 
-    def _close_session(self, reply: Reply) -> None:
-        del self._sessions[reply]
-        self._leave(reply)
+    def _close_session(self, reply: Reply, session: UDPRelay) -> None:
+        """Take a session out of the table, if it is there still."""
+        if self._sessions.get(reply) is session:
+            del self._sessions[reply]
+            self._leave(reply)
 
     # Exchanges of one datagram
 

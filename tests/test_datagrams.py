@@ -448,6 +448,24 @@ def test_a_session_that_is_ended_while_it_waits_for_a_client_keeps_no_place(fram
     side.ingress.udp.end("the test is over")
 
 
+def test_a_session_that_is_ended_while_it_waits_leaves_its_users_next_one_alone(framed):
+    side, user = framed(), User("a")
+    side.ingress.udp.datagram(b"question", user)
+    gevent.idle()
+    side.ingress.udp.end("the tunnel is given new settings")
+    side.ingress.udp.datagram(b"another", user)
+    gevent.idle()
+    lost, side.link = side.link, FakeLink()  # that comes has no sessions
+    lost.pool.close()
+    for id in (b"0000000a", b"0000000b"):
+        client = side.add_data(id)
+        client.sendall(b"answer to " + read_all(client))
+        client.close()
+    wait_until(lambda: sorted(user.answers) == [b"answer to another", b"answer to question"])
+    assert side.counted.keys() == {"udp_exchanges", "datagrams_up", "datagrams_down", "bytes_up", "bytes_down"}
+    assert side.entrance.inside == 0
+
+
 def test_where_receiving_has_ended_by_itself_nobody_counts_as_leaving(framed, spawn):
     side, failed = framed(), FakePublic()
     failed.serve = Mock(side_effect=gevent.GreenletExit)
