@@ -251,7 +251,7 @@ class TLSStream(Transport):
     def _answer(self) -> None:
         """Send what OpenSSL has answered by itself, to key updates; what the kernel does not take stays bounded."""
         answer = self._output(BATCH + OVERHEAD)  # no longer than what was asked, and that came in one read
-        if not answer:
+        if not answer or self._finished:  # behind our end nothing may be said
             return
         self.unsent += answer
         self.flush()

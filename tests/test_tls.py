@@ -279,6 +279,18 @@ def test_a_key_update_is_answered_although_nothing_else_is_written(updating, spa
     assert far.stream.recv(5) == b"\x17\x03\x03\x00\x16"  # a record that holds a KeyUpdate and no more
 
 
+def test_a_key_update_that_comes_behind_our_end_breaks_nothing(updating, spawn):
+    near, far, updates = updating
+    far.stream.recv(RECORD)  # tickets
+    near.shutdown_write()
+    for _ in range(3):
+        far.stream.sendall(updates.record())
+        with contextlib.suppress(BlockingIOError):
+            near.wait_for_arrival()
+            near.pull(memoryview(bytearray(10)))
+    assert near.unsent == b""
+
+
 @pytest.mark.parametrize("read", ["recv", "peek"])
 def test_a_peer_that_demands_key_updates_and_reads_no_answers_is_cut_and_little_is_held(updating, read):
     near, far, updates = updating
