@@ -176,7 +176,9 @@ class DialingPool:
         self._leaving = True
 
     def settle(self) -> None:
-        """Wait until nobody waits for a connection that was launched."""
+        """Wait until nobody waits for a connection that was launched, nor is about to."""
+        while soon.busy:  # a launch in a crowd begins later
+            gevent.sleep(0)
         gevent.wait(list(self._takers.values()))
 
     def close(self) -> None:

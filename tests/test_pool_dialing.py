@@ -7,7 +7,7 @@ import pytest
 from gevent.event import Event
 from support import bounded, is_reset, read_all, reset, wait_until
 
-from nodepass_gevent import dialing_pool
+from nodepass_gevent import alarm, dialing_pool
 from nodepass_gevent.alarm import soon
 from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
 from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
@@ -246,6 +246,20 @@ def test_a_launch_whose_id_never_comes_ends_and_leaves_the_pool_full(dialler, di
     for id in dialler.ids[:2]:
         take(pool, id).close()
     wait_until(lambda: len(pool) == 2)
+
+
+def test_launches_of_a_crowd_that_have_not_begun_are_waited_for(dialler, dialing, monkeypatch):
+    monkeypatch.setattr(alarm, "TURN_S", 1e-6)  # one call in a turn of the event loop, and at times two
+    pool = dialing(8)
+    wait_until(lambda: len(pool) == 8)
+    taken = []
+    for id in list(dialler.ids):
+        soon(lambda id=id: taken.append(pool.take(id, 0)))
+    with bounded():
+        pool.settle()
+    assert len(taken) == 8
+    for transport in taken:
+        transport.close()
 
 
 def test_a_second_launch_of_an_awaited_id_breaks_the_protocol(dialler, dialing, spawn):
