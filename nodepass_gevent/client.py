@@ -15,7 +15,7 @@ from .config import Config, Limits
 from .crew import Crew
 from .dialing import PlainDial
 from .dialing_pool import DialingPool
-from .errors import KeyMismatch, NoPlace, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
+from .errors import CertificateRefused, KeyMismatch, NoPlace, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
 from .forward import Egress
 from .keyring import KeyRing
 from .metrics import Counters
@@ -304,8 +304,12 @@ class Client:
     def _secure(self, stream: Stream, mode: int, alpn: bytes = b"", line: bytes = b"") -> Transport:
         if mode == OFF:
             return stream
-        with deadline(self.config.limits.tls_handshake_timeout_s, "TLS handshake"):
-            return tls.dial(stream, self._policy.context(mode, alpn), line)
+        try:
+            with deadline(self.config.limits.tls_handshake_timeout_s, "TLS handshake"):
+                return tls.dial(stream, self._policy.context(mode, alpn), line)
+        except CertificateRefused as exc:
+            tls.tell(stream, exc, self.config.limits.drain_linger_s)
+            raise
 
 
 class _Signals:

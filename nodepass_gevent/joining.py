@@ -81,9 +81,7 @@ class Joining:
         except CertificateRefused as exc:
             self._counters.certificates_refused += 1
             if alpn:  # a v1 client would call again at once: it is told later
-                with suppress(OSError):
-                    stream.push(exc.alert)
-                    stream.linger(self._limits.drain_linger_s)
+                tls.tell(stream, exc, self._limits.drain_linger_s)
             raise
 
     def join_session(self, stream: Stream, key: str, data: Data, first: bytes = b"") -> bool:

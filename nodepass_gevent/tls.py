@@ -6,6 +6,7 @@ safe against descriptors that are closed and reused.
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 
 from OpenSSL import SSL
 
@@ -23,7 +24,7 @@ MOST_BEHIND = 2 * BATCH  # bytes that wait for a peer which makes us answer (key
 
 _raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text on its way to OpenSSL; nobody switches meanwhile
 _REFUSALS = {  # of a certificate, as alerts of TLS name them
-    "bad certificate": "it cannot read it, or the handshake's signature is wrong",
+    "bad certificate": "it cannot read it, the handshake's signature is wrong, or it is not valid yet",
     "unsupported certificate": "it is not made for this use (extended key usage)",
     "certificate revoked": "it is revoked",
     "certificate expired": "it has expired, or is not yet valid",
@@ -37,7 +38,7 @@ _NO_CERTIFICATE = "peer did not return a certificate"
 def accept(stream: Stream, context: SSL.Context, alpn: bytes = b"", before: bytes = b"") -> "TLSStream":
     """Make the server's handshake, with ``before``, in clear, ahead of its first flight; the caller sets the deadline.
 
-    Raises OSError, ProtocolError, and CertificateRefused, whose alert the caller sends when it likes.
+    Raises OSError, ProtocolError, and CertificateRefused, of which the caller is to ``tell`` the peer when it likes.
     """
     connection = SSL.Connection(context, None)
     connection.set_app_data(Verdict())
@@ -52,7 +53,8 @@ def dial(stream: Stream, how: ClientContext, opening: bytes = b"") -> "TLSStream
     """Make the client's handshake, in which the server's certificate is judged.
 
     With ``opening``, a line in clear, that goes out in one segment with the ClientHello, and the line that the server
-    has for every caller is read and dropped. The caller sets the deadline. Raises OSError, PolicyError, ProtocolError.
+    has for every caller is read and dropped. The caller sets the deadline. Raises OSError, PolicyError, ProtocolError,
+    and CertificateRefused, of which the caller is to ``tell`` the server.
     """
     verdict = Verdict()
     connection = SSL.Connection(how.context, None)
@@ -65,15 +67,18 @@ def dial(stream: Stream, how: ClientContext, opening: bytes = b"") -> "TLSStream
     if opening:
         stream.wait_for_arrival()
         stream.read_line(MAX_FIRST_LINE)
-    try:
-        transport.finish_handshake()
-    except CertificateRefused as exc:
-        stream.sendall(exc.alert)
-        raise
+    transport.finish_handshake()
     if how.judged and not verdict.accepted:
         raise PolicyError("the server's certificate was not judged")  # OpenSSL always asks; never go on if it did not
     _check_profile(connection, how.alpn)
     return transport
+
+
+def tell(stream: Stream, refused: CertificateRefused, timeout_s: float) -> None:
+    """Tell the peer why, within ``timeout_s``, and leave nothing unread: a reset could take the alert away again."""
+    with suppress(OSError):  # it has gone
+        stream.say(refused.alert)
+        stream.linger(timeout_s)
 
 
 def _check_profile(connection: SSL.Connection, alpn: bytes) -> None:

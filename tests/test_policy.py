@@ -130,6 +130,8 @@ def test_a_server_that_a_client_does_not_accept_is_refused_in_either_profile(
     ended = join(running.tunnel, **settings).get()
     assert isinstance(ended, PolicyError) and str(ended).startswith(why)
     assert profile == "1" or not said.find("client .* connected")
+    told = "the peer refuses the certificate of this side|where a pin or a name is not that of the certificate"
+    wait_until(lambda: said.find(f"(refused caller|data connection) .*: .*({told})"))  # and is not only reset
 
 
 @pytest.mark.parametrize(

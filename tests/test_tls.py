@@ -13,9 +13,10 @@ import pages
 import pytest
 from OpenSSL import SSL
 from secure import client_context, handshake, key_updater, presented, stream_pair
-from support import bounded, segments_out, wait_until
+from support import BOUND_S, bounded, read_all, segments_out, wait_until
 
 from nodepass_gevent import tls
+from nodepass_gevent.errors import CertificateRefused
 from nodepass_gevent.transport import Stream, deadline
 
 LATE = bytes(range(256)) * 1200  # about 300 KiB
@@ -348,6 +349,21 @@ def test_a_server_that_does_not_speak_tls_is_an_error(raw):
     stranger.sendall(b"deadbeef")
     with pytest.raises(ConnectionAbortedError, match="TLS: "):
         tls.dial(stream, client_context("1.3"))
+
+
+def test_a_peer_is_told_why_its_certificate_is_refused_whatever_it_has_sent(raw, spawn):
+    stream, stranger = raw
+    stranger.sendall(b"unread")
+    telling = spawn(tls.tell, stream, CertificateRefused("it is bad", b"alert"), BOUND_S)
+    assert read_all(stranger) == b"alert"
+    assert not telling.ready()  # before the peer has ended there may be more
+    stranger.close()
+    telling.get()
+
+
+def test_a_peer_that_does_not_end_is_not_told_for_ever_why_its_certificate_is_refused(raw):
+    with bounded():
+        tls.tell(raw[0], CertificateRefused("it is bad", b"alert"), 0.02)
 
 
 @pytest.mark.parametrize("greeting", [b"", b"\x16\x03\x01\x01\x00"])
