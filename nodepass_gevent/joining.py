@@ -142,10 +142,13 @@ class Joining:
             self._refused(stream, reason(exc))
         return True
 
-    def join_v1(self, stream: Stream, expected: bool, whose: Callable[[str], Client | None]) -> None:
+    def join_v1(
+        self, stream: Stream, client: Client | None, whose: Callable[[str], Client | None], *, candidate: bool
+    ) -> None:
         """Bring a v1 data connection towards the pool of its client; hold and then close everybody else's.
 
-        ``expected``: a v1 client with room, or a candidate, is at its address; ``whose`` says, when it is complete.
+        ``client`` is known at its address, or a ``candidate`` calls from there; ``whose`` says, when it is complete.
+        Until then that of a candidate may be anybody's, and takes no place of a client's.
         """
         key = net.peer_key(stream.peer[0])
         try:
@@ -153,8 +156,9 @@ class Joining:
                 owned.enter_context(stream)
                 why, alert = "no client is expected there, or its pool is full", b""
                 try:
-                    if expected and not self.full:
-                        with self.counted():
+                    if candidate or (client and not self.full and self.has_room(client)):
+                        place = self.counted() if client else self._held.noted(Caller(key, stream, gevent.getcurrent()))
+                        with place:
                             data = self.secure(stream)
                             client = whose(key)
                         if client and self.has_room(client):

@@ -62,7 +62,7 @@ class Reception:
         self._keys = keys
         self._clients = clients
         self._penalties = penalties
-        self._awaited = 0  # callers from the address of the client that have said nothing yet
+        self._awaited = 0  # callers from the address of the client that have not said their line yet
         self._joining = Joining(config, certificate, clients, self._held, counters, self._on_wrong_tag)
         self._spent_lines: dict[int | None, bytes] = {}  # by data port, for whom no nonce matters any more
 
@@ -190,12 +190,10 @@ class Reception:
         """Wait for what a caller says: SPEAKS, the v1 client that a silent one proved to be, or why it must go."""
         if neighbour and neighbour.profile == 2 and neighbour.pool.room > self._awaited:
             self._awaited += 1  # an honest client dials hundreds at once: they count in a budget of their own
-            try:
-                with deadline(self._limits.opening_timeout_s, "opening"):
-                    if not stream.seen(1):
-                        stream.wait_for_arrival()
-            finally:
-                self._awaited -= 1
+            unknown.callback(self._heard)
+            with deadline(self._limits.opening_timeout_s, "opening"):
+                if not stream.seen(1):
+                    stream.wait_for_arrival()
             return SPEAKS
         caller = Caller(key, stream, gevent.getcurrent())
         unknown.enter_context((self._held if port is None else self._callers).noted(caller))
@@ -203,6 +201,10 @@ class Reception:
         if port is None and verdict is not SPEAKS and neighbour:
             return f"a second client, while {neighbour.stream} is connected"
         return verdict
+
+    def _heard(self) -> None:
+        """One that was awaited has said its line, or is gone."""
+        self._awaited -= 1
 
     def _wait_for_verdict(self, caller: Caller) -> Client | str:
         """Give the Client that a caller proved to be, SPEAKS when it says something, or why it must go."""
@@ -324,8 +326,12 @@ class Reception:
         """Take a data connection of a v1 client, or of a silent caller that this proves to be one."""
         key = net.peer_key(stream.peer[0])
         client = self._v1_client_at(key)
-        expected = self._joining.has_room(client) if client else self._callers.youngest(key) is not None
-        self._joining.join_v1(stream, expected, lambda key: self._v1_client_at(key) or self._recognise(key))
+        candidate = client is None and self._callers.youngest(key) is not None
+        self._joining.join_v1(stream, client, self._whose, candidate=candidate)
+
+    def _whose(self, key: str) -> Client | None:
+        """Give the v1 client at an address; a candidate becomes one, for its data connection is complete."""
+        return self._v1_client_at(key) or self._recognise(key)
 
     def _v1_client_at(self, key: str) -> Client | None:
         client = self._clients.at(key)

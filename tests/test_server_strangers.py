@@ -115,6 +115,16 @@ def test_over_tls_silence_on_the_data_port_stops_nobody_else(serve, connect):
     assert all(map(quiet, silent + stalled))
 
 
+def test_over_tls_handshakes_of_who_only_calls_take_no_place_of_a_clients(serve, connect):
+    running = serve(tls=1, min_pool_capacity=2, max_pool_capacity=4)
+    client = connect(running).join(2).known()
+    read_line(connect(running, "caller", ELSEWHERE))
+    for _ in range(4):
+        connect(running, "data", ELSEWHERE)
+    with bounded(2):  # they are accepted in their turn
+        assert all(is_served(connect(running, "user"), client.join()) for _ in range(4))
+
+
 @pytest.mark.parametrize("speech", [b"", b"\x16\x03\x01\x01\x00\x01"])
 def test_a_stalled_tls_handshake_ends_at_the_deadline(serve, connect, speech):
     running = serve(tls=1, tls_handshake_timeout_s=HOLD_S)

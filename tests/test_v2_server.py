@@ -244,17 +244,20 @@ def test_those_who_are_told_busy_and_do_not_go_are_bounded(serve, call, said):
     wait_until(lambda: sum("too many callers" in line for line in said.lines) == 3)
 
 
-def test_callers_at_the_clients_address_are_bounded_by_the_room_in_its_pool(serve, call):
+@pytest.mark.parametrize("opening", [b"", b"//"], ids=["silent", "in the middle of their line"])
+def test_callers_at_the_clients_address_are_bounded_by_the_room_in_its_pool(serve, call, opening):
     running = serve(callers=2, min_pool_capacity=1, max_pool_capacity=4, opening_timeout_s=60, caller_timeout_s=60)
     client = call(running).join(3)
     wait_until(lambda: len(running.server._clients.current().pool) == 3)
-    silent = [dial(running.tunnel) for _ in range(6)]
-    for caller in silent:
-        read_line(caller)
-    wait_until(lambda: running.counters.callers_refused == 3)  # one has a place in the pool, two are in the table
-    assert sum(map(quiet, silent)) == 3
-    for caller in silent:
-        caller.close()
+    with contextlib.ExitStack() as stack:
+        callers = []
+        for _ in range(6):
+            callers.append(stack.enter_context(dial(running.tunnel)))
+            read_line(callers[-1])
+            callers[-1].sendall(opening)
+            gevent.idle()
+        wait_until(lambda: running.counters.callers_refused == 3)  # one has a place in the pool, two are in the table
+        assert sum(map(quiet, callers)) == 3
     client.join()
 
 
