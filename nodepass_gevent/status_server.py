@@ -191,6 +191,8 @@ class _Handler(pywsgi.WSGIHandler):
         self._on_read(self.socket)
         if self.rfile.exhausted:
             raise ValueError("the request is too long")
+        if self.headers and (self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers):
+            raise ValueError("the request has a body")  # for which pywsgi would wait
         return read
 
     def _handle_client_error(self, _error: Exception) -> tuple[str, bytes]:

@@ -21,7 +21,7 @@ from gevent.event import Event as Flag
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from support import BOUND_S, LOOPBACK, read_all, wait_until
+from support import BOUND_S, LOOPBACK, bounded, read_all, wait_until
 
 from nodepass_gevent import cli, exposition, options, status_client, status_server
 from nodepass_gevent.config import Address, Process
@@ -535,6 +535,14 @@ def test_a_request_that_is_too_long_is_refused(ask, capfd, headers, size):
         assert answer.startswith(b"HTTP/1.1 400 ") or not answer
     assert request("/healthz", X=b"x" * (REQUEST_BYTES - 500))[0] == 200
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("body", ["Content-Length: 9", "content-length: 1e9", "Transfer-Encoding: chunked"])
+def test_a_request_that_promises_a_body_is_refused_and_not_waited_for(ask, body):
+    request = ask(service())
+    with socket.create_connection(("127.0.0.1", request.server.port)) as caller, bounded(2):
+        caller.sendall(f"GET /livez HTTP/1.1\r\nHost: localhost\r\n{body}\r\n\r\n".encode())
+        assert read_all(caller).startswith(b"HTTP/1.1 400 ")
 
 
 def test_callers_that_say_nothing_or_half_a_request_give_way_to_others_at_once(ask, monkeypatch):
