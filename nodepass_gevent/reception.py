@@ -191,7 +191,9 @@ class Reception:
         if neighbour and neighbour.profile == 2 and neighbour.pool.room > self._awaited:
             self._awaited += 1  # an honest client dials hundreds at once: they count in a budget of their own
             unknown.callback(self._heard)
-            with deadline(self._limits.opening_timeout_s, "opening"):
+            seconds = self._limits.opening_timeout_s
+            why = f"silent for {seconds:g} s; perhaps a second client, of v1, while {neighbour.stream} is connected"
+            with gevent.Timeout(seconds, TimeoutError(why)):
                 if not stream.seen(1):
                     stream.wait_for_arrival()
             return SPEAKS

@@ -269,13 +269,14 @@ def test_a_client_that_comes_back_is_taken_at_once(serve, connect, call):
     assert is_served(connect(running, "user"), again.join())
 
 
-def test_a_v1_client_beside_a_v2_client_is_refused(serve, connect, call):
+def test_a_v1_client_beside_a_v2_client_is_refused(serve, connect, call, said):
     running = serve(opening_timeout_s=0.3, caller_timeout_s=0.3, tls_handshake_timeout_s=0.3)
     client = call(running).join()
     old = connect(running, "caller")
     read_line(old)
     stranger = connect(running, "data")
     assert closed(old) and closed(stranger)
+    assert said.find(r"refused caller .*: silent for 0\.3 s; perhaps a second client, of v1, while .* is connected")
     assert is_served(connect(running, "user"), client)
 
 
