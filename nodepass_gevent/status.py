@@ -105,7 +105,7 @@ class _Track:
     numbers: dict[str, int]
     first_bytes: list[int]
     first_bytes_s: float
-    wrong: deque[list[int]] = field(default_factory=lambda: deque(maxlen=MINUTE_S))  # per second, as WRONG has them
+    wrong: deque[list[int]]  # what had gone wrong by then, each second of the last minute, as WRONG has it
     moved: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=RATE_S))  # seconds; bytes by direction
 
     @property
@@ -121,45 +121,48 @@ class Status:
     """What can be told of ``services``. ``sample`` is to be called once a second."""
 
     def __init__(
-        self, services: Iterable[Service], recent: Callable[[], Iterable[Event]], lines_dropped: Callable[[], int]
+        self,
+        services: Iterable[Service],
+        recent: Callable[[], Iterable[Event]],
+        lines_dropped: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._services = services
         self._recent = recent
         self._lines_dropped = lines_dropped
+        self._clock = clock
         self._started = wall_clock()
         self._tracks: dict[str, _Track] = {}
         self._rows: deque[Row] = deque(maxlen=HISTORY_S)
         self._lags: deque[float] = deque([0.0], maxlen=MINUTE_S)
-        self._sampled_at = time.monotonic()
+        self._sampled_at = clock()
         self.refused: Ended | None = None  # what was read last, and why; the configuration before it goes on
 
     def sample(self, lag_s: float) -> None:
         """Note what has happened since the last time; ``lag_s`` is by how much the event loop was late."""
-        now = time.monotonic()
-        elapsed_s, self._sampled_at = max(now - self._sampled_at, 0.001), now
+        self._catch_up()
+        now = self._clock()
+        elapsed_s = max(now - self._sampled_at, 0.001)
         self._lags.append(lag_s)
-        tracks, self._tracks = self._tracks, {}
+        tracks: dict[str, _Track] = {}
         sums = dict.fromkeys((*DIRECTIONS, "tcp_exchanges", "udp_exchanges", "udp_sessions"), 0)
         firsts, firsts_s, errors, exchanges, ready = [0] * (len(BOUNDS_S) + 1), 0.0, 0, 0, 0
         for service in self._services:
-            role, name = service.role, _name(service)
+            role, track = service.role, self._track(service)
             counters, numbers = role.counters, role.counters.total()
             counts, sum_s = list(counters.first_bytes.counts), counters.first_bytes.sum_s
-            before = tracks.get(name)
-            if before is None or before.counters is not counters:
-                before = _Track(counters, numbers, counts, sum_s)
-            else:
-                before.moved.append((elapsed_s, *(max(numbers[key] - before.numbers[key], 0) for key in DIRECTIONS)))
+            track.moved.append((elapsed_s, *(max(numbers[key] - track.numbers[key], 0) for key in DIRECTIONS)))
             for key in sums:
-                sums[key] += numbers[key] - before.numbers[key]
-            firsts = [total + new - old for total, new, old in zip(firsts, counts, before.first_bytes, strict=True)]
-            firsts_s += sum_s - before.first_bytes_s
-            wrong = [numbers[key] - before.numbers[key] for key in WRONG]
-            errors += sum(wrong)
+                sums[key] += numbers[key] - track.numbers[key]
+            firsts = [total + new - old for total, new, old in zip(firsts, counts, track.first_bytes, strict=True)]
+            firsts_s += sum_s - track.first_bytes_s
+            errors += sum(numbers[key] - track.numbers[key] for key in WRONG)
             exchanges += service.exchanges
             ready += sum(peer.ready for peer in role.describe().peers)
-            self._tracks[name] = _Track(counters, numbers, counts, sum_s, before.wrong, before.moved)
-            before.wrong.append(wrong)
+            track.numbers, track.first_bytes, track.first_bytes_s = numbers, counts, sum_s
+            track.wrong.append([numbers[key] for key in WRONG])
+            tracks[_name(service)] = track
+        self._tracks, self._sampled_at = tracks, now
         begun = sums["tcp_exchanges"] + sums["udp_exchanges"] + sums["udp_sessions"]
         up, down = (round(max(sums[key], 0) / elapsed_s) for key in DIRECTIONS)
         mean_s = round(firsts_s / sum(firsts), 6) if sum(firsts) else None
@@ -168,6 +171,7 @@ class Status:
 
     def snapshot(self) -> Snapshot:
         """Give what there is now."""
+        self._catch_up()
         now = wall_clock()
         tunnels = tuple(self._look(service, now) for service in self._services)
         worst_lag_s = max(self._lags)
@@ -198,10 +202,22 @@ class Status:
             "events": [event._asdict() for event in self._recent()],
         }
 
+    def _catch_up(self) -> None:
+        """Begin anew where nobody has looked for a minute, as while ``status`` was off: what was counted is past."""
+        now = self._clock()
+        if now - self._sampled_at > MINUTE_S:
+            self._tracks = {_name(each): _begin(each.role.counters, each.role.counters) for each in self._services}
+            self._lags = deque([0.0], maxlen=MINUTE_S)
+            self._sampled_at = now
+
+    def _track(self, service: Service) -> _Track:
+        """Give what was counted of a tunnel: nothing, where it or its counters came after the last sample."""
+        track, counters = self._tracks.get(_name(service)), service.role.counters
+        return track if track and track.counters is counters else _begin(counters, Counters())
+
     def _look(self, service: Service, now: float) -> Tunnel:
         role, config = service.role, service.role.config
-        description, track = role.describe(), self._tracks.get(_name(service))
-        sums = list(map(sum, zip(*track.wrong, strict=True))) if track and track.wrong else [0] * len(WRONG)
+        description, numbers, track = role.describe(), role.counters.total(), self._track(service)
         if role.exchanges.draining:
             condition = "stopping"
         elif description.peers:
@@ -224,14 +240,14 @@ class Status:
             exchanges=service.exchanges,
             limit=config.semaphore_limit,
             full=role.exchanges.full() and condition != "stopping",
-            numbers=role.counters.total(),
+            numbers=numbers,
             first_bytes=role.counters.first_bytes,
             failures=service.failures,
             ended=ended,
             next_try_at=service.next_try_at,
-            wrong=dict(zip(WRONG, sums, strict=True)),
+            wrong={key: numbers[key] - before for key, before in zip(WRONG, track.wrong[0], strict=True)},
             warning=self._last_warning(config.name, now),
-            rates=track.rates if track else dict.fromkeys(DIRECTIONS, 0),
+            rates=track.rates,
         )
         return replace(tunnel, words=_words(tunnel, now))
 
@@ -249,6 +265,13 @@ def quantile(counts: list[int], share: float) -> float | None:
             return round(low + (high - low) * (rank - seen) / count, 6)
         low, seen = high, seen + count
     return None
+
+
+def _begin(counters: Counters, seen: Counters) -> _Track:
+    """Begin a track; what ``seen`` has counted is not of now."""
+    numbers, first_bytes = seen.total(), seen.first_bytes
+    wrong = deque([[numbers[key] for key in WRONG]], maxlen=MINUTE_S)
+    return _Track(counters, numbers, list(first_bytes.counts), first_bytes.sum_s, wrong)
 
 
 def _name(service: Service) -> str:
