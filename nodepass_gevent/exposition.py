@@ -10,7 +10,8 @@ from prometheus_client.registry import Collector
 
 from . import __version__
 from .metrics import BOUNDS_S
-from .status import Snapshot, Tunnel
+from .status import Snapshot
+from .status_words import Tunnel
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -6,36 +6,23 @@ Reads what the roles have counted; knows neither HTTP nor any format but the doc
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 from . import __version__
 from .config import LOG_LEVELS
 from .log import Event
-from .metrics import BOUNDS_S, Counters, Histogram
+from .metrics import BOUNDS_S, Counters
 from .service import Service
-from .state import Description, Ended, wall_clock
-from .tls_context import EXPIRY_WARNING_DAYS
+from .state import Ended, wall_clock
+from .status_words import MINUTE_S, WRONG, Tunnel, all_words, tunnel_words
 
 HISTORY_S = 300  # seconds that are kept, a row each: about 50 KiB
-MINUTE_S = 60
 RATE_S = 10  # a single second says little of what comes in bursts
 HELD_UP_S = 0.5  # a process that was held up for that long says so
-NAMED = 3  # tunnels in a sentence
 WARNINGS = LOG_LEVELS[LOG_LEVELS.index("warn") :]
-MAX_WARNING = 200  # characters of one in a sentence
-WRONG = {  # counters of what goes wrong, and how they are told
-    "exchanges_failed": ("exchange", "failed"),
-    "launches_lost": ("launch", "lost"),
-    "datagrams_unanswered": ("datagram", "without an answer"),
-    "datagrams_refused": ("refusal", "of datagrams at the target"),
-    "signals_malformed": ("signal", "malformed"),
-    "accept_pauses": ("pause", "of a listener"),
-}
 DIRECTIONS = ("bytes_up", "bytes_down")
-DAY_S = 24 * 3600
 
 
 class Row(NamedTuple):
@@ -50,32 +37,6 @@ class Row(NamedTuple):
     first_byte_mean_s: float | None
     first_byte_p95_s: float | None
     pool_ready: int
-
-
-@dataclass(frozen=True)
-class Tunnel:
-    """One tunnel, now."""
-
-    name: str
-    role: str
-    tunnel: str
-    outside: str  # the server's public port, the client's target
-    tls: int
-    keyed: bool
-    condition: str  # serving, waiting, connecting, failing or stopping
-    words: str
-    description: Description
-    exchanges: int
-    limit: int
-    full: bool  # further users wait
-    numbers: dict[str, int]
-    first_bytes: Histogram
-    failures: int
-    ended: Ended | None
-    next_try_at: float | None
-    wrong: dict[str, int]  # in the last minute, by counter
-    warning: str  # the last one in the log, of the last minute
-    rates: Mapping[str, int]  # bytes per second, by direction, in the last RATE_S
 
 
 @dataclass(frozen=True)
@@ -175,7 +136,7 @@ class Status:
         now = wall_clock()
         tunnels = tuple(self._look(service, now) for service in self._services)
         worst_lag_s = max(self._lags)
-        words = _all_words(tunnels, now)
+        words = all_words(tunnels, now)
         if worst_lag_s >= HELD_UP_S:
             words += f" The process was held up for {worst_lag_s:.1f} s."
         if self.refused:
@@ -249,7 +210,7 @@ class Status:
             warning=self._last_warning(config.name, now),
             rates=track.rates,
         )
-        return replace(tunnel, words=_words(tunnel, now))
+        return replace(tunnel, words=tunnel_words(tunnel, now))
 
     def _last_warning(self, name: str, now: float) -> str:
         warnings = [event for event in self._recent() if event.tunnel == name and event.level in WARNINGS]
@@ -311,90 +272,3 @@ def _tunnel_document(tunnel: Tunnel) -> dict[str, Any]:
             "p95": quantile(tunnel.first_bytes.counts, 0.95),
         },
     }
-
-
-def _all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
-    """Say how all tunnels are."""
-    if len(tunnels) == 1:
-        return tunnels[0].words
-    missing = [tunnel for tunnel in tunnels if tunnel.condition != "serving"]
-    exchanges = _count(sum(tunnel.exchanges for tunnel in tunnels), "exchange")
-    if not missing:
-        said_of = {tunnel.name: [*_full(tunnel), *_last_minute(tunnel, now)] for tunnel in tunnels}
-        wrong = [f"{name}: {', '.join(said)}" for name, said in said_of.items() if said]
-        return f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {_first(wrong) or _NOTHING_WRONG}."
-    share = f"Only {len(tunnels) - len(missing)}" if len(missing) < len(tunnels) else "None"
-    why = _first([f"{tunnel.name}: {_why(tunnel)}" for tunnel in missing])
-    sums = {key: sum(tunnel.wrong[key] for tunnel in tunnels) for key in WRONG}
-    return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {'; '.join([why, *_wrong_words(sums)])}."
-
-
-def _first(said: list[str]) -> str:
-    """Join the first few, and say how many more there are."""
-    return "; ".join(said if len(said) <= NAMED else [*said[:NAMED], f"and {len(said) - NAMED} more"])
-
-
-_NOTHING_WRONG = "nothing wrong in the last minute"
-
-
-def _words(tunnel: Tunnel, now: float) -> str:
-    """Say in a sentence how a tunnel is, and what went wrong in the last minute."""
-    parts = [_condition_words(tunnel, now), *_full(tunnel), *_last_minute(tunnel, now)]
-    if len(parts) == 1 and tunnel.condition != "failing":
-        parts.append(_NOTHING_WRONG)
-    certificate = tunnel.description.certificate
-    if certificate and certificate.expires - now < EXPIRY_WARNING_DAYS * DAY_S:
-        days = int((certificate.expires - now) // DAY_S)
-        ends = f"expires in {_count(days, 'day')}" if days >= 0 else "has expired"
-        parts.append(f"the certificate {ends}")
-    return "; ".join(parts) + "."
-
-
-def _why(tunnel: Tunnel) -> str:
-    """Say why a tunnel does not serve."""
-    if tunnel.condition == "failing":
-        what = "listening" if tunnel.role == "server" else "connected"
-        return f"not {what}: {tunnel.ended.why if tunnel.ended else 'it ended'}"
-    reasons = {"stopping": "stopping", "waiting": "no client is connected"}
-    return reasons.get(tunnel.condition, f"connecting to {tunnel.tunnel}")
-
-
-def _condition_words(tunnel: Tunnel, now: float) -> str:
-    exchanges = _count(tunnel.exchanges, "exchange")
-    if tunnel.condition == "serving":
-        peers = tunnel.description.peers
-        who = _count(len(peers), "client") if tunnel.role == "server" else f"server {peers[0].address}"
-        return f"Serving: {who} connected, {exchanges}"
-    if tunnel.condition == "stopping":
-        return f"Stopping: {exchanges} left"
-    if tunnel.condition == "waiting":
-        return f"Waiting: {_why(tunnel)}, {exchanges}"
-    why = _why(tunnel)
-    pause_s = max((tunnel.next_try_at or now) - now, 0)
-    again = f"; trying again in {pause_s:.0f} s" if tunnel.condition == "failing" else ""
-    return f"{why[0].upper()}{why[1:]}{again}, {exchanges}"
-
-
-def _full(tunnel: Tunnel) -> list[str]:
-    """Say that users have to wait, where they have."""
-    return ["all places are taken (semaphore-limit), further users wait"] if tunnel.full else []
-
-
-def _last_minute(tunnel: Tunnel, now: float) -> list[str]:
-    """Say what went wrong in the last minute, and is not the case now."""
-    said = _wrong_words(tunnel.wrong)
-    if said and tunnel.warning:
-        said.append(f"last warning: {shorten(tunnel.warning, MAX_WARNING, placeholder=' …')}")
-    if tunnel.ended and tunnel.condition != "failing" and now - tunnel.ended.at < MINUTE_S:
-        said.append(f"{now - tunnel.ended.at:.0f} s ago: {tunnel.ended.why}")
-    return said
-
-
-def _wrong_words(wrong: Mapping[str, int]) -> list[str]:
-    said = [f"{_count(count, WRONG[key][0])} {WRONG[key][1]}" for key, count in wrong.items() if count]
-    return [f"{', '.join(said)} in the last minute"] if said else []
-
-
-def _count(number: int, noun: str) -> str:
-    plural = f"{noun}{'es' if noun.endswith('ch') else 's'}"
-    return f"{number or 'no'} {noun if number == 1 else plural}"

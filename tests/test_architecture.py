@@ -40,7 +40,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"clients"},
     {"joining"},
     {"public_port", "reception"},
-    {"client", "server", "service"},
+    {"client", "server", "service", "status_words"},
     {"check", "status", "tunnels"},
     {"exposition"},
     {"status_server"},
