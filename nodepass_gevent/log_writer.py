@@ -1,7 +1,8 @@
 """The writer of the log, which no slow reader and no full disk can stall: lines go to a native thread.
 
 That thread alone may block in ``write``. When it falls MAX_QUEUED lines behind, further ones are dropped; they are
-counted, as are those that could not be written, and both numbers are said once lines go out again.
+counted, as are those that could not be written, and both numbers are said once lines go out again. Until then an event
+that is kept tells of it.
 """
 
 import errno
@@ -16,6 +17,7 @@ from gevent import monkey
 
 from .log_forms import place
 from .log_limit import Limit
+from .state import wall_clock
 
 STREAMS = {"stdout": 1, "stderr": 2}
 MAX_QUEUED = 2000  # lines, about 200 KB
@@ -23,6 +25,8 @@ FLUSH_TIMEOUT_S = 1.0  # how long the end of the process waits for a slow reader
 RETRY_S = 0.01  # a pipe that somebody else has made non-blocking is full
 RECENT = 100  # lines that are kept
 MODE = 0o640
+TELL_S = 60.0  # while lines are lost, an event tells so that often
+TOO_SLOW = "the reader of the log is too slow"
 BATCH = 200  # lines that are written at once: a busy event loop leaves the thread few moments
 
 
@@ -41,6 +45,8 @@ class Dropped(NamedTuple):
     slow: int = 0  # the reader was too slow
     failed: int = 0  # writing failed: a full disk, a reader that is gone
     held_back: int = 0  # over log-rate
+    why: str = ""  # the last ones were lost
+    still: bool = False  # nothing has gone out since
 
     @property
     def lost(self) -> int:
@@ -63,12 +69,15 @@ class Writer(logging.Handler):
         self._slow = self._slow_said = 0
         self._failed = self._failed_said = 0
         self._failing, self._why = False, ""  # to write
+        self._why_lost = ""  # empty: none were
+        self._told_at: dict[str, float] = {}  # by why lines were lost
         self._torn = False  # the last line that was written has no end
         monkey.get_original("_thread", "start_new_thread")(self._write_for_ever, ())
 
     def dropped(self) -> Dropped:
         """Count the lines that were not written."""
-        return Dropped(self._slow, self._failed, self.limit.held)
+        still = self._why_lost != "" and (self._failing or self._is_full())
+        return Dropped(self._slow, self._failed, self.limit.held, self._why_lost, still)
 
     def on_terminal(self) -> bool:
         """Whether a person reads along."""
@@ -94,8 +103,9 @@ class Writer(logging.Handler):
         except (TypeError, ValueError, KeyError):  # a wrong log call must not end the greenlet that made it
             self.handleError(record)
             return
-        if self._queued - self._done >= MAX_QUEUED:
+        if self._is_full():
             self._slow += 1
+            self._lose(TOO_SLOW)
             return
         self._put(line)
 
@@ -105,6 +115,16 @@ class Writer(logging.Handler):
         end = time.monotonic() + FLUSH_TIMEOUT_S
         while self._done < self._queued and time.monotonic() < end:
             time.sleep(0.002)  # a thread writes, and could not wake who waits in the event loop
+
+    def _is_full(self) -> bool:
+        return self._queued - self._done >= MAX_QUEUED
+
+    def _lose(self, why: str) -> None:
+        """Note why lines are lost; the log cannot tell, and so an event does."""
+        self._why_lost, now = why, time.monotonic()
+        if now - self._told_at.get(why, -TELL_S) >= TELL_S:
+            self._told_at[why] = now
+            self.recent.append(Event(wall_clock(), "warn", "", f"log lines are lost: {why}"))
 
     def _put(self, line: str | None) -> None:
         self._queued += 1
@@ -140,7 +160,7 @@ class Writer(logging.Handler):
         for record in self.limit.close(everything=everything):
             self._write([self._format(record)])
         slow, failed = self._slow - self._slow_said, self._failed - self._failed_said
-        if slow and self._queue.empty() and self._say(slow, "dropped: the reader of the log is too slow"):
+        if slow and not self._failing and self._queue.empty() and self._say(slow, f"dropped: {TOO_SLOW}"):
             self._slow_said += slow
         if failed and not self._failing and self._say(failed, f"could not be written: {self._why}"):
             self._failed_said += failed
@@ -166,6 +186,7 @@ class Writer(logging.Handler):
                 monkey.get_original("time", "sleep")(RETRY_S)
             except OSError as exc:  # the tunnel goes on
                 self._failing, self._why = True, (exc.strerror or str(exc)).lower()
+                self._lose(self._why)
                 return self._count_missing(encoded, len(whole) - len(left))
         self._failing = self._torn = False
         return 0

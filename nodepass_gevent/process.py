@@ -114,7 +114,7 @@ class _Signals:
         self._tunnels = tunnels
         self._stop = stop
         self._load = load
-        self._status = Status(tunnels, logs.recent, lambda: logs.dropped().lost)
+        self._status = Status(tunnels, logs.recent, logs.dropped)
         self._status_server: StatusServer | None = None
         self._served: tuple[Address | None, str | None] = (None, None)  # what it was made with
         self.changing = Semaphore()  # held while tunnels are started and stopped

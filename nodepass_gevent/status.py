@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 
 from . import __version__
 from .config import LOG_LEVELS
-from .log import Event
+from .log import Dropped, Event
 from .metrics import BOUNDS_S, Counters
 from .service import Service
 from .state import Ended, wall_clock
-from .status_words import MINUTE_S, WRONG, Tunnel, all_words, tunnel_words
+from .status_words import MINUTE_S, NOTHING_WRONG, WRONG, Tunnel, all_words, process_words, tunnel_words
 
 HISTORY_S = 300  # seconds that are kept, a row each: about 50 KiB
 RATE_S = 10  # a single second says little of what comes in bursts
-HELD_UP_S = 0.5  # a process that was held up for that long says so
 WARNINGS = LOG_LEVELS[LOG_LEVELS.index("warn") :]
 DIRECTIONS = ("bytes_up", "bytes_down")
 
@@ -49,6 +48,7 @@ class Snapshot:
     lag_s: float
     worst_lag_s: float  # of the last minute
     lines_dropped: int
+    lost_in_last_minute: int  # of those
     tunnels: tuple[Tunnel, ...]
     refused: Ended | None = None  # the configuration, when it was last read: the one before goes on
 
@@ -85,17 +85,18 @@ class Status:
         self,
         services: Iterable[Service],
         recent: Callable[[], Iterable[Event]],
-        lines_dropped: Callable[[], int],
+        dropped: Callable[[], Dropped],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._services = services
         self._recent = recent
-        self._lines_dropped = lines_dropped
+        self._dropped = dropped
         self._clock = clock
         self._started = wall_clock()
         self._tracks: dict[str, _Track] = {}
         self._rows: deque[Row] = deque(maxlen=HISTORY_S)
         self._lags: deque[float] = deque([0.0], maxlen=MINUTE_S)
+        self._lost: deque[int] = deque([0], maxlen=MINUTE_S)  # log lines, by then, each second of the last minute
         self._sampled_at = clock()
         self.refused: Ended | None = None  # what was read last, and why; the configuration before it goes on
 
@@ -105,6 +106,7 @@ class Status:
         now = self._clock()
         elapsed_s = max(now - self._sampled_at, 0.001)
         self._lags.append(lag_s)
+        self._lost.append(self._dropped().lost)
         tracks: dict[str, _Track] = {}
         sums = dict.fromkeys((*DIRECTIONS, "tcp_exchanges", "udp_exchanges", "udp_sessions"), 0)
         firsts, firsts_s, errors, exchanges, ready = [0] * (len(BOUNDS_S) + 1), 0.0, 0, 0, 0
@@ -136,13 +138,15 @@ class Status:
         now = wall_clock()
         tunnels = tuple(self._look(service, now) for service in self._services)
         worst_lag_s = max(self._lags)
-        words = all_words(tunnels, now)
-        if worst_lag_s >= HELD_UP_S:
-            words += f" The process was held up for {worst_lag_s:.1f} s."
+        words, dropped = all_words(tunnels, now), self._dropped()
+        lost = dropped.lost - self._lost[0]
+        if said := process_words(worst_lag_s, lost, dropped):
+            words = " ".join([words.replace(f"; {NOTHING_WRONG}", ""), *said])
         if self.refused:
             words += f" The configuration was refused, and the one before it goes on: {self.refused.why}."
-        lost = self._lines_dropped()
-        return Snapshot(now, self._started, words, self._lags[-1], worst_lag_s, lost, tunnels, self.refused)
+        return Snapshot(
+            now, self._started, words, self._lags[-1], worst_lag_s, dropped.lost, lost, tunnels, self.refused
+        )
 
     def document(self, since: float = 0.0) -> dict[str, Any]:
         """Give what /status.json says; the rows of the history are those behind ``since``."""
@@ -157,6 +161,7 @@ class Status:
             "loop_lag_s": round(snapshot.lag_s, 4),
             "worst_loop_lag_s": round(snapshot.worst_lag_s, 4),
             "log_lines_dropped": snapshot.lines_dropped,
+            "log_lines_lost_in_last_minute": snapshot.lost_in_last_minute,
             "configuration_refused": asdict(snapshot.refused) if snapshot.refused else None,
             "tunnels": [_tunnel_document(tunnel) for tunnel in snapshot.tunnels],
             "history": {"fields": Row._fields, "rows": [row for row in self._rows if row.time > since]},
@@ -169,6 +174,7 @@ class Status:
         if now - self._sampled_at > MINUTE_S:
             self._tracks = {_name(each): _begin(each.role.counters, each.role.counters) for each in self._services}
             self._lags = deque([0.0], maxlen=MINUTE_S)
+            self._lost = deque([self._dropped().lost], maxlen=MINUTE_S)
             self._sampled_at = now
 
     def _track(self, service: Service) -> _Track:

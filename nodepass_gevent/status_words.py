@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from textwrap import shorten
 
+from .log import Dropped
 from .metrics import Histogram
 from .state import Description, Ended
 from .tls_context import EXPIRY_WARNING_DAYS
 
 MINUTE_S = 60
 DAY_S = 24 * 3600
+HELD_UP_S = 0.5  # a process that was held up for that long says so
 NAMED = 3  # tunnels in a sentence
 MAX_WARNING = 200  # characters of one in a sentence
 NOTHING_WRONG = "nothing wrong in the last minute"
@@ -63,6 +65,16 @@ def all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
     why = _first([f"{tunnel.name}: {_why(tunnel)}" for tunnel in missing])
     sums = {key: sum(tunnel.wrong[key] for tunnel in tunnels) for key in WRONG}
     return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {'; '.join([why, *_wrong_words(sums)])}."
+
+
+def process_words(worst_lag_s: float, lost: int, dropped: Dropped) -> list[str]:
+    """Say what was wrong with the process in the last minute; ``lost`` is the number of log lines."""
+    said = [f"The process was held up for {worst_lag_s:.1f} s."] if worst_lag_s >= HELD_UP_S else []
+    if lost:
+        said.append(f"{_count(lost, 'log line')} lost in the last minute: {dropped.why}.")
+    elif dropped.still:
+        said.append(f"The last log lines were lost: {dropped.why}.")
+    return said
 
 
 def _first(said: list[str]) -> str:

@@ -217,4 +217,5 @@ print(all(0 <= time.time() - e.time < 30 for e in events))
 
 
 def test_without_a_log_there_is_nothing_to_tell():
-    assert output("print(logs.recent(), logs.dropped())") == "[] Dropped(slow=0, failed=0, held_back=0)\n"
+    nothing = "[] Dropped(slow=0, failed=0, held_back=0, why='', still=False)\n"
+    assert output("print(logs.recent(), logs.dropped())") == nothing

@@ -171,12 +171,19 @@ for number in range(3):
     log.info("lost")
 logs.flush()
 print(logs.dropped())
+print(*[e for e in logs.recent() if e.level == "warn"])
 logs.setup("info", sys.argv[1])
 log.info("a")
 log.info("b")
 logs.flush()
+print(logs.dropped().lost, logs.dropped().still)
 """
-    assert output(code, str(tmp_path / "log")) == "Dropped(slow=0, failed=3, held_back=0)\n"
+    full, event, freed = output(code, str(tmp_path / "log")).splitlines()
+    assert full == "Dropped(slow=0, failed=3, held_back=0, why='no space left on device', still=True)"
+    assert re.fullmatch(
+        r"Event\(time=.*, level='warn', tunnel='', message='log lines are lost: no space left on device'\)", event
+    )
+    assert freed == "3 False"
     lines = levels_and_messages((tmp_path / "log").read_text())
     assert sorted(lines) == [
         ("INFO", "a"),
@@ -234,6 +241,29 @@ def test_dropped_lines_can_be_counted_from_within():
         process.stderr.readline()
         slow = int(re.search(rb"slow=(\d+), failed=0, held_back=0", process.stderr.readline())[1])
     assert 1000 <= slow <= 3000
+
+
+def test_why_lines_are_lost_is_kept_as_an_event_once_for_each_reason():
+    code = """
+from nodepass_gevent import log_writer
+logs.setup("info", "/dev/full")
+most, log_writer.MAX_QUEUED = log_writer.MAX_QUEUED, 0
+print(logs.dropped().still)
+for number in range(3):
+    log.info("dropped")
+print(logs.dropped())
+log_writer.MAX_QUEUED = most
+for number in range(3):
+    log.info("lost")
+    logs.flush()
+print(*[e.message for e in logs.recent() if e.level == "warn"], sep="\\n")
+"""
+    assert output(code).splitlines() == [
+        "False",
+        "Dropped(slow=3, failed=0, held_back=0, why='the reader of the log is too slow', still=True)",
+        "log lines are lost: the reader of the log is too slow",
+        "log lines are lost: no space left on device",
+    ]
 
 
 # Too many of a kind

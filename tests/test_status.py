@@ -28,7 +28,7 @@ from nodepass_gevent.config import Address, Process
 from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import ConfigError
 from nodepass_gevent.keyring import read_token
-from nodepass_gevent.log import Event
+from nodepass_gevent.log import Dropped, Event
 from nodepass_gevent.metrics import BOUNDS_S, NUMBERS, Counters, Histogram
 from nodepass_gevent.service import Service
 from nodepass_gevent.state import Description, Ended, Peer, Presented
@@ -64,8 +64,8 @@ def service(**settings):
     return Service(FakeRole(**settings))
 
 
-def state(*services, events=(), clock=time.monotonic):
-    return Status(services, lambda: events, lambda: 3, clock)
+def state(*services, events=(), dropped=Dropped, clock=time.monotonic):
+    return Status(services, lambda: events, dropped, clock)
 
 
 def words(each):
@@ -191,7 +191,7 @@ def test_what_went_wrong_since_the_last_sample_is_told_and_counted_once():
 
 def test_what_went_wrong_under_former_settings_is_told_once():
     services = [service()]
-    status = Status(services, list, int)
+    status = Status(services, list, Dropped)
     for _ in range(2):
         before = services[0].role.counters
         before.exchanges_failed += 1
@@ -277,6 +277,30 @@ def test_a_process_that_was_held_up_says_so():
     assert status.snapshot().words.endswith(" The process was held up for 0.7 s.")
 
 
+def test_log_lines_that_were_lost_are_told_with_their_number_and_why():
+    dropped = [Dropped(slow=1, failed=33, why="no space left on device", still=True)]
+    status = state(service(), dropped=lambda: dropped[-1])
+    told = "Serving: 1 client connected, no exchanges. 34 log lines lost in the last minute: no space left on device."
+    assert status.snapshot().words == told
+    for _ in range(59):
+        status.sample(0)
+    document = status.document()
+    assert (document["words"], document["log_lines_lost_in_last_minute"]) == (told, 34)
+    status.sample(0)
+    assert status.snapshot().words.endswith(", no exchanges. The last log lines were lost: no space left on device.")
+    dropped.append(dropped[-1]._replace(still=False))
+    assert status.snapshot().words.endswith(", no exchanges; nothing wrong in the last minute.")
+    dropped.append(dropped[-1]._replace(slow=2, why="the reader of the log is too slow"))
+    assert status.snapshot().words.endswith(" 1 log line lost in the last minute: the reader of the log is too slow.")
+
+
+def test_log_lines_that_were_lost_while_nobody_looked_are_not_of_the_last_minute():
+    clock = Clock()
+    status = state(service(), dropped=lambda: Dropped(failed=5, why="no space left on device"), clock=clock)
+    clock.now += 61
+    assert status.document()["log_lines_lost_in_last_minute"] == 0
+
+
 def test_of_several_tunnels_those_that_do_not_serve_are_named():
     all_of_them = [service(name=name) for name in ("a", "b", "c")]
     assert state(*all_of_them).snapshot().words.startswith("Serving: 3 tunnels, each with its peer, no exchanges; ")
@@ -335,7 +359,7 @@ def test_the_rate_of_a_tunnel_is_that_of_ten_seconds():
 
 def test_a_tunnel_that_is_new_or_in_the_place_of_another_counts_from_zero():
     services, clock = [service()], Clock()
-    status = Status(services, list, int, clock)
+    status = Status(services, list, Dropped, clock)
     services[0].role.counters.bytes_up = 10**9
     clock.now += 1
     status.sample(0)
@@ -383,7 +407,7 @@ def test_the_history_is_bounded():
 
 def metrics(*services):
     """Give all samples, by name and labels."""
-    text = exposition.expose(state(*services).snapshot()).decode()
+    text = exposition.expose(state(*services, dropped=lambda: Dropped(slow=1, failed=2)).snapshot()).decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}, text
 

@@ -42,6 +42,7 @@ def test_numbers_move_under_load(here, browser):
         "Serving: 2 tunnels, each with its peer, "
     )
     assert page.ask("document.getElementById('words').className") == "good"
+    assert page.ask("tone({...last, log_lines_lost_in_last_minute: 1})") == "warn"
     drawn = page.ask("document.querySelector('#plots path.down').getAttribute('d')")
     with crowd(list(here.public.values())):
         page.wait_for("document.getElementById('throughput-bytes_down').textContent.match(/[1-9].* [kM]B/)")

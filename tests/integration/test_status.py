@@ -114,6 +114,17 @@ def test_the_commands_tell_the_same(here):
         assert watching.stop(signal.SIGINT) == 0
 
 
+def test_lines_that_a_full_disk_has_cost_are_told():
+    port, ports = free_port(), (free_port(), free_port("both"))
+    argv = [sys.executable, "-m", "nodepass_gevent", f"server://127.0.0.1:{ports[0]}/127.0.0.1:{ports[1]}"]
+    with Process([*argv, "--log-to", "/dev/full", "--status", f"127.0.0.1:{port}"]):
+        status = ["status", "--status", f"127.0.0.1:{port}"]
+        wait_until(lambda: command(*status).returncode == 0, 30, "it answers")
+        said = command(*status).stdout
+    assert re.search(r", no exchanges\. \d log lines? lost in the last minute: no space left on device\.\n", said), said
+    assert " warn  log lines are lost: no space left on device\n" in said, said
+
+
 def exchanges(public, number):
     """Be users one after the other; give how long each took."""
     times = []
