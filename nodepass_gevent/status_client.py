@@ -79,6 +79,8 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
                 why = "the token is wrong" if token else "a token is needed: give --status-token-file"
                 body = f"{address}: {why}"
             return answer.status, body
+    except ConnectionRefusedError as exc:
+        return 0, f"{address}: {reason(exc)}; does a process with status={address} run?"
     except OSError as exc:
         return 0, f"{address}: {reason(exc)}"
     except http.client.HTTPException:

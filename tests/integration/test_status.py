@@ -107,7 +107,7 @@ def test_the_commands_tell_the_same(here):
     assert (done.returncode, done.stdout) == (0, "healthy: ok\n")
     done = command("health", NODEPASS_STATUS=f"127.0.0.1:{free_port()}")
     assert (done.returncode, done.stderr) == (1, "")
-    assert re.fullmatch("unhealthy: 127.0.0.1:[0-9]+: connection refused\n", done.stdout)
+    assert re.fullmatch("unhealthy: 127.0.0.1:[0-9]+: connection refused; does .* run[?]\n", done.stdout)
     argv = [sys.executable, "-m", "nodepass_gevent", "status", "--watch", *file]
     with Process(argv) as watching:
         wait_until(lambda: len([line for line in watching.lines if line.startswith("Serving: ")]) > 1, 30, "two looks")
