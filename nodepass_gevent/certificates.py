@@ -74,6 +74,10 @@ class Certificate:
         return digest_key(self.chain[0])
 
     @property
+    def begins(self) -> datetime.datetime:
+        return self.chain[0].not_valid_before_utc
+
+    @property
     def expires(self) -> datetime.datetime:
         return self.chain[0].not_valid_after_utc
 

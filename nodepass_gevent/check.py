@@ -13,7 +13,7 @@ from .certificates import expired, load_authorities, load_certificate
 from .config import Address, Config, Process
 from .errors import ConfigError, ConnectError
 from .keyring import read_keys, read_token
-from .tls_context import EXPIRY_WARNING_DAYS, check_files
+from .tls_context import EXPIRY_WARNING_DAYS, check_files, doubts
 from .transport import reason
 
 OK, WARNING, ERROR = "ok", "warning", "error"
@@ -130,13 +130,19 @@ def _look_at(config: Config, clashes: Mapping[ports.Port, str]) -> Iterator[tupl
 def _look_at_certificate(config: Config) -> Iterator[tuple[str, str]]:
     if not (config.crt and config.key):
         return
-    expires = load_certificate(config.crt, config.key).expires
-    left = expires - datetime.datetime.now(datetime.timezone.utc)
+    certificate = load_certificate(config.crt, config.key)
+    begins, expires = certificate.begins, certificate.expires
+    now = datetime.datetime.now(datetime.timezone.utc)
+    left = expires - now
+    found = doubts(certificate, config.role, config.tls)
+    yield from ((WARNING, doubt) for doubt in found)
     if left < datetime.timedelta():
         yield ERROR, f"crt: the certificate expired on {expires.date()} [from {config.source('crt')}]"
+    elif begins > now:
+        yield ERROR, f"crt: the certificate is not valid before {begins.date()} [from {config.source('crt')}]"
     elif left < datetime.timedelta(days=EXPIRY_WARNING_DAYS):
         yield WARNING, f"crt: the certificate expires on {expires.date()}, in {left.days} days"
-    else:
+    elif not found:
         yield OK, f"certificate, valid until {expires.date()}, and its key"
 
 

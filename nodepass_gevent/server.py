@@ -50,7 +50,9 @@ class Server:
         self.exchanges = Crew(config.semaphore_limit)
         self.begun = Event()
         self._log = logs.of(config.name)
-        self._certificate = ServerCertificate(config.crt, config.key, config.ca, self._log) if config.tls else None
+        self._certificate = (
+            ServerCertificate(config.crt, config.key, config.ca, self._log, config.tls) if config.tls else None
+        )
         self._keys = KeyRing(config)
         fits = before is not None and before.config.reuse_port == config.reuse_port
         self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})  # the last that may fail

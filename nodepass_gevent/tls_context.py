@@ -20,7 +20,7 @@ from .errors import ConfigError, PolicyError
 from .net import is_literal
 from .state import Presented
 from .values import Pins, format_pin
-from .verification import MAX_CHAIN, Judge, name_problem, pin_problem
+from .verification import MAX_CHAIN, Judge, name_problem, names_no_host, pin_problem, use_problem
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,21 @@ EXPIRY_WARNING_DAYS = 14
 
 
 class ServerCertificate:
-    """What a server presents, made in memory or from files, and the authorities of its clients' certificates."""
+    """What a server presents, made in memory or from files, and the authorities of its clients' certificates.
 
-    def __init__(self, crt: str | None, key: str | None, ca: str | None = None, log: logging.Logger = log) -> None:
+    ``mode`` is the one that it offers: in mode 2 clients verify what is presented.
+    """
+
+    def __init__(
+        self,
+        crt: str | None,
+        key: str | None,
+        ca: str | None = None,
+        log: logging.Logger = log,
+        mode: int = SELF_SIGNED,
+    ) -> None:
         self._log = log
+        self._mode = mode
         self._files = FromFiles(_load_usable, crt, key, log=log) if crt and key else None
         self._made = None if self._files else make_certificate()
         self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
@@ -66,7 +77,8 @@ class ServerCertificate:
 
     def _announce(self, certificate: bool, authorities: bool) -> None:
         if certificate:
-            _announce_certificate(self._log, "certificate", self.certificate)
+            found = doubts(self.certificate, "server", self._mode)
+            _announce_certificate(self._log, "certificate", self.certificate, found)
         if self._ca and self._authorities and authorities:
             _announce_authorities(self._log, "clients need a certificate of", self._ca, self._authorities.value)
 
@@ -147,7 +159,8 @@ class ClientPolicy:
 
     def _announce(self, certificate: bool, authorities: bool) -> None:
         if self._certificate and certificate:
-            _announce_certificate(self._log, "client certificate", self._certificate.value)
+            found = doubts(self._certificate.value, "client", SELF_SIGNED)
+            _announce_certificate(self._log, "client certificate", self._certificate.value, found)
         if self._ca and self._authorities and authorities:
             _announce_authorities(self._log, "the server needs a certificate of", self._ca, self._authorities.value)
 
@@ -195,6 +208,18 @@ def check_files(config: Config) -> None:
         load_authorities(config.ca)
 
 
+def doubts(certificate: Certificate, role: str, mode: int) -> list[str]:
+    """Say why peers will refuse a certificate that can be used and that has its time."""
+    crt, problem = "crt: the certificate", use_problem(certificate.chain[0], role)
+    if role == "client":
+        return [f"{crt} {problem}: a server with ca refuses it"] if problem else []
+    if mode != VERIFIED:
+        return []  # clients take any
+    problems = ["names no host (no subjectAltName)"] if names_no_host(certificate.chain[0]) else []
+    problems += [problem] if problem else []
+    return [f"{crt} {each}: with tls=2 clients refuse it" for each in problems]
+
+
 def _load_usable(crt: str, key: str) -> Certificate:
     certificate = load_certificate(crt, key)
     try:
@@ -209,15 +234,19 @@ def _describe(certificate: Certificate) -> Presented:
     return Presented(certificate.fingerprint, format_pin(certificate.key_digest), certificate.expires.timestamp())
 
 
-def _announce_certificate(log: logging.Logger, which: str, certificate: Certificate) -> None:
+def _announce_certificate(log: logging.Logger, which: str, certificate: Certificate, found: Sequence[str]) -> None:
     now = datetime.datetime.now(datetime.timezone.utc)
     soon = now + datetime.timedelta(days=EXPIRY_WARNING_DAYS)
+    words, date = "valid until" if certificate.expires > now else "expired on", certificate.expires.date()
+    if certificate.begins > now:
+        words, date = "not valid before", certificate.begins.date()
     log.log(
-        logging.WARNING if certificate.expires < soon else logging.INFO,
+        logging.WARNING if certificate.expires < soon or certificate.begins > now else logging.INFO,
         "%s %s, pin %s, %s %s",
-        which, certificate.fingerprint, format_pin(certificate.key_digest),
-        "valid until" if certificate.expires > now else "expired on", certificate.expires.date(),
+        which, certificate.fingerprint, format_pin(certificate.key_digest), words, date,
     )  # fmt: skip
+    for doubt in found:
+        log.warning("%s", doubt)
 
 
 def _announce_authorities(log: logging.Logger, demand: str, path: str, authorities: Sequence[x509.Certificate]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL, crypto
 from service_identity import CertificateError, VerificationError
 from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
@@ -25,6 +26,7 @@ _UNREADABLE = (  # what is raised for certificates that OpenSSL takes, and that 
     ValueError, UnsupportedAlgorithm, crypto.Error,
     x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
 )  # fmt: skip
+_USES = {"server": ExtendedKeyUsageOID.SERVER_AUTH, "client": ExtendedKeyUsageOID.CLIENT_AUTH}
 _CODES = SSL.X509VerificationCodes
 _UNKNOWN_ISSUER = "no authority known here has issued it, or a certificate between is missing"
 _WORDS = {  # for what OpenSSL finds; {} is the certificate in the chain
@@ -115,6 +117,31 @@ def _names(certificate: x509.Certificate) -> str:
     names = [*extension.get_values_for_type(x509.DNSName), *extension.get_values_for_type(x509.IPAddress)]
     shown = ", ".join(printable(str(name)) for name in names[:NAMES_SHOWN])
     return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
+
+
+def names_no_host(certificate: x509.Certificate) -> bool:
+    """Whether no client that asks for a name or an address can accept a certificate."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return True
+    except _UNREADABLE:
+        return False
+    return not (names.get_values_for_type(x509.DNSName) or names.get_values_for_type(x509.IPAddress))
+
+
+def use_problem(certificate: x509.Certificate, role: str) -> str:
+    """Say that a certificate is not made for a role, or nothing; made for any use it is for none, says OpenSSL."""
+    try:
+        uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except (x509.ExtensionNotFound, *_UNREADABLE):
+        return ""
+    if _USES[role] in uses:
+        return ""
+    for other, use in _USES.items():
+        if use in uses:
+            return f"is made for {other}s only (extended key usage)"
+    return f"is not made for {role}s (extended key usage)"
 
 
 def pin_problem(certificate: x509.Certificate, pin: Pins) -> str:

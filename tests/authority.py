@@ -15,6 +15,7 @@ from nodepass_gevent.certificates import digest_key
 from nodepass_gevent.config import Pins
 
 SERVER, CLIENT = ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH
+ANY = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE
 DAYS = (-1, 30)  # validity, from today
 
 

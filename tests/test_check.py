@@ -5,7 +5,8 @@ import socket
 
 import gevent
 import pytest
-from authority import make_authority, write_authorities
+from authority import ANY, CLIENT, make_authority, write_authorities
+from authority import SERVER as SERVING
 from gevent import monkey
 
 from nodepass_gevent import check as checks
@@ -141,12 +142,48 @@ def test_an_address_of_another_machine_cannot_be_bound(ports):
     ],
 )
 def test_the_expiry_of_a_certificate_is_looked_at(tmp_path, ports, days, level, text):
-    files = make_authority().issue(days=(-3, days)).write(tmp_path)
+    files = make_authority().issue("localhost", days=(-3, days)).write(tmp_path)
     found = check([SERVER.format(*ports), "--tls", "2", "--crt", files["crt"], "--key", files["key"]], {})
     (finding,) = [finding for finding in found if "certificate" in finding.text]
     assert (finding.level, finding.text[: len(text)]) == (level, text)
     day = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
     assert str(day.date()) in finding.text
+
+
+@pytest.mark.parametrize("mode", ["1", "2"])
+def test_a_certificate_that_is_not_valid_yet_is_an_error(tmp_path, ports, mode):
+    files = make_authority().issue("localhost", days=(5, 30)).write(tmp_path)
+    found = check([SERVER.format(*ports), "--tls", mode, "--crt", files["crt"], "--key", files["key"]], {})
+    day = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=5)
+    text = f"crt: the certificate is not valid before {day.date()} [from command line]"
+    assert [finding for finding in found if "certificate" in finding.text] == [Finding(ERROR, "", text)]
+
+
+@pytest.mark.parametrize(
+    ("names", "usage", "problems"),
+    [
+        ((), (SERVING,), ["names no host (no subjectAltName)"]),
+        (("localhost",), (CLIENT,), ["is made for clients only (extended key usage)"]),
+        ((), (ANY,), ["names no host (no subjectAltName)", "is not made for servers (extended key usage)"]),
+        (("192.0.2.1",), (), []),
+    ],
+)
+def test_a_certificate_that_clients_will_refuse_is_a_warning_where_they_verify_it(
+    tmp_path, ports, names, usage, problems
+):
+    files = make_authority().issue(*names, usage=usage).write(tmp_path)
+    for mode, expected in (("1", []), ("2", problems)):
+        found = check([SERVER.format(*ports), "--tls", mode, "--crt", files["crt"], "--key", files["key"]], {})
+        texts = [f"crt: the certificate {problem}: with tls=2 clients refuse it" for problem in expected]
+        assert worst(found) == [Finding(WARNING, "", text) for text in texts]
+        assert any(finding.text.startswith("certificate, valid until") for finding in found) is not bool(expected)
+
+
+def test_a_clients_certificate_that_is_made_for_servers_is_a_warning(tmp_path):
+    files = make_authority().issue(usage=(SERVING,)).write(tmp_path)
+    found = check(["client://127.0.0.1:1/127.0.0.1:2", "--crt", files["crt"], "--key", files["key"]], {})
+    text = "crt: the certificate is made for servers only (extended key usage): a server with ca refuses it"
+    assert worst(found) == [Finding(WARNING, "", text)]
 
 
 @pytest.mark.parametrize(("ends", "level"), [((-1, -1), ERROR), ((-1, 5), WARNING), ((5, 5), OK)])

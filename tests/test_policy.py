@@ -359,3 +359,15 @@ def test_a_client_reads_its_files_again_before_each_call(serve, join, authority,
     calling = gevent.spawn(_outcome, client.run)
     wait_until(lambda: len(running.server._clients.current().pool) if running.server._clients.current() else 0)
     calling.kill()
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_a_server_warns_of_a_new_certificate_that_clients_will_refuse_in_its_mode(
+    serve, said, authority, tmp_path, mode
+):
+    running = serve(tls=mode, **authority.issue(HERE).write(tmp_path))
+    authority.issue().write(tmp_path)
+    running.server.reload()
+    assert said.find("INFO certificate .*, valid until ")
+    words = "WARNING crt: the certificate names no host .no subjectAltName.: with tls=2 clients refuse it"
+    assert bool(said.find(words)) is (mode == 2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import gevent
 import pytest
-from authority import CLIENT, DAYS, SERVER, Issued, make_authority, write_authorities
+from authority import ANY, CLIENT, DAYS, SERVER, Issued, make_authority, write_authorities
 from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL, crypto
 from secure import VERSIONS, stream_pair
@@ -152,6 +152,7 @@ def test_a_chain_is_followed(shake, present, authority, ca):
         (lambda root: root.issue(HOST, days=(-9, -2)), "it has expired on 20"),
         (lambda root: root.issue(HOST, days=(2, 9)), "it is not yet valid: it begins on 20"),
         (lambda root: root.issue(HOST, usage=(CLIENT,)), r"it is not made for this use \(extended key usage\)"),
+        (lambda root: root.issue(HOST, usage=(ANY,)), r"it is not made for this use \(extended key usage\)"),
         (lambda root: root.child(days=(-9, -2)).issue(HOST), "certificate of an authority in its chain has expired on"),
         (
             lambda root: root.issue(common_name="x").issue(HOST),
@@ -496,10 +497,41 @@ def test_the_pin_is_logged_beside_the_fingerprint(caplog):
     assert f"certificate {certificate.fingerprint}, pin {pin}, valid until " in caplog.text
 
 
-@pytest.mark.parametrize(("days", "words"), [(DAYS, ""), ((-1, 3), ", valid until "), ((-3, -1), ", expired on ")])
-def test_a_certificate_that_expires_soon_or_has_expired_is_a_warning(authority, tmp_path, caplog, days, words):
+@pytest.mark.parametrize(
+    ("days", "words"),
+    [(DAYS, ""), ((-1, 3), ", valid until "), ((-3, -1), ", expired on "), ((5, 30), ", not valid before ")],
+)
+def test_a_certificate_that_expires_soon_has_expired_or_is_not_valid_yet_is_a_warning(
+    authority, tmp_path, caplog, days, words
+):
     own(authority.issue(days=days), tmp_path)
     assert bool(caplog.records) is bool(words) and words in caplog.text
+
+
+def test_a_certificate_that_peers_will_refuse_is_warned_about_at_the_start_and_when_it_is_replaced(
+    authority, tmp_path, caplog
+):
+    def said():
+        texts = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        caplog.clear()
+        return texts
+
+    no_host = "crt: the certificate names no host (no subjectAltName): with tls=2 clients refuse it"
+    files = authority.issue().write(tmp_path)
+    ServerCertificate(*files.values(), mode=SELF_SIGNED)
+    assert not said()
+    server = ServerCertificate(*files.values(), mode=VERIFIED)
+    assert said() == [no_host]
+    authority.issue(HOST, usage=(CLIENT,)).write(tmp_path)
+    server.reload()
+    use = "(extended key usage)"
+    assert said() == [f"crt: the certificate is made for clients only {use}: with tls=2 clients refuse it"]
+    policy = own(authority.issue(), tmp_path)
+    assert not said()
+    own(authority.issue(usage=(SERVER,)), tmp_path)
+    policy.reload()
+    text = f"crt: the certificate is made for servers only {use}: a server with ca refuses it"
+    assert said() == [text, text]
 
 
 def test_profiles_of_one_policy_have_contexts_of_their_own():
