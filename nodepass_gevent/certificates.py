@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,6 +110,15 @@ def load_certificate(crt: str, key: str) -> Certificate:
     if not fits:
         raise ConfigError(f"key: {key!r} does not fit the certificate {crt!r}")
     return Certificate(chain, private)
+
+
+def exposure(key: str) -> str:
+    """Say that anybody can read the file of a private key, or nothing; that a group can is often meant (ssl-cert)."""
+    try:
+        mode = stat.S_IMODE(os.stat(key).st_mode)
+    except (OSError, ValueError):
+        return ""
+    return f"has mode {mode:04o}: others may read it; chmod 600 keeps them out" if mode & stat.S_IROTH else ""
 
 
 def load_authorities(path: str) -> tuple[x509.Certificate, ...]:

@@ -134,7 +134,7 @@ def _look_at_certificate(config: Config) -> Iterator[tuple[str, str]]:
     begins, expires = certificate.begins, certificate.expires
     now = datetime.datetime.now(datetime.timezone.utc)
     left = expires - now
-    found = doubts(certificate, config.role, config.tls)
+    found = doubts(certificate, config.key, config.role, config.tls)
     yield from ((WARNING, doubt) for doubt in found)
     if left < datetime.timedelta():
         yield ERROR, f"crt: the certificate expired on {expires.date()} [from {config.source('crt')}]"

@@ -14,7 +14,15 @@ from cryptography import x509
 from OpenSSL import SSL, crypto
 
 from . import opening
-from .certificates import Certificate, FromFiles, expired, load_authorities, load_certificate, make_certificate
+from .certificates import (
+    Certificate,
+    FromFiles,
+    expired,
+    exposure,
+    load_authorities,
+    load_certificate,
+    make_certificate,
+)
 from .config import Config
 from .errors import ConfigError, PolicyError
 from .net import is_literal
@@ -44,6 +52,7 @@ class ServerCertificate:
         mode: int = SELF_SIGNED,
     ) -> None:
         self._log = log
+        self._key = key
         self._mode = mode
         self._files = FromFiles(_load_usable, crt, key, log=log) if crt and key else None
         self._made = None if self._files else make_certificate()
@@ -77,7 +86,7 @@ class ServerCertificate:
 
     def _announce(self, certificate: bool, authorities: bool) -> None:
         if certificate:
-            found = doubts(self.certificate, "server", self._mode)
+            found = doubts(self.certificate, self._key, "server", self._mode)
             _announce_certificate(self._log, "certificate", self.certificate, found)
         if self._ca and self._authorities and authorities:
             _announce_authorities(self._log, "clients need a certificate of", self._ca, self._authorities.value)
@@ -133,6 +142,7 @@ class ClientPolicy:
         self._name_from = "sni" if sni else "tls=2"
         self._pin = pin
         self._ca = ca
+        self._key = key
         self._certificate = FromFiles(_load_usable, crt, key, log=log) if crt and key else None
         self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
         self._contexts: dict[tuple[int, bytes], ClientContext] = {}
@@ -159,7 +169,7 @@ class ClientPolicy:
 
     def _announce(self, certificate: bool, authorities: bool) -> None:
         if self._certificate and certificate:
-            found = doubts(self._certificate.value, "client", SELF_SIGNED)
+            found = doubts(self._certificate.value, self._key, "client", SELF_SIGNED)
             _announce_certificate(self._log, "client certificate", self._certificate.value, found)
         if self._ca and self._authorities and authorities:
             _announce_authorities(self._log, "the server needs a certificate of", self._ca, self._authorities.value)
@@ -208,14 +218,21 @@ def check_files(config: Config) -> None:
         load_authorities(config.ca)
 
 
-def doubts(certificate: Certificate, role: str, mode: int) -> list[str]:
-    """Say why peers will refuse a certificate that can be used and that has its time."""
-    crt, problem = "crt: the certificate", use_problem(certificate.chain[0], role)
+def doubts(certificate: Certificate, key: str | None, role: str, mode: int) -> list[str]:
+    """Say what is wrong with files that can be used, but for their time: who refuses them, and who may read the key."""
+    found = _refusals(certificate.chain[0], role, mode)
+    if key and (problem := exposure(key)):
+        found.append(f"key: {key!r} {problem}")
+    return found
+
+
+def _refusals(certificate: x509.Certificate, role: str, mode: int) -> list[str]:
+    crt, problem = "crt: the certificate", use_problem(certificate, role)
     if role == "client":
         return [f"{crt} {problem}: a server with ca refuses it"] if problem else []
     if mode != VERIFIED:
         return []  # clients take any
-    problems = ["names no host (no subjectAltName)"] if names_no_host(certificate.chain[0]) else []
+    problems = ["names no host (no subjectAltName)"] if names_no_host(certificate) else []
     problems += [problem] if problem else []
     return [f"{crt} {each}: with tls=2 clients refuse it" for each in problems]
 

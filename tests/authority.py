@@ -35,6 +35,7 @@ class Issued:
         folder.mkdir(parents=True, exist_ok=True)
         crt, key = folder / f"{name}.pem", folder / f"{name}.key"
         crt.write_bytes(pem(*self.chain))
+        key.touch(0o600)
         key.write_bytes(self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         return {"crt": str(crt), "key": str(key)}
 

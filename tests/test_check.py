@@ -179,6 +179,17 @@ def test_a_certificate_that_clients_will_refuse_is_a_warning_where_they_verify_i
         assert any(finding.text.startswith("certificate, valid until") for finding in found) is not bool(expected)
 
 
+@pytest.mark.parametrize(("mode", "shown"), [(0o644, "0644"), (0o604, "0604"), (0o640, ""), (0o600, "")])
+@pytest.mark.parametrize("role", ["server", "client"])
+def test_a_private_key_that_others_can_read_is_a_warning_and_one_of_a_group_is_none(tmp_path, ports, role, mode, shown):
+    files = make_authority().issue("localhost").write(tmp_path)
+    os.chmod(files["key"], mode)
+    url = SERVER.format(*ports).replace("server", role)
+    found = worst(check([url, "--tls", "1", "--crt", files["crt"], "--key", files["key"]], {}))
+    text = f"key: {files['key']!r} has mode {shown}: others may read it; chmod 600 keeps them out"
+    assert found == [Finding(WARNING, "", text)] * bool(shown)
+
+
 def test_a_clients_certificate_that_is_made_for_servers_is_a_warning(tmp_path):
     files = make_authority().issue(usage=(SERVING,)).write(tmp_path)
     found = check(["client://127.0.0.1:1/127.0.0.1:2", "--crt", files["crt"], "--key", files["key"]], {})

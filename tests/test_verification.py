@@ -1,6 +1,7 @@
 """What each side demands of the other's certificate, right and wrong, on every kind of connection."""
 
 import logging
+import os
 import re
 import socket
 import ssl
@@ -532,6 +533,22 @@ def test_a_certificate_that_peers_will_refuse_is_warned_about_at_the_start_and_w
     policy.reload()
     text = f"crt: the certificate is made for servers only {use}: a server with ca refuses it"
     assert said() == [text, text]
+
+
+def test_a_private_key_that_others_can_read_is_warned_about_at_the_start_and_when_it_is_replaced(
+    authority, tmp_path, caplog
+):
+    files = authority.issue(HOST).write(tmp_path)
+    server, policy = ServerCertificate(*files.values()), ClientPolicy(HOST, **files)
+    assert not caplog.records
+    os.chmod(files["key"], 0o644)
+    authority.issue(HOST).write(tmp_path)
+    server.reload()
+    policy.reload()
+    ServerCertificate(*files.values())
+    ClientPolicy(HOST, **files)
+    text = f"key: {files['key']!r} has mode 0644: others may read it; chmod 600 keeps them out"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", text)] * 4
 
 
 def test_profiles_of_one_policy_have_contexts_of_their_own():

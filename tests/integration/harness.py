@@ -193,6 +193,7 @@ def certificates(*names: str) -> Certificates:
     issued = authority.issue_cert(*(names or ("localhost", "127.0.0.1", "::1")))
     files = Certificates(*(str(directory / name) for name in ("ca.pem", "server.crt", "server.key")))
     authority.cert_pem.write_to_path(files.ca)
+    Path(files.key).touch(0o600)
     issued.private_key_pem.write_to_path(files.key)
     for blob in issued.cert_chain_pems:
         blob.write_to_path(files.crt, append=True)
