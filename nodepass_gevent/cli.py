@@ -6,19 +6,23 @@ before anything runs; else what the process returns.
 
 import os
 import secrets
+import shlex
+import stat
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from . import __version__, check, descriptors, example, generate, options, ports, process, status_client, status_server
 from .client import Client
 from .command_line import Line, build_parser
 from .config import Config
 from .errors import ConfigError
-from .keyring import read_token
+from .keyring import OTHERS, read_token
 from .server import Server
 from .service import Role
 from .tunnel_key import SIZE, format_key
 from .usage import USAGE
+from .values import printable
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT
@@ -80,6 +84,7 @@ def _print(parsed: options.Parsed, argv: Sequence[str]) -> int:
         print(build_parser().format_help(), end="")
     elif parsed.action == "genkey":
         print(format_key(secrets.token_bytes(SIZE)))
+        _warn_of_readers()
     elif parsed.action.startswith("generate "):
         print(_generate(parsed, argv), end="")
     elif parsed.action == "version":
@@ -87,6 +92,17 @@ def _print(parsed: options.Parsed, argv: Sequence[str]) -> int:
     else:
         print(options.show(parsed.process, parsed.configs), end="")
     return 0
+
+
+def _warn_of_readers() -> None:
+    """Say that the file into which a key was printed is one that tunnel-key-file refuses."""
+    with suppress(AttributeError, OSError):  # no standard output, or none of the system's
+        descriptor = sys.stdout.fileno()
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode) and mode & OTHERS:
+            path = printable(shlex.quote(os.readlink(f"/proc/self/fd/{descriptor}")))
+            words = f"the key's file has mode {stat.S_IMODE(mode):04o}: others may use it"
+            print(f"nodepass: warning: {words}; chmod 600 {path} keeps them out", file=sys.stderr)
 
 
 def _generate(parsed: options.Parsed, argv: Sequence[str]) -> str:

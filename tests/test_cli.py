@@ -1,5 +1,6 @@
 import os
 import signal
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -211,6 +212,27 @@ def test_genkey_prints_another_key_each_time(world, capsys):
         assert not parse_key(out).is_passphrase
         keys.add(out)
     assert len(keys) == 3 and world.ran is None
+
+
+@pytest.mark.parametrize(("mode", "shown"), [(0o644, "0644"), (0o640, "0640"), (0o600, "")])
+def test_genkey_warns_of_a_file_that_others_can_read_and_says_how_to_mend_it(
+    world, capsys, tmp_path, monkeypatch, mode, shown
+):
+    path = tmp_path / "a tunnel.key"
+    path.touch()
+    path.chmod(mode)
+    with path.open("w") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        assert cli.main(["genkey"]) == 0
+    words = f"the key's file has mode {shown}: others may use it; chmod 600 '{path}' keeps them out"
+    assert capsys.readouterr().err == (f"nodepass: warning: {words}\n" if shown else "")
+    assert parse_key(path.read_text()) and path.read_text().count("\n") == 1
+
+
+def test_genkey_does_without_a_standard_output(world, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["genkey"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_key_file_that_cannot_be_used_is_refused_before_anything_runs(world, capsys, tmp_path):
