@@ -23,6 +23,8 @@ Value = TypeVar("Value")
 
 SELF_SIGNED_DAYS = 365
 MAX_FILE = 1 << 20  # bytes of a certificate or key file
+_CERTIFICATE, _PRIVATE_KEY = b"-----END CERTIFICATE-----", b" PRIVATE KEY-----"
+_SWAPPED = ": are crt and key swapped?"
 
 
 class FromFiles(Generic[Value]):
@@ -97,12 +99,15 @@ def load_certificate(crt: str, key: str) -> Certificate:
     Raises ConfigError when a file cannot be read or parsed, or when the two do not fit.
     """
     chain = _load_certificates("crt", crt)
+    data = _read("key", key)
     try:
-        private = serialization.load_pem_private_key(_read("key", key), password=None)
+        private = serialization.load_pem_private_key(data, password=None)
     except TypeError as exc:
         raise ConfigError(f"key: {key!r} is protected by a passphrase; a key without one is needed") from exc
     except (ValueError, UnsupportedAlgorithm) as exc:
-        raise ConfigError(f"key: {key!r} is not a private key in PEM form") from exc
+        swapped = _CERTIFICATE in data and _PRIVATE_KEY not in data
+        why = f"holds a certificate, and no private key{_SWAPPED}" if swapped else "is not a private key in PEM form"
+        raise ConfigError(f"key: {key!r} {why}") from exc
     try:
         fits = private.public_key() == chain[0].public_key()
     except (ValueError, UnsupportedAlgorithm) as exc:
@@ -133,10 +138,14 @@ def expired(authorities: Sequence[x509.Certificate]) -> list[datetime.datetime]:
 
 
 def _load_certificates(setting: str, path: str) -> tuple[x509.Certificate, ...]:
+    data = _read(setting, path)
     try:
-        return tuple(x509.load_pem_x509_certificates(_read(setting, path)))
+        return tuple(x509.load_pem_x509_certificates(data))
     except ValueError as exc:
-        raise ConfigError(f"{setting}: {path!r} is not a certificate in PEM form") from exc
+        why = "is not a certificate in PEM form"
+        if _PRIVATE_KEY in data and _CERTIFICATE not in data:
+            why = f"holds a private key, and no certificate{_SWAPPED if setting == 'crt' else ''}"
+        raise ConfigError(f"{setting}: {path!r} {why}") from exc
 
 
 def _read(setting: str, path: str) -> bytes:

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 OFF, SELF_SIGNED, VERIFIED = 0, 1, 2  # the modes, as they stand in the first line
 ALPNS = (b"", opening.ALPN_CONTROL, opening.ALPN_DATA)  # v1 data connections have none
 EXPIRY_WARNING_DAYS = 14
+_WORDS = {"ee key too small": "its key is too short; RSA wants 2048 bits at least"}  # for what OpenSSL says
 
 
 class ServerCertificate:
@@ -243,7 +244,7 @@ def _load_usable(crt: str, key: str) -> Certificate:
         _present(_context(SSL.TLS_METHOD, b""), certificate)
     except (SSL.Error, TypeError) as exc:  # TypeError: a kind of key that signs nothing
         why = reasons(exc) if isinstance(exc, SSL.Error) else "its key is of another kind"
-        raise ConfigError(f"crt: {crt!r} cannot be used for TLS: {why}") from exc
+        raise ConfigError(f"crt: {crt!r} cannot be used for TLS: {_WORDS.get(why, why)}") from exc
     return certificate
 
 

@@ -4,13 +4,17 @@ import datetime
 import logging
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import gevent
 import pytest
 import trustme
+from authority import Issued
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, x25519
+from cryptography.hazmat.primitives.asymmetric import ec, rsa, x25519
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from OpenSSL import crypto
 from secure import client_context, stream_pair
@@ -131,9 +135,65 @@ def test_a_file_without_pem_is_named(files, broken, content):
         load_certificate(*files)
 
 
-def test_swapped_files_are_an_error(files):
-    with pytest.raises(ConfigError, match=r"^crt: .* is not a certificate in PEM form$"):
-        load_certificate(*reversed(files))
+@pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+def test_swapped_files_are_an_error_that_asks_whether_they_are(files, authority, form):
+    crt, key = files
+    private = make_certificate().key
+    with open(key, "wb") as file:
+        file.write(private.private_bytes(Encoding.PEM, form, NoEncryption()))
+    swapped = "are crt and key swapped[?]$"
+    with pytest.raises(ConfigError, match=f"^crt: '{key}' holds a private key, and no certificate: {swapped}"):
+        load_certificate(key, crt)
+    with pytest.raises(ConfigError, match=f"^key: '{crt}' holds a certificate, and no private key: {swapped}"):
+        load_certificate(crt, crt)
+    assert check(ca=key) == f"ca: '{key}' holds a private key, and no certificate"
+
+
+@pytest.mark.parametrize("broken", ["crt", "key"])
+def test_a_file_of_both_of_which_one_is_broken_is_not_taken_for_swapped(files, broken):
+    crt, key = (Path(path).read_bytes() for path in files)
+    good, bad = (key, crt) if broken == "crt" else (crt, key)
+    path = dict(zip(("crt", "key"), files, strict=True))[broken]
+    head, middle, tail = bad.split(b"\n", 2)
+    Path(path).write_bytes(good + b"\n".join([head, b"AAAA" + middle, tail]))
+    with pytest.raises(ConfigError, match=f"^{broken}: '{path}' is not a .* in PEM form$"):
+        load_certificate(*files)
+
+
+LEVEL_2 = """\
+openssl_conf = all
+[all]
+ssl_conf = tls
+[tls]
+system_default = level
+[level]
+CipherString = DEFAULT@SECLEVEL=2
+"""
+
+
+def test_a_key_that_is_too_short_for_tls_is_named(tmp_path):
+    key = rsa.generate_private_key(65537, 1024)
+    subject = make_certificate().chain[0].subject
+    short = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW)
+        .not_valid_after(NOW + DAY)
+        .sign(key, hashes.SHA256())
+    )
+    files = Issued((short,), key).write(tmp_path)
+    (tmp_path / "openssl.cnf").write_text(LEVEL_2)  # as it comes, whatever is configured here
+    code = f"from test_tls_certificates import check; print(check(**{files}))"
+    run = subprocess.run(
+        [sys.executable, "-c", f"from gevent import monkey; monkey.patch_all(); {code}"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OPENSSL_CONF": str(tmp_path / "openssl.cnf")},
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    why = "its key is too short; RSA wants 2048 bits at least"
+    assert run.stdout.strip() == f"crt: '{files['crt']}' cannot be used for TLS: {why}"
 
 
 def test_a_key_that_does_not_fit_is_named(files, authority, tmp_path):
