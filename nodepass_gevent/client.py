@@ -54,6 +54,7 @@ class Client:
             crt=config.crt,
             key=config.key,
             log=self._log,
+            least=config.tls_demanded[0],
         )
         self._warned = False  # of what a v1 control channel leaves open
         self._source_missed = False  # and said so

@@ -122,7 +122,8 @@ class ClientContext:
 class ClientPolicy:
     """What a client demands of its server's certificate, and what it presents itself.
 
-    ``host`` is the name that the certificate has to have in mode 2, unless ``sni`` is another one.
+    ``host`` is the name that the certificate has to have in mode 2, unless ``sni`` is another one. ``least`` is the
+    mode that this side demands: the server may ask for more.
     """
 
     def __init__(
@@ -135,12 +136,14 @@ class ClientPolicy:
         crt: str | None = None,
         key: str | None = None,
         log: logging.Logger = log,
+        least: int = VERIFIED,
     ) -> None:
         self._log = log
+        self._verified_by = "tls=2" if least == VERIFIED else "tls=2, which the server asks for"
         self._host = host
         # A dot at the end stands in no certificate and in no SNI (RFC 6066), nor does the zone of an address.
         self._name = (sni or host).removesuffix(".").partition("%")[0]
-        self._name_from = "sni" if sni else "tls=2"
+        self._name_from = "sni" if sni else self._verified_by
         self._pin = pin
         self._ca = ca
         self._key = key
@@ -207,7 +210,7 @@ class ClientPolicy:
                 return f"pin: {problem}"
             return ""
 
-        chain_setting = ("ca" if self._ca else "tls=2") if mode == VERIFIED else ""
+        chain_setting = ("ca" if self._ca else self._verified_by) if mode == VERIFIED else ""
         return Judge(f"certificate of {self._host}", chain_setting, examine)
 
 

@@ -48,6 +48,7 @@ _WORDS = {  # for what OpenSSL finds; {} is the certificate in the chain
     67: "the key of an authority in its chain is too short",
     68: "an authority in its chain has signed with a hash that is broken",
 }
+_HINTS = {_CODES.ERR_DEPTH_ZERO_SELF_SIGNED_CERT: "; a copy of it as ca makes it known"}  # where there is no ca
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Judge:
         try:
             if self._chain_setting and not ok:
                 problem = f"{self._chain_setting}: {_in_words(code, certificate, depth)}"
+                problem += "" if self._chain_setting == "ca" else _HINTS.get(code, "")
             elif depth == 0:
                 problem = self._examine(certificate.to_cryptography())
         except _UNREADABLE:

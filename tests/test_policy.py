@@ -134,6 +134,28 @@ def test_a_server_that_a_client_does_not_accept_is_refused_in_either_profile(
     wait_until(lambda: said.find(f"(refused caller|data connection) .*: .*({told})"))  # and is not only reset
 
 
+@profiles
+@pytest.mark.parametrize(
+    ("issue", "why"),
+    [
+        (
+            lambda root: make_authority(),
+            "it is self-signed, and not known here; a copy of it as ca makes it known (fin",
+        ),
+        (lambda root: root.issue("x.example"), f"it is for x.example, and not for {HERE} (fingerprint "),
+    ],
+)
+def test_a_client_with_a_pin_alone_is_told_that_the_server_asks_for_more(
+    serve, join, authority, ca, tmp_path, monkeypatch, profile, issue, why
+):
+    monkeypatch.setenv("SSL_CERT_FILE", ca)
+    issued = issue(authority)
+    running = serve(tls=2, **issued.write(tmp_path), protocol=profile)
+    ended = join(running.tunnel, pin=issued.pin).get()
+    assert isinstance(ended, PolicyError)
+    assert str(ended).startswith(f"certificate of {HERE} refused by tls=2, which the server asks for: {why}")
+
+
 @pytest.mark.parametrize(
     ("offered", "settings", "why"),
     [

@@ -140,7 +140,7 @@ def test_a_self_signed_certificate_is_its_own_authority(shake, tmp_path):
     policy = ClientPolicy(HOST, ca=write_authorities(tmp_path / "own.pem", Issued(server.certificate.chain, None)))
     assert "names no host" in str(shake(server, policy).client)  # known, but a made one has no name
     policy = ClientPolicy(HOST, ca=write_authorities(tmp_path / "other.pem", made))
-    assert "it is self-signed, and not known here" in str(shake(server, policy).client)
+    assert "refused by ca: it is self-signed, and not known here (fingerprint" in str(shake(server, policy).client)
 
 
 def test_a_chain_is_followed(shake, present, authority, ca):
