@@ -141,12 +141,13 @@ class Service:
 
     def _try(self) -> float:
         """Run the role once, say how it ended, and give the pause before the next time."""
-        lived_s, level, clean = 0.0, logging.WARNING, False
+        lived_s, level, clean, longest_s = 0.0, logging.WARNING, False, self.role.config.service_cooldown_s
+        once = "; said once a minute" if longest_s < REPEAT_S else ""
         try:
             self.role.run()
             why = "it ended"
         except PolicyError as exc:  # trying sooner changes nothing
-            return self._say(logging.ERROR, str(exc), self.role.config.service_cooldown_s)
+            return self._say(logging.ERROR, str(exc), longest_s, f"every {longest_s:g} s", once)
         except SessionEnded as exc:
             lived_s, why, level, clean = exc.lived_s, str(exc), logging.INFO, True
         except SessionLost as exc:
@@ -156,17 +157,21 @@ class Service:
         except Exception:  # a fault of ours: say so, and go on serving
             self._log.exception("%s: unexpected error", self.role)
             why = "unexpected error"
-        return self._say(level, why, self._backoff.pause_s(lived_s, clean=clean))
+        pause_s = self._backoff.pause_s(lived_s, clean=clean)
+        then = "" if lived_s else f", then with pauses of up to {longest_s:g} s{once}"
+        return self._say(level, why, pause_s, f"in {pause_s:g} s" if pause_s else "now", then)
 
-    def _say(self, level: int, why: str, pause_s: float) -> float:
-        """Log why a try ended, the same reason above DEBUG at most every REPEAT_S; give the pause back."""
-        now = time.monotonic()
+    def _say(self, level: int, why: str, pause_s: float, when: str, then: str) -> float:
+        """Log why a try ended, the same reason above DEBUG at most every REPEAT_S; give the pause back.
+
+        The first line with a reason says what comes ``then``: there is silence after it.
+        """
+        now, again = time.monotonic(), f"; trying again {when}{then if why != self._said else ''}"
         self.failures += level > logging.INFO
         self.ended = Ended(why)
         if why == self._said and now - self._said_at < REPEAT_S:
             level = logging.DEBUG
         else:
             self._said, self._said_at = why, now
-        again = "" if self.role.exchanges.draining else f"; trying again {f'in {pause_s:g} s' if pause_s else 'now'}"
-        self._log.log(level, "%s: %s%s", self.role, why, again)
+        self._log.log(level, "%s: %s%s", self.role, why, "" if self.role.exchanges.draining else again)
         return pause_s

@@ -147,7 +147,7 @@ class Refused(Role):
 role = Refused(cooldown_s=3600)
 """
     with script(code) as running:
-        running.wait_for("trying again in 3600 s")
+        running.wait_for("trying again every 3600 s")
         running.kill(signal.SIGHUP)
         running.wait_for("run 2")
         assert "reloaded" in running.said

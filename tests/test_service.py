@@ -10,7 +10,7 @@ from support import bounded, wait_until
 
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
-from nodepass_gevent.errors import ConnectError, PolicyError, SessionEnded, SessionLost
+from nodepass_gevent.errors import ConnectError, PeerSilent, PolicyError, SessionEnded, SessionLost
 from nodepass_gevent.metrics import Counters
 from nodepass_gevent.service import Backoff, Service
 
@@ -51,7 +51,7 @@ class Failing:
 
 def pauses(caplog):
     """Read from the log how long each pause was announced to be."""
-    return [text for record in caplog.records for text in re.findall("trying again (.*)", record.getMessage())]
+    return re.findall(r"trying again (now|(?:in|every) [\d.]+ s)", "\n".join(caplog.messages))
 
 
 @pytest.fixture
@@ -131,9 +131,27 @@ def test_a_reason_that_stays_the_same_is_said_once_a_minute(serve, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "DEBUG", "WARNING"]
 
 
+# (how a try ends twice, the cooldown, what is behind "trying again" in its lines)
+@pytest.mark.parametrize(
+    ("end", "cooldown_s", "again"),
+    [
+        (OSError("broken"), 0.05, ["now, then with pauses of up to 0.05 s; said once a minute", "in 0.05 s"]),
+        (PolicyError("no"), 0.05, ["every 0.05 s; said once a minute", "every 0.05 s"]),
+        (PeerSilent("silent for 15 s", 0.01), 0.05, ["now", "in 0.05 s"]),  # of what worked a new try may say more
+        (OSError("broken"), 60, ["now, then with pauses of up to 60 s"]),  # each is said
+        (PolicyError("no"), 60, ["every 60 s"]),
+    ],
+)
+def test_the_first_line_with_a_reason_says_how_it_goes_on(spawn, caplog, end, cooldown_s, again):
+    caplog.set_level(logging.DEBUG, "nodepass_gevent")
+    spawn(Service(Failing(*[end] * len(again), cooldown_s=cooldown_s), lambda: 0).run)
+    wait_until(lambda: len(caplog.messages) == len(again))
+    assert [message.partition("; trying again ")[2] for message in caplog.messages] == again
+
+
 def test_a_refusal_by_policy_waits_the_whole_cooldown(serve, caplog):
     serve(Failing(PolicyError("the server offers tls 0"), cooldown_s=0.07))
-    assert pauses(caplog) == ["in 0.07 s"]
+    assert pauses(caplog) == ["every 0.07 s"]
     assert [record.levelname for record in caplog.records if "offers" in record.getMessage()] == ["ERROR"]
 
 
@@ -141,8 +159,9 @@ def test_expected_failures_are_warnings_that_say_why_and_have_no_traceback(serve
     serve(Failing(OSError(98, "Address already in use"), ConnectError("connect 192.0.2.1:1: timed out")))
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert [record.getMessage() for record in warnings] == [
-        "role: address already in use; trying again now",
-        "role: connect 192.0.2.1:1: timed out; trying again in 0.1 s",
+        "role: address already in use; trying again now, then with pauses of up to 0.15 s; said once a minute",
+        "role: connect 192.0.2.1:1: timed out; trying again in 0.1 s, then with pauses of up to 0.15 s; "
+        "said once a minute",
     ]
     assert not any(record.exc_info for record in caplog.records)
 

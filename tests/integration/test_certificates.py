@@ -34,7 +34,7 @@ def test_both_sides_are_known_by_certificates_that_are_replaced_while_the_tunnel
         server.wait_for_line("listening")
         with nodepass_client(tunnel, target.address, query=f"pin={pin}", env=QUICK) as nobody:
             nobody.wait_for_line(
-                "ERROR .*the peer demands a certificate of this side: set crt and key; trying again in 0.3"
+                "ERROR .*the peer demands a certificate of this side: set crt and key; trying again every 0.3 s"
             )
         query = f"pin={pin}&crt={own_crt}&key={own_key}"
         with nodepass_client(tunnel, target.address, query=query, env=QUICK) as client:
