@@ -4,8 +4,8 @@ What becomes of a user is decided in ``forward``. Here is only when users may co
 """
 
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from .clients import Clients
 from .config import Address, Config
 from .errors import NoDataConnection
 from .forward import Ingress
-from .transport import RawSocket
+from .transport import RawSocket, reason
 from .udp import PublicSocket
 
 DIVERTED_S = 0.2  # who is in the middle of a TCP handshake is through by then, unless a round trip takes longer
@@ -34,6 +34,16 @@ def bound(address: Address, sock: RawSocket) -> Address:
     return replace(address, port=sock.getsockname()[1])
 
 
+@contextmanager
+def named(purpose: str, kind: int) -> Iterator[None]:
+    """Say which port it is, as ``nodepass check`` does, where its address cannot be had."""
+    protocol = ", UDP" if kind == socket.SOCK_DGRAM else ", TCP"
+    try:
+        yield
+    except OSError as exc:
+        raise OSError(exc.errno, f"{purpose} port{protocol if purpose == PUBLIC else ''}: {reason(exc)}") from exc
+
+
 class Sockets:
     """The bound sockets of a server, by what they are bound to; some come from the one in whose place it is."""
 
@@ -45,7 +55,8 @@ class Sockets:
     def open(self, purpose: str, address: Address, kind: int, make: Callable[[], RawSocket]) -> RawSocket:
         """Give the socket that was inherited, or one that ``make`` makes."""
         key = purpose, address, kind
-        sock = self._inherited.pop(key, None) or make()
+        with named(purpose, kind):
+            sock = self._inherited.pop(key, None) or make()
         self._open[key] = sock
         return sock
 
@@ -110,7 +121,8 @@ class PublicPort:
             return self._open()
         for kind, other in ((socket.SOCK_STREAM, "udp"), (socket.SOCK_DGRAM, "tcp")):
             if self._config.network != other:
-                net.bind(target, kind, shared=True).close()
+                with named(PUBLIC, kind):
+                    net.bind(target, kind, shared=True).close()
         return target
 
     def run(self) -> OSError | None:

@@ -144,12 +144,22 @@ def test_a_second_client_is_told_busy_and_it_is_no_warning(serve, said):
         assert not said.find("WARNING")
 
 
-@pytest.mark.parametrize("port", ["tunnel", "target"])
-def test_a_port_that_is_taken_by_a_process_without_reuse_port_is_an_error_that_says_so(no_leaks, port):
-    with closing(net.listen(Address("127.0.0.1", 0), LIMITS)) as taken:
-        address = Address("127.0.0.1", taken.getsockname()[1])
+@pytest.mark.parametrize(
+    ("port", "kind", "what"),
+    [
+        ("tunnel", socket.SOCK_STREAM, "tunnel port"),
+        ("target", socket.SOCK_STREAM, "public port, TCP"),
+        ("target", socket.SOCK_DGRAM, "public port, UDP"),
+    ],
+)
+def test_a_port_that_is_taken_by_a_process_without_reuse_port_is_an_error_that_says_so(no_leaks, port, kind, what):
+    address = free_address(kind)
+    with closing(net.bind(address, kind)) as taken:
+        if kind == socket.SOCK_STREAM:
+            taken.listen()
         server = Server(Config(role="server", **shared(**{port: address})))
-        with pytest.raises(OSError, match=f"already in use: {address}, taken by a process without reuse-port"):
+        text = f"{what}: address already in use: {address}, taken by a process without reuse-port"
+        with pytest.raises(OSError, match=text):
             server.run()
 
 

@@ -185,13 +185,22 @@ def test_a_fixed_data_port_is_taken(serve, connect):
     assert without_offer(connect(running).first_line) == b"//%d#0" % port
 
 
-@pytest.mark.parametrize("which", ["tunnel", "target", "data_port"])
-def test_an_address_in_use_is_named_and_nothing_stays_open(no_leaks, which):
-    with socket.create_server(("127.0.0.1", 0)) as taken, bounded():
+@pytest.mark.parametrize(
+    ("which", "kind", "what"),
+    [
+        ("tunnel", socket.SOCK_STREAM, "tunnel port"),
+        ("data_port", socket.SOCK_STREAM, "data port"),
+        ("target", socket.SOCK_STREAM, "public port, TCP"),
+        ("target", socket.SOCK_DGRAM, "public port, UDP"),
+    ],
+)
+def test_an_address_in_use_is_named_and_nothing_stays_open(no_leaks, which, kind, what):
+    with socket.socket(socket.AF_INET, kind) as taken, bounded():
+        taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         settings = {"tunnel": LOOPBACK, "target": LOOPBACK}
         settings[which] = port if which == "data_port" else Address("127.0.0.1", port)
-        with pytest.raises(OSError, match=f"address already in use: 127.0.0.1:{port}") as caught:
+        with pytest.raises(OSError, match=f"] {what}: address already in use: 127.0.0.1:{port}$") as caught:
             Server(Config(role="server", **settings)).run()
         assert caught.value.errno == errno.EADDRINUSE
 
