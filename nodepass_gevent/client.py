@@ -56,6 +56,7 @@ class Client:
             log=self._log,
             least=config.tls_demanded[0],
         )
+        self._called = False  # and said so
         self._warned = False  # of what a v1 control channel leaves open
         self._source_missed = False  # and said so
         self._session: tuple[int, float, Stream, DialingPool] | None = None  # profile, since when, and its parts
@@ -92,6 +93,9 @@ class Client:
     def run(self) -> None:
         """Call the server and serve its launches; raises OSError or NodePassError when that ends."""
         self.reload()
+        if not self._called:
+            self._called = True
+            self._log.info("calling %s, for %s", self.config.tunnel, self.config.target)
         for left in reversed(range(CALLS)):
             try:
                 return self._run_session()
@@ -106,7 +110,9 @@ class Client:
                 control.wait_for_arrival()
             if control.peek() is None:
                 self._log.warning(
-                    "%s took the call and is silent: is it the tunnel port of a NodePass 1.0 server?", control
+                    "%s took the call and is silent; a NodePass server speaks first:"
+                    " is this its tunnel port, and not its public port?",
+                    control,
                 )
             line = self._first_line(control)
             first = opening.parse_first_line(line)

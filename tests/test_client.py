@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging
 import re
 import select
 import socket
@@ -186,6 +187,26 @@ def test_a_server_that_closes_before_its_first_line_is_an_error(server):
 def test_a_server_that_says_nothing_is_given_up_at_the_deadline(server):
     failure = server.run(first_line_timeout_s=0.02).ended()
     assert isinstance(failure, TimeoutError) and str(failure).startswith("first line")
+
+
+def test_a_server_that_is_silent_at_first_is_asked_about(server, caplog):
+    server.run(connect_timeout_s=0.02)
+    wait_until(lambda: caplog.messages)
+    said = (
+        "took the call and is silent; a NodePass server speaks first: is this its tunnel port, and not its public port?"
+    )
+    assert caplog.messages == [f"{server.client.config.tunnel} {said}"]
+
+
+def test_whom_a_client_calls_and_for_what_is_said_once(no_leaks, caplog):
+    caplog.set_level(logging.INFO, "nodepass_gevent")
+    with listener() as nobody:
+        address = Address("127.0.0.1", port_of(nobody))
+    client = Client(Config(role="client", tunnel=address, target=Address("localhost", 80)))
+    for _ in range(2):
+        with bounded(), pytest.raises(ConnectError):
+            client.run()
+    assert caplog.messages == [f"calling {address}, for localhost:80"]
 
 
 def test_a_server_that_does_not_answer_the_dial_is_given_up_at_the_deadline(no_leaks):
