@@ -93,7 +93,7 @@ class Signals:
         A frozen client's kernel goes on acknowledging, so that nothing else would ever end its users. UDP sessions that
         have heard nothing lately end too: with a user who speaks on they would never be idle.
         """
-        silent = LaunchFailed("its client is silent")
+        silent = LaunchFailed("silent")
         for id in self._launched.keys() - self._known:
             self._launched[id].abort(silent)
         for running in self._launched.values():

@@ -68,11 +68,23 @@ class PeerLeft(NodePassError):
     """A peer said bye."""
 
 
+_LAUNCH_FAILED = {
+    "resolve": "its client could not resolve the target's name",
+    "refused": "its client's target refuses",
+    "timeout": "its client's target does not answer",
+    "unreachable": "its client cannot reach the target",
+    "busy": "its client has no place for it",
+    "gone": "its data connection is gone",
+    "silent": "its client is silent",
+}
+
+
 class LaunchFailed(NodePassError):
-    """The peer cannot make an exchange of a launch, for the reason ``why``."""
+    """The peer cannot make an exchange of a launch, for the reason ``why``, which may be one that is unknown here."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(f"its peer could not begin the exchange: {why or 'no reason given'}")
+        known = _LAUNCH_FAILED.get(why)
+        super().__init__(known or f"its client could not begin the exchange: {why or 'no reason given'}")
         self.why = why
 
 

@@ -261,8 +261,10 @@ class Egress:
                     self._carry_udp[launch.kind](launch, data)
         except (OSError, ConnectError) as exc:
             self._counters.exchanges_failed += 1
-            self._log.warning("exchange %s: target %s: %s", launch.id.decode(), self._config.target, reason(exc))
-            end = access.NO_TARGET if isinstance(exc, ConnectError) else access.FAILED, reason(exc)
+            target = self._config.target
+            why = reason(exc).removeprefix(f"connect {target}: ")
+            self._log.warning("exchange %s: target %s: %s", launch.id.decode(), target, why)
+            end = access.NO_TARGET if isinstance(exc, ConnectError) else access.FAILED, why
             self._access.nothing(_protocol(launch), launch.id, self._user(launch), started, end)
 
     def _lose(self, launch: Launch, started: float, exc: BaseException) -> None:

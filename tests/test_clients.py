@@ -69,8 +69,19 @@ def test_a_client_that_has_not_agreed_is_not_told(serve, connect, call):  # noqa
 # fail
 
 
-@pytest.mark.parametrize("why", [b"refused", b"timeout", b"resolve", b"unreachable", b"busy", b"what-comes-later"])
-def test_a_launch_that_fails_resets_its_user_at_once_and_nobody_else(client, connect, said, why):
+@pytest.mark.parametrize(
+    ("why", "in_words"),
+    [
+        (b"refused", "its client's target refuses"),
+        (b"timeout", "its client's target does not answer"),
+        (b"resolve", "its client could not resolve the target's name"),
+        (b"unreachable", "its client cannot reach the target"),
+        (b"busy", "its client has no place for it"),
+        (b"what-comes-later", "its client could not begin the exchange: what-comes-later"),
+        (b"", "its client could not begin the exchange: no reason given"),
+    ],
+)
+def test_a_launch_that_fails_resets_its_user_at_once_and_nobody_else(client, connect, said, why, in_words):
     client = client(3)
     other, user = connect(client.running, "user"), None
     _, others, _ = launch_of(client)
@@ -79,7 +90,7 @@ def test_a_launch_that_fails_resets_its_user_at_once_and_nobody_else(client, con
     id, data, _ = launch_of(client)
     say(client, b"//%b?why=%b#fail\n" % (id, why))
     assert is_reset(user) and is_reset(data)
-    assert said.find(rf"WARNING user 127\.0\.0\.1:\d+ reset: its peer could not begin the exchange: {why.decode()}$")
+    assert said.find(rf"WARNING user 127\.0\.0\.1:\d+ reset: {in_words}$")
     assert client.running.counters.launches_failed == 1
     others.sendall(b"answer")
     assert read_exactly(other, 6) == b"answer"
@@ -250,7 +261,7 @@ def test_when_no_other_connection_comes_the_user_is_reset(client, connect):
 # silence
 
 
-def test_a_client_that_falls_silent_loses_users_who_came_since_it_was_heard_and_no_others(client, connect):
+def test_a_client_that_falls_silent_loses_users_who_came_since_it_was_heard_and_no_others(client, connect, said):
     client = client(3, report_interval_s=0.5, dead_intervals=1)
     early = connect(client.running, "user")
     _, earlier, _ = launch_of(client)
@@ -261,6 +272,7 @@ def test_a_client_that_falls_silent_loses_users_who_came_since_it_was_heard_and_
     data.sendall(b"answer")
     assert read_exactly(answered, 6) == b"answer"
     assert is_reset(late) and is_reset(unused)  # nobody is heard any more
+    assert said.find(r"WARNING user .* reset: its client is silent$")
     for user, other in ((early, earlier), (answered, data)):
         other.sendall(b"still here")
         assert read_exactly(user, 10) == b"still here"

@@ -1,3 +1,4 @@
+import re
 import socket
 import time
 from unittest.mock import Mock
@@ -101,12 +102,22 @@ def test_a_user_who_was_reset_before_the_launch_is_reset_at_the_target(egress, t
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
-def test_a_target_that_refuses_resets_the_user(egress, target):
+def test_a_target_that_refuses_resets_the_user_and_is_named_once(egress, target, caplog):
     refused = address_of(target)
     target.close()
     side = egress(target=refused)
     assert is_reset(side.launch(Kind.TCP))
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+    assert caplog.messages == [f"exchange {ID.decode()}: target {refused}: connection refused"]
+
+
+def test_of_a_target_with_a_name_the_address_that_refuses_is_said(egress, target, caplog):
+    refused = address_of(target)
+    target.close()
+    side = egress(target=Address("localhost", refused.port))
+    assert is_reset(side.launch(Kind.TCP))
+    where = rf"target localhost:{refused.port}: connect [0-9.:\[\]]+:{refused.port}"
+    assert re.search(f"{where}: connection refused$", caplog.messages[0])
 
 
 @pytest.mark.parametrize("kind", Kind)
