@@ -384,6 +384,8 @@ class _Silence:
 
 
 def _refusal(bye: Bye) -> PolicyError:
+    if bye.why == b"busy":
+        return PolicyError("the server has another client, and takes one at a time")
     return PolicyError(f"the server takes no client now: {wire.printable(bye.why)}")
 
 

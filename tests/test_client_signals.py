@@ -174,7 +174,15 @@ def test_a_server_that_has_become_busy_is_refused_by_policy(v2):
     v2 = v2()
     v2.server.say(b"//?why=busy#bye\n")
     ended = v2.server.ended()
-    assert isinstance(ended, PolicyError) and "takes no client now: 'busy'" in str(ended)
+    assert isinstance(ended, PolicyError) and str(ended) == "the server has another client, and takes one at a time"
+
+
+def test_a_reason_of_a_later_version_to_take_no_client_is_shown(server):  # noqa: F811
+    offering = Offering(server).run()
+    assert offering.line().endswith(b"#hello\n")
+    server.say(b"//?why=moved%1B#bye\n")
+    ended = server.ended()
+    assert isinstance(ended, PolicyError) and str(ended) == r"the server takes no client now: 'moved\x1b'"
 
 
 def test_a_client_that_stops_says_bye_and_obeys_until_the_servers_own(v2, spawn):
