@@ -114,6 +114,11 @@ class PublicPort:
         self._datagrams: RawSocket | None = None
         self._receivers: list[gevent.Greenlet] = []  # of users
 
+    @property
+    def is_open(self) -> bool:
+        """Whether users may come."""
+        return bool(self._receivers)
+
     def prepare(self) -> Address:
         """Open, or make sure that it can be done later; give the address. Raises OSError or ConnectError."""
         target, shared = self._config.target, self._config.reuse_port

@@ -158,7 +158,9 @@ class Server:
             join = self._admission.guard_callers(self._called_for_data)
             parts.append(serve(data, partial(self._called_on_own_port, start, join) if config.reuse_port else join))
         stack.callback(self._public.close, 0)
-        ports.append(f"public {self._public.prepare()} ({config.network.replace('both', 'tcp and udp')})")
+        public, carries = self._public.prepare(), config.network.replace("both", "tcp and udp")
+        until = "" if self._public.is_open else ", closed until a client is connected"
+        ports.append(f"public {public} ({carries}{until})")
         self._sockets.close_inherited()
         key = ", with a tunnel key" if config.keyed else ""
         self._log.info("listening: %s, tls %d%s", ", ".join(ports), config.tls, key)

@@ -163,6 +163,14 @@ def test_a_port_that_is_taken_by_a_process_without_reuse_port_is_an_error_that_s
             server.run()
 
 
+@pytest.mark.parametrize("reuse_port", [0, 1])
+def test_the_log_says_that_the_port_is_closed_until_a_client_is_connected_where_it_is(serve, said, reuse_port):
+    running = serve(**shared(reuse_port=reuse_port))
+    until = ", closed until a client is connected" if reuse_port else ""
+    assert said.find(rf"listening: .*, public 127\.0\.0\.1:{running.public} \(tcp{until}\), tls 0$")
+    assert is_open(running) != reuse_port
+
+
 def test_two_servers_share_their_ports_and_each_has_its_client(serve, connect, said):
     settings = shared()
     servers = [serve(**settings), serve(**settings)]
@@ -192,6 +200,7 @@ def test_new_settings_hand_the_open_port_over_to_whom_the_client_comes_back(serv
     greenlet = spawn(successor.run)
     with closing(call_unseen(running.public)) as user:
         wait_until(lambda: said.find("listening"))
+        assert said.find(r"listening: .* \(tcp\), tls 0$")  # it is open all the time
         running.tunnel, running.data = (int(port) for port in said.find(r"tunnel .*:(\d+), data port (\d+)").groups())
         assert is_served(user, connect(running).join())
     greenlet.kill()
