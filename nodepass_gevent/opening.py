@@ -229,22 +229,24 @@ def _binary(parts: Line, key: str, size: int) -> bytes:
 
 
 def recognise(opening: bytes) -> str:
-    """Name the protocol of a caller that speaks first, which no v1 client does, from its first bytes."""
+    """Say what a caller speaks that speaks first, which no v1 client does, by its first bytes."""
     for start, name in _OPENINGS:
         if opening.startswith(start):
-            return name
+            return f"it speaks {name}"
     if _BASE64_LINE.fullmatch(opening):
-        return "perhaps a client of NodePass 1.4 to 1.12"
-    return "an unknown protocol"
+        return "it sent one line of no known protocol; perhaps it is a client of NodePass 1.4 to 1.12"
+    return "it speaks no known protocol"
 
 
 _OPENINGS = (
-    (b"GET ", "HTTP, perhaps a client of NodePass 1.13 or later"),
+    (b"GET ", "HTTP: most often a browser or a scanner, perhaps a client of NodePass 1.13 or later"),
     (b"\x16\x03", "TLS"),
     (b"SSH-", "SSH"),
     (b"//", "a later profile of this protocol"),
 )
-_BASE64_LINE = re.compile(rb"[A-Za-z0-9+/]+=*\n?")
+_BASE64_LINE = re.compile(  # of 7 bytes or more, where such a client sends 8 as a rule
+    rb"(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)\n?"
+)
 
 
 def _capabilities(parts: Line) -> frozenset[bytes]:

@@ -232,7 +232,7 @@ class Reception:
 
     def _parse_opening(self, line: bytes) -> Hello | Data:
         if self._config.protocol == "1" or not line.startswith(b"//"):
-            raise ProtocolError(f"it speaks {opening.recognise(line)}")
+            raise ProtocolError(opening.recognise(line))
         return opening.parse_opening(line)
 
     # Profile v2: hello and data on the tunnel port

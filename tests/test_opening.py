@@ -1,5 +1,6 @@
 """The lines of protocol v2, parsed beside formatted, by one table both ways."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -100,6 +101,31 @@ def test_an_offer_is_written_and_recognised():
     assert opening.offers_v2(opening.parse_first_line(line[:-1]))
     assert not opening.offers_v2(opening.parse_first_line(b"//1234#0"))
     assert not opening.offers_v2(opening.parse_first_line(b"//1234?v=3&n=x#0"))
+
+
+HTTP = "it speaks HTTP: most often a browser or a scanner, perhaps a client of NodePass 1.13 or later"
+OLD = "it sent one line of no known protocol; perhaps it is a client of NodePass 1.4 to 1.12"
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        (b"GET / HTTP/1.1\r\n", HTTP),
+        (b"\x16\x03\x01\x02\x00", "it speaks TLS"),
+        (b"SSH-2.0-OpenSSH\r\n", "it speaks SSH"),
+        (b"//1234?v=9#hello\n", "it speaks a later profile of this protocol"),
+        (base64.b64encode(b"8 bytes.") + b"\n", OLD),
+        (base64.b64encode(bytes(16)), OLD),
+        (b"hello\n", "it speaks no known protocol"),
+        (b"password\n", "it speaks no known protocol"),  # base64, but of too little
+        (b"ConnectionTest1\n", "it speaks no known protocol"),  # of no base64 is the length 15
+        (base64.b64encode(b"8 bytes.") + b"=\n", "it speaks no known protocol"),
+        (base64.b64encode(b"8 bytes.") + b"\n\n", "it speaks no known protocol"),
+        (b"", "it speaks no known protocol"),
+    ],
+)
+def test_who_speaks_another_protocol_is_told_by_the_first_bytes(said, named):
+    assert opening.recognise(said) == named
 
 
 # The tunnel key
