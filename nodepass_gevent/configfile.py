@@ -132,7 +132,8 @@ def _section_name(line: str, source: str) -> str:
     if "]" not in line:
         raise ConfigError(f"section {shown(line)} does not end: ] is missing [from {source}]")
     if not match:
-        hint = did_you_mean(line, ("[nodepass]", "[tunnel name]"))
+        nameless = line.strip(f"[]{_BLANK}").lower() == "tunnel"  # of which the guess would tell nothing new
+        hint = "" if nameless else did_you_mean(line, ("[nodepass]", "[tunnel name]"))
         raise ConfigError(f"unknown section {shown(line)}{hint}; allowed: [nodepass], [tunnel NAME] [from {source}]")
     name = match[1]
     if name is not None and not NAME.fullmatch(name):

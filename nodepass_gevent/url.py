@@ -18,6 +18,7 @@ _KEY_FORM = (
     "a tunnel key stands before the tunnel address; in it write / as %2F, ? as %3F, # as %23, @ as %40, % as %25"
 )
 _BAD_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
+_FOREIGN_SCHEME = re.compile("[A-Za-z]{2,10}://")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,11 @@ def _split_key(text: str) -> tuple[str, str, str]:
 
 
 def _addresses(text: str) -> tuple[Address, Address]:
+    scheme = _FOREIGN_SCHEME.search(text)
+    if scheme:
+        raise ConfigError(f"an address is host:port alone, without {scheme[0]}")
+    if "&" in text:
+        raise ConfigError("settings begin with ?, not with &")
     tunnel, _, target = text.partition("/")
     if not target:
         raise ConfigError(f"the target address is missing; allowed: {FORMS}")

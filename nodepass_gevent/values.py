@@ -56,6 +56,7 @@ def closest(word: str, known: Iterable[str]) -> str:
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?")
 _MAX_NAME = 253  # RFC 1035, without the dot at the end
+_LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")
 _SCOPE = re.compile(r"[A-Za-z0-9_.-]{1,15}")  # an interface name; Linux allows 15 characters
 
 
@@ -109,7 +110,11 @@ def _ipv6_problem(host: str) -> str:
     address, percent, scope = host.partition("%")
     if percent and not _SCOPE.fullmatch(scope):
         return "what follows % is not an interface"
-    return "" if _is_address(ipaddress.IPv6Address, address) else "what stands in brackets is not an IPv6 address"
+    if not _is_address(ipaddress.IPv6Address, address):
+        return "what stands in brackets is not an IPv6 address"
+    if not percent and ipaddress.IPv6Address(address) in _LINK_LOCAL:
+        return f"a link-local address needs its interface, such as [{address}%eth0]"
+    return ""
 
 
 def _host_problem(host: str) -> str:

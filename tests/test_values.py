@@ -1,3 +1,4 @@
+import ipaddress
 import math
 import string
 
@@ -86,6 +87,7 @@ ADDRESSES = [
     ("[::1]:80", Address("::1", 80)),
     ("[fe80::1%eth0]:80", Address("fe80::1%eth0", 80)),
     ("[::ffff:10.0.0.1]:80", Address("::ffff:10.0.0.1", 80)),
+    ("[::ffff:169.254.0.1]:80", Address("::ffff:169.254.0.1", 80)),  # IPv4 has no zones
     (f"{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 61}:1", Address(f"{'a' * 63}.{'b' * 63}.{'c' * 63}.{'d' * 61}", 1)),
 ]
 
@@ -120,6 +122,8 @@ def test_an_address_is_parsed_and_printed_back(text, address):
         ("[127.0.0.1]:80", "not an IPv6 address"),
         ("[::1/64]:80", "not an IPv6 address"),
         ("[fe80::1%]:80", "not an interface"),
+        ("[fe80::1]:80", "'[fe80::1]:80': a link-local address needs its interface, such as [fe80::1%eth0]"),
+        ("[febf::1]:80", "needs its interface"),
         ("[fe80::1%a b]:80", "not an interface"),
         ("256.1.1.1:80", "not an IPv4 address"),
         ("1.2.3:80", "not an IPv4 address"),
@@ -144,10 +148,11 @@ def test_a_wrong_address_is_refused_with_the_reason(text, why):
     assert printable(text[:50]) in str(caught.value)
 
 
+LINK_LOCAL = ipaddress.ip_network("fe80::/10")
 labels = st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=20)
 hosts = (
     st.just("")
-    | st.ip_addresses().map(str)
+    | st.ip_addresses().map(lambda address: f"{address}%eth0" if address in LINK_LOCAL else str(address))
     | st.lists(labels, min_size=1, max_size=4).map(lambda parts: ".".join([*parts, "example"]))
 )
 
