@@ -78,9 +78,9 @@ shared_deadline = lru_cache(64)(_SharedDeadline)  # as ``deadline``, for what is
 
 
 def reason(exc: BaseException) -> str:
-    """Say why, in a few words: the text of an errno, or the exception's own."""
+    """Say why, in a few words: the text of an errno, which begins in lower case, or the exception's own."""
     if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror.lower()
+        return exc.strerror[0].lower() + exc.strerror[1:]
     return str(exc) or type(exc).__name__
 
 

@@ -86,6 +86,8 @@ class Tunnels:
     def stop(self) -> int:
         """Drain all, each within its own SHUTDOWN_TIMEOUT; give the number of exchanges that were cut."""
         timeouts_s = self._shutdown_timeouts_s()
+        for service in timeouts_s:  # before anything waits: what ends meanwhile is not tried again
+            service.role.exchanges.draining = True
         self._drains.kill()
         gevent.joinall([gevent.spawn(service.stop) for service in timeouts_s])
         begun = time.monotonic()

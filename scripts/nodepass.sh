@@ -627,11 +627,13 @@ write_tunnel() {
 }
 
 command_list() {
-    local name
+    local name some=
     [ $# = 0 ] || misuse "list is followed by nothing, not by $(shown "$1")"
     while read -r name; do
         show_tunnel "$name"
+        some=1
     done < <(tunnels)
+    [ -n "$some" ] || echo "no tunnels"
 }
 show_tunnel() {
     read_record "$1"

@@ -9,7 +9,7 @@ from support import wait_until
 
 from nodepass_gevent.config import Address, Config, Limits
 from nodepass_gevent.crew import Crew
-from nodepass_gevent.errors import ConfigError, TunnelsRefused
+from nodepass_gevent.errors import ConfigError, SessionEnded, TunnelsRefused
 from nodepass_gevent.metrics import Counters
 from nodepass_gevent.tunnels import Tunnels
 
@@ -29,6 +29,7 @@ class Role:
         self.done = []
         self.bye = Event()  # its peer has answered
         self.bye.set()
+        self.ends = Event()
 
     def __str__(self):
         return f"role {self.config.name}"
@@ -36,7 +37,8 @@ class Role:
     def run(self):
         self.done.append("run")
         try:
-            Event().wait()
+            self.ends.wait()
+            raise SessionEnded("the server said bye", 1.0)
         finally:
             self.done.append("killed")
             self.bye.wait()
@@ -292,6 +294,14 @@ def test_exchanges_of_replaced_tunnels_are_drained_at_the_end_too(world):
     world.apply(replace(config, semaphore_limit=7))
     assert world.tunnels.stop() == 1
     assert world.tunnels.exchanges() == 0
+
+
+def test_what_ends_in_the_moment_of_the_stop_is_not_tried_again(world, caplog):
+    world.apply(CONFIG)
+    world.roles[0].ends.set()  # its peer stops in the same moment
+    world.tunnels.stop()
+    assert [message for message in caplog.messages if "said bye" in message] == ["role a: the server said bye"]
+    assert world.roles[0].done.count("run") == 1
 
 
 def test_a_reload_reaches_those_that_run(world):

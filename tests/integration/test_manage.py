@@ -289,7 +289,7 @@ def test_what_does_not_run_is_not_added(supervised):
     before = tree(site.root / "etc/supervisor")
     assert "ZeroDivisionError" in site.run("add", "web", SERVER, code=1)
     assert tree(site.root / "etc/supervisor") == before
-    assert site.run("list") == ""
+    assert site.run("list") == "no tunnels\n"
 
 
 def test_another_key_alone_is_taken_up(supervised):
@@ -461,7 +461,7 @@ def test_a_deleted_tunnel_is_added_again_by_its_name_alone(site):
     unit, key = (site.units / "nodepass-web.service"), (site.etc / "web.tunnel-key").read_text()
     text = unit.read_text()
     site.run("delete", "web")
-    assert site.run("list") == "" and not unit.exists()
+    assert site.run("list") == "no tunnels\n" and not unit.exists()
     site.run("add", "web", *SYSTEMD)
     assert unit.read_text() == text and (site.etc / "web.tunnel-key").read_text() == key
 
@@ -526,7 +526,7 @@ def test_a_unit_that_somebody_wrote_is_left_alone(site):
     (site.units / "nodepass-web.service").write_text("[Service]\nExecStart=/bin/true\n")
     assert site.refusal("add", "web", SERVER, *SYSTEMD).endswith("is there already, and not by this script")
     assert "nothing to delete" in site.run("delete", "web") and (site.units / "nodepass-web.service").exists()
-    assert site.run("list") == ""
+    assert site.run("list") == "no tunnels\n"
 
 
 def test_a_program_that_somebody_else_installed_is_left_alone(tmp_path):
@@ -675,7 +675,7 @@ def test_wrong_use_is_told_in_a_line(site, words, text):
 
 def test_settings_that_do_not_pass_the_check_are_refused(site):
     said = site.run("add", "web", f"{SERVER}&ca=/none", *SYSTEMD, code=2)
-    assert "ca: cannot read '/none'" in said and "web: is not added" in said and site.run("list") == ""
+    assert "ca: cannot read '/none'" in said and "web: is not added" in said and site.run("list") == "no tunnels\n"
 
 
 def test_a_new_tunnel_is_refused_where_something_else_has_its_port(site):
@@ -700,7 +700,7 @@ def test_without_a_program_there_is_nothing_to_do_but_install(tmp_path):
     for words in (("add", "web", SERVER, *SYSTEMD), ("update",), ("status",)):
         assert "nodepass.sh install does" in site.refusal(*words)
     assert "nothing to remove" in site.run("remove", "--yes")
-    assert site.run("list") == ""
+    assert site.run("list") == "no tunnels\n"
 
 
 # The menu
