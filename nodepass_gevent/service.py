@@ -84,8 +84,7 @@ class Service:
         self._backoff = Backoff(lambda: role.config.service_cooldown_s, draw)
         self._retry_now = Event()
         self._reloaded = Event()
-        self._said = ""  # the last reason that was logged above DEBUG, and when
-        self._said_at = -REPEAT_S
+        self._said: dict[str, float] = {}  # when reasons were logged above DEBUG, of late
         self.failures = 0  # tries that did not end in good order
         self.ended: Ended | None = None  # how the last try ended
         self.next_try_at: float | None = None  # Unix time; None while the role runs
@@ -166,12 +165,12 @@ class Service:
 
         The first line with a reason says what comes ``then``: there is silence after it.
         """
-        now, again = time.monotonic(), f"; trying again {when}{then if why != self._said else ''}"
+        now, again = time.monotonic(), f"; trying again {when}{'' if why in self._said else then}"
         self.failures += level > logging.INFO
         self.ended = Ended(why)
-        if why == self._said and now - self._said_at < REPEAT_S:
+        if now - self._said.get(why, -REPEAT_S) < REPEAT_S:
             level = logging.DEBUG
         else:
-            self._said, self._said_at = why, now
+            self._said = {each: at for each, at in self._said.items() if now - at < REPEAT_S} | {why: now}
         self._log.log(level, "%s: %s%s", self.role, why, "" if self.role.exchanges.draining else again)
         return pause_s

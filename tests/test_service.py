@@ -8,6 +8,7 @@ import pytest
 from gevent.event import Event
 from support import bounded, wait_until
 
+from nodepass_gevent import service
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import ConnectError, PeerSilent, PolicyError, SessionEnded, SessionLost
@@ -56,12 +57,14 @@ def pauses(caplog):
 
 @pytest.fixture
 def serve(spawn, caplog):
-    """Run a role until it works."""
+    """Run a role until it works; give its service."""
     caplog.set_level(logging.DEBUG, "nodepass_gevent")
 
     def run(role):
-        spawn(Service(role, lambda: 0).run)
+        served = Service(role, lambda: 0)
+        spawn(served.run)
         assert role.works.wait(5)
+        return served
 
     return run
 
@@ -129,6 +132,18 @@ def test_a_session_that_lived_is_followed_by_a_try_at_once(serve, caplog):
 def test_a_reason_that_stays_the_same_is_said_once_a_minute(serve, caplog):
     serve(Failing(*[OSError("broken")] * 3, OSError("worse"), cooldown_s=0.1))
     assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "DEBUG", "WARNING"]
+
+
+def test_reasons_that_alternate_are_each_said_once_a_minute(serve, caplog):
+    serve(Failing(*[OSError("broken"), OSError("worse")] * 3, cooldown_s=0.01))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2 + ["DEBUG"] * 4
+
+
+def test_what_was_said_is_said_again_after_a_minute_and_then_forgotten(serve, caplog, monkeypatch):
+    monkeypatch.setattr(service, "REPEAT_S", 0)
+    served = serve(Failing(OSError("broken"), OSError("worse"), OSError("broken"), cooldown_s=0.01))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 3
+    assert len(served._said) <= 1
 
 
 # (how a try ends twice, the cooldown, what is behind "trying again" in its lines)
