@@ -65,6 +65,8 @@ def shake(no_leaks):
             how.context.set_max_proto_version(VERSIONS[version])
         accepting = gevent.spawn(attempt, tls.accept, near, server.contexts[alpn], alpn)
         client = attempt(tls.dial, far, how)
+        if isinstance(client, CertificateRefused):
+            tls.tell(far, client, 0.01)
         return Ends(client, accepting.get(), near)
 
     with bounded(20):
