@@ -13,6 +13,8 @@ from typing import Any
 import gevent
 from gevent.event import AsyncResult
 
+CANDIDATES = 128  # TLS handshakes of who may be a v1 client, at once: ours dials as many
+
 
 @dataclass(eq=False)
 class Caller:

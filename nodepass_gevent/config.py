@@ -242,6 +242,11 @@ class Config(Checked):
         """Whether nobody is served, and no server taken, without the tunnel key."""
         return self.tunnel_key is not None or self.tunnel_key_file is not None
 
+    @property
+    def serves_v1(self) -> bool:
+        """Whether a server takes clients of profile v1, which cannot prove a tunnel key."""
+        return self.protocol != "2" and not self.keyed
+
     def value(self, field_name: str) -> Any:
         """Give the value of a field, its own or one of its limits."""
         return getattr(self if hasattr(self, field_name) else self.limits, field_name)

@@ -13,7 +13,7 @@ import gevent
 
 from . import authentication, net, opening, tls, wire
 from . import log as logs
-from .callers import Caller, Callers
+from .callers import CANDIDATES, Caller, Callers
 from .clients import Client, Clients
 from .config import Config
 from .errors import CertificateRefused, KeyMismatch, PoolClosed, ProtocolError
@@ -45,6 +45,7 @@ class Joining:
         self._certificate = certificate
         self._clients = clients
         self._held = held
+        self._candidates = Callers(min(CANDIDATES, config.max_pool_capacity))
         self._counters = counters
         self._on_wrong_tag = on_wrong_tag
         self._running = 0
@@ -157,8 +158,8 @@ class Joining:
                 why, alert = "no client is expected there, or its pool is full", b""
                 try:
                     if candidate or (client and not self.full and self.has_room(client)):
-                        place = self.counted() if client else self._held.noted(Caller(key, stream, gevent.getcurrent()))
-                        with place:
+                        caller = Caller(key, stream, gevent.getcurrent())
+                        with self.counted() if client else self._candidates.noted(caller):
                             data = self.secure(stream)
                             client = whose(key)
                         if client and self.has_room(client):

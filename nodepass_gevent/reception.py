@@ -48,7 +48,6 @@ class Reception:
         penalties: Penalties,
         counters: Counters,
     ) -> None:
-        self.serves_v1 = config.protocol != "2" and not config.keyed
         self._data_port: int | None = None  # where v1 data connections are taken; None: nowhere
         self._own_port: int | None = (
             None  # where v2 ones are, when another process may have the tunnel port's next call
@@ -72,13 +71,13 @@ class Reception:
 
     def open_data_port(self, port: int) -> None:
         """Name the data port to callers: to those that it is for."""
-        self._data_port = port if self.serves_v1 else None
+        self._data_port = port if self._config.serves_v1 else None
         self._own_port = port if self._config.reuse_port else None
 
     def expects_v1(self) -> bool:
         """Whether who calls a data port for both profiles is to be served as v1."""
         current = self._clients.current()
-        return self.serves_v1 and (current is None or current.profile == 1)
+        return self._config.serves_v1 and (current is None or current.profile == 1)
 
     # The tunnel port
 
@@ -192,7 +191,8 @@ class Reception:
             self._awaited += 1  # an honest client dials hundreds at once: they count in a budget of their own
             unknown.callback(self._heard)
             seconds = self._limits.opening_timeout_s
-            why = f"silent for {seconds:g} s; perhaps a second client, of v1, while {neighbour.stream} is connected"
+            hint = f"; perhaps a second client, of v1, while {neighbour.stream} is connected"
+            why = f"silent for {seconds:g} s{hint if self._config.serves_v1 else self._lacking}"
             with gevent.Timeout(seconds, TimeoutError(why)):
                 if not stream.seen(1):
                     stream.wait_for_arrival()

@@ -52,6 +52,10 @@ def test_the_need_follows_the_settings():
     assert needed([config("client", **base | {"semaphore_limit": 11})]) == client + 2
     assert needed([config("client", **base | {"max_pool_capacity": 6})]) == client + 1
     assert needed([config(**base | {"callers": 5})]) == client + 4 + 2 * 5
+    assert needed([config(**base | {"tls": 1})]) == client + 4 + 2 * 4 + 5  # handshakes of a v1 client
+    assert needed([config(**base | {"tls": 1, "protocol": "2"})]) == client + 4 + 2 * 4
+    many = base | {"max_pool_capacity": 500}
+    assert needed([config(**many | {"tls": 1})]) == needed([config(**many)]) + 128
     assert needed([config("client", reserve=17, **base)]) == client + 1
 
 

@@ -125,6 +125,17 @@ def test_over_tls_handshakes_of_who_only_calls_take_no_place_of_a_clients(serve,
         assert all(is_served(connect(running, "user"), client.join()) for _ in range(4))
 
 
+def test_over_tls_a_client_that_dials_its_pool_at_once_is_not_taken_for_a_crowd(serve, connect):
+    running = serve(tls=1, callers=4, min_pool_capacity=2, max_pool_capacity=16)
+    client = connect(running)
+    dialled = [connect(running, "data") for _ in range(16)]
+    gevent.idle()  # the server has begun them all
+    for data in map(client.secure, dialled):
+        client.idle[read_exactly(data, 8)] = data
+    assert len(client.idle) == 16
+    assert is_served(connect(running, "user"), client)
+
+
 @pytest.mark.parametrize("speech", [b"", b"\x16\x03\x01\x01\x00\x01"])
 def test_a_stalled_tls_handshake_ends_at_the_deadline(serve, connect, speech):
     running = serve(tls=1, tls_handshake_timeout_s=HOLD_S)

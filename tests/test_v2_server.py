@@ -280,6 +280,15 @@ def test_a_v1_client_beside_a_v2_client_is_refused(serve, connect, call, said):
     assert is_served(connect(running, "user"), client)
 
 
+def test_where_no_v1_client_is_served_a_silent_caller_is_taken_for_none(serve, call, connect, said):
+    running = serve(protocol="2", opening_timeout_s=0.1)
+    call(running)
+    silent = connect(running, "caller")
+    read_line(silent)
+    assert closed(silent)
+    wait_until(lambda: said.find(r"refused caller .*: silent for 0\.1 s$"))
+
+
 def test_a_client_that_does_not_answer_pings_is_declared_dead(serve, call, said):
     client = call(serve(report_interval_s=0.3))
     assert said.find("connected, profile v2")
