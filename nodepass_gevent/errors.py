@@ -70,12 +70,12 @@ class PeerLeft(NodePassError):
 
 _LAUNCH_FAILED = {
     "resolve": "its client could not resolve the target's name",
-    "refused": "its client's target refuses",
+    "refused": "its client's target refuses, or its setting network does",
     "timeout": "its client's target does not answer",
     "unreachable": "its client cannot reach the target",
     "busy": "its client has no place for it",
     "gone": "its data connection is gone",
-    "silent": "its client is silent",
+    "silent": "its client is silent",  # no word of the wire: what this side says of it
 }
 
 

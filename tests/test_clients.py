@@ -72,7 +72,7 @@ def test_a_client_that_has_not_agreed_is_not_told(serve, connect, call):  # noqa
 @pytest.mark.parametrize(
     ("why", "in_words"),
     [
-        (b"refused", "its client's target refuses"),
+        (b"refused", "its client's target refuses, or its setting network does"),
         (b"timeout", "its client's target does not answer"),
         (b"resolve", "its client could not resolve the target's name"),
         (b"unreachable", "its client cannot reach the target"),
