@@ -1,4 +1,4 @@
-"""How a tunnel is, and how all of them are, in sentences. Looks at nothing: it is given what there is, and the time."""
+"""How a tunnel is, and how all of them are: what is known, and the sentences. Looks at nothing: it is given all."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
