@@ -13,7 +13,7 @@ from typing import Any
 import gevent
 from gevent.event import AsyncResult
 
-CANDIDATES = 128  # TLS handshakes of who may be a v1 client, at once: ours dials as many
+CANDIDATES = 128  # as many as our client dials at once
 
 
 @dataclass(eq=False)
@@ -31,6 +31,11 @@ class Caller:
             return False
         self.verdict.set(verdict)
         return True
+
+
+def most_candidates(max_pool_capacity: int) -> int:
+    """Say how many TLS handshakes, of who may be a v1 client, go on at once: an honest one dials its whole pool."""
+    return min(CANDIDATES, max_pool_capacity)
 
 
 class Callers:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from .callers import CANDIDATES
+from .callers import most_candidates
 from .config import Config, setting_name
 from .errors import ConfigError
 
@@ -86,7 +86,7 @@ def _need(config: Config) -> int:
     need = PER_USER * config.semaphore_limit + config.max_pool_capacity + CONTROL
     if config.role == "server":
         need += LISTENERS + 2 * config.limits.callers  # on the tunnel port, and held on the data port
-        need += min(CANDIDATES, config.max_pool_capacity) if config.tls and config.serves_v1 else 0
+        need += most_candidates(config.max_pool_capacity) if config.tls and config.serves_v1 else 0
     return need
 
 

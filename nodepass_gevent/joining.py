@@ -13,7 +13,7 @@ import gevent
 
 from . import authentication, net, opening, tls, wire
 from . import log as logs
-from .callers import CANDIDATES, Caller, Callers
+from .callers import Caller, Callers, most_candidates
 from .clients import Client, Clients
 from .config import Config
 from .errors import CertificateRefused, KeyMismatch, PoolClosed, ProtocolError
@@ -45,7 +45,7 @@ class Joining:
         self._certificate = certificate
         self._clients = clients
         self._held = held
-        self._candidates = Callers(min(CANDIDATES, config.max_pool_capacity))
+        self._candidates = Callers(most_candidates(config.max_pool_capacity))
         self._counters = counters
         self._on_wrong_tag = on_wrong_tag
         self._running = 0

@@ -2,7 +2,8 @@ import gevent
 import pytest
 from support import bounded
 
-from nodepass_gevent.callers import Caller, Callers
+from nodepass_gevent.callers import Caller, Callers, most_candidates
+from nodepass_gevent.dialing_pool import DIALS_AT_ONCE
 
 
 def call(callers, key):
@@ -94,3 +95,8 @@ def test_there_are_never_more_callers_than_the_limit(limit):
     for number in range(3 * limit):
         call(callers, str(number % 7))
         assert len(callers) <= limit
+
+
+def test_a_whole_pool_that_a_client_dials_at_once_has_room_and_no_more_than_that():
+    assert most_candidates(16) == 16
+    assert most_candidates(100_000) == DIALS_AT_ONCE
