@@ -222,17 +222,20 @@ def check_files(config: Config) -> None:
         load_authorities(config.ca)
 
 
-def doubts(certificate: Certificate, key: str | None, role: str, mode: int) -> list[str]:
-    """Say what is wrong with files that can be used, but for their time: who refuses them, and who may read the key."""
-    found = _refusals(certificate.chain[0], role, mode)
+def doubts(certificate: Certificate, key: str | None, end: str, mode: int) -> list[str]:
+    """Say what is wrong with files that can be used, but for their time: who refuses them, and who may read the key.
+
+    ``end`` is the one of a TLS connection that presents them: server, in ``mode``, or client.
+    """
+    found = _refusals(certificate.chain[0], end, mode)
     if key and (problem := exposure(key)):
         found.append(f"key: {key!r} {problem}")
     return found
 
 
-def _refusals(certificate: x509.Certificate, role: str, mode: int) -> list[str]:
-    crt, problem = "crt: the certificate", use_problem(certificate, role)
-    if role == "client":
+def _refusals(certificate: x509.Certificate, end: str, mode: int) -> list[str]:
+    crt, problem = "crt: the certificate", use_problem(certificate, end)
+    if end == "client":
         return [f"{crt} {problem}: a server with ca refuses it"] if problem else []
     if mode != VERIFIED:
         return []  # clients take any

@@ -132,18 +132,18 @@ def names_no_host(certificate: x509.Certificate) -> bool:
     return not (names.get_values_for_type(x509.DNSName) or names.get_values_for_type(x509.IPAddress))
 
 
-def use_problem(certificate: x509.Certificate, role: str) -> str:
-    """Say that a certificate is not made for a role, or nothing; made for any use it is for none, says OpenSSL."""
+def use_problem(certificate: x509.Certificate, end: str) -> str:
+    """Say that a certificate is not made for that end of TLS, or nothing; for any use is for none, says OpenSSL."""
     try:
         uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except (x509.ExtensionNotFound, *_UNREADABLE):
         return ""
-    if _USES[role] in uses:
+    if _USES[end] in uses:
         return ""
     for other, use in _USES.items():
         if use in uses:
             return f"is made for {other}s only (extended key usage)"
-    return f"is not made for {role}s (extended key usage)"
+    return f"is not made for {end}s (extended key usage)"
 
 
 def pin_problem(certificate: x509.Certificate, pin: Pins) -> str:
