@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
-from . import options
+from . import options, ports
 from .command_line import PROCESS_NUM, SOURCE, Line
 from .config import Config, setting_name
 from .configfile import NAME
@@ -169,7 +169,8 @@ def systemd(parsed: Parsed, command: Command) -> str:
                 credentials.append(setting)
                 extra.append(f"LoadCredential={setting}:{_doubled(path)}")
     words = [*command.words, *_arguments(parsed.line, credentials), *(f"--{name}=%d/{name}" for name in credentials)]
-    low = any(address.port < FIRST_FREE_PORT for config in parsed.configs for address in _listening(config))
+    listening = (port.address.port for port in ports.of_process(parsed.process, parsed.configs))
+    low = any(0 < number < FIRST_FREE_PORT for number in listening)  # 0: the system chooses, and none of these
     start = " ".join(systemd_word(word) for word in words)
     return _unit(name, start, _stop_s(parsed.configs), command, extra, low)
 
@@ -330,14 +331,6 @@ def _files(parsed: Parsed) -> list[tuple[str, str, str]]:
             if path := getattr(config, field, None):
                 found.append((setting_name(field), path, config.source(setting_name(field))))
     return found
-
-
-def _listening(config: Config) -> list[Address]:
-    """Give the addresses on which a tunnel listens, but those that the system chooses."""
-    if config.role == "client":
-        return []
-    data = Address(config.tunnel.host, config.data_port or 0)
-    return [address for address in (config.tunnel, config.target, data) if address.port]
 
 
 def _stop_s(configs: Iterable[Config]) -> int:

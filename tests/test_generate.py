@@ -230,7 +230,10 @@ def test_a_unit_is_told_by_the_process_how_it_is_and_restarts_it_unless_its_sett
         (["server://:10101/:443"], True),
         (["server://:1023/:8080"], True),
         ([SERVER, "--data-port=1000"], True),
+        ([SERVER, "--status=127.0.0.1:910"], True),
+        (["server://:0/:0"], False),
         (["client://h:443/h:80"], False),
+        (["client://h:443/h:80", "--status=127.0.0.1:910"], True),
     ],
 )
 def test_only_ports_below_1024_bring_a_capability(words, low):
