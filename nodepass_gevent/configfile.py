@@ -21,7 +21,8 @@ SHORTEST_SECRET = 16  # characters
 _NO_NAME = re.compile(r"[\s:]")
 _BLANK = " \t\r"
 _SECTION = re.compile(r"\[[ \t]*(?:nodepass|tunnel[ \t]+([^\]]*?))[ \t]*\][ \t]*(?:[#;].*)?")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a tunnel
+NAMES_ALLOWED = "1 to 64 ASCII letters, digits, '_', '.' or '-', the first a letter or digit"  # the same in words
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"[ \t]*(?:#.*)?')
 _COMMENT = re.compile(r"(?:^|[ \t]+)#.*")
 
@@ -137,8 +138,7 @@ def _section_name(line: str, source: str) -> str:
         raise ConfigError(f"unknown section {shown(line)}{hint}; allowed: [nodepass], [tunnel NAME] [from {source}]")
     name = match[1]
     if name is not None and not NAME.fullmatch(name):
-        allowed = "1 to 64 ASCII letters, digits, '_', '.' or '-'"
-        raise ConfigError(f"section: {shown(name)} is not a tunnel's name; allowed: {allowed} [from {source}]")
+        raise ConfigError(f"section: {shown(name)} is not a tunnel's name; allowed: {NAMES_ALLOWED} [from {source}]")
     return name or ""
 
 

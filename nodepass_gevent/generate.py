@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from . import options, ports
 from .command_line import PROCESS_NUM, SOURCE, Line
 from .config import Config, setting_name
-from .configfile import NAME
+from .configfile import NAME, NAMES_ALLOWED
 from .errors import ConfigError
 from .options import Parsed
 from .settings import BY_NAME
@@ -281,9 +281,7 @@ WantedBy=default.target
 def _name(line: Line) -> str:
     (name,) = line.words
     if not NAME.fullmatch(name):
-        raise ConfigError(
-            f"{shown(name)} is no name; allowed: 1 to 64 ASCII letters, digits, '_', '.' or '-' [from {SOURCE}]"
-        )
+        raise ConfigError(f"{shown(name)} is no name; allowed: {NAMES_ALLOWED} [from {SOURCE}]")
     return name
 
 

@@ -88,7 +88,11 @@ def test_a_value_is_taken_as_it_is_written(line, value):
         ("[tunnel web", "section '[tunnel web' does not end: ] is missing [from f:1]"),
         ("[nodepass] x", "unknown section '[nodepass] x'"),
         ("[tunnel a b]", "section: 'a b' is not a tunnel's name"),
-        ("[tunnel -a]", "section: '-a' is not a tunnel's name"),
+        (
+            "[tunnel -a]",
+            "section: '-a' is not a tunnel's name; allowed: 1 to 64 ASCII letters, digits, '_', '.' or '-',"
+            " the first a letter or digit [from f:1]",
+        ),
         (f"[tunnel {'a' * 65}]", "is not a tunnel's name; allowed: 1 to 64 ASCII letters"),
         ("[tunnel a]\n[tunnel a]", "section '[tunnel a]' is there twice; first in f:1 [from f:2]"),
         ("[nodepass]\n[tunnel a]\n[nodepass]", "section '[nodepass]' is there twice; first in f:1 [from f:3]"),

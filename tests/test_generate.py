@@ -168,6 +168,7 @@ def test_the_directory_of_logs_may_be_chosen():
         (["web", f"{SERVER}?tls=3"], "tls: '3' is not one of 0, 1, 2 [from URL query]"),
         (["web", "server://a b:1/:2"], "blanks and control characters are refused"),
         (["a/b", SERVER], "'a/b' is no name"),
+        ([".a", SERVER], "'.a' is no name; allowed: 1 to 64 ASCII letters, digits, '_', '.' or '-', the first a "),
         (
             ["web", CLIENT, "--tunnel-key=0123456789abcdef"],
             "tunnel-key: ps and this text would show it; use tunnel-key-f",
