@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 
-from . import configfile, descriptors, log_writer, net, options, ports
+from . import configfile, descriptors, log_writer, net, options, ports, status_server
 from .certificates import expired, load_authorities, load_certificate
 from .config import Address, Config, Process
 from .errors import ConfigError, ConnectError
@@ -42,6 +42,12 @@ def check_settings(config: Config) -> None:
     read_keys(config)
 
 
+def budget(process: Process, configs: Sequence[Config], taken: int) -> descriptors.Budget:
+    """Make the limits of all tunnels fit what the system allows, with what status takes of it; raise ConfigError."""
+    taken += status_server.DESCRIPTORS if process.status else 0
+    return descriptors.plan(configs, descriptors.allowed(), taken)
+
+
 def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
     """Look at all that a command line and its files ask for."""
     findings: list[Finding] = []
@@ -64,7 +70,7 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> list[Finding]:
     for config in configs:
         findings += [Finding(level, config.name, text) for level, text in _look_at(config, clashes)]
     findings += [Finding(level, "", text) for level, text in _look_at_process(process, clashes)]
-    return [*dict.fromkeys(findings), *_count_descriptors(configs)]
+    return [*dict.fromkeys(findings), *_count_descriptors(process, configs)]
 
 
 def _told_once(findings: Sequence[Finding]) -> list[Finding]:
@@ -190,11 +196,11 @@ def _bind(what: str, address: Address, kind: int) -> tuple[str, str]:
     return OK, f"{what}: {address} is free"
 
 
-def _count_descriptors(configs: Sequence[Config]) -> list[Finding]:
+def _count_descriptors(process: Process, configs: Sequence[Config]) -> list[Finding]:
     if not configs:
         return []
     try:
-        budget = descriptors.plan(configs, descriptors.allowed(), descriptors.taken())
+        warnings = budget(process, configs, descriptors.taken()).warnings
     except ConfigError as exc:
         return [Finding(ERROR, "", str(exc))]
-    return [Finding(WARNING, "", text) for text in budget.warnings] or [Finding(OK, "", "open files: enough")]
+    return [Finding(WARNING, "", text) for text in warnings] or [Finding(OK, "", "open files: enough")]

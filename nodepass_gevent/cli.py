@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
-from . import __version__, check, descriptors, example, generate, options, ports, process, status_client, status_server
+from . import __version__, check, descriptors, example, generate, options, ports, process, status_client
 from .client import Client
 from .command_line import Line, build_parser
 from .config import Config
@@ -66,8 +66,7 @@ def _plan(parsed: options.Parsed, taken: int) -> process.Plan:
         check.check_settings(config)
     ports.refuse_clashes(parsed.process, parsed.configs)
     token = read_token(parsed.process)
-    taken += status_server.DESCRIPTORS if parsed.process.status else 0
-    budget = descriptors.plan(parsed.configs, descriptors.allowed(), taken)
+    budget = check.budget(parsed.process, parsed.configs, taken)
     warnings = (*parsed.warnings, *budget.warnings)
     return process.Plan(parsed.process, budget.configs, warnings, budget.most, budget.pipes, token)
 

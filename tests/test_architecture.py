@@ -41,10 +41,10 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"joining"},
     {"public_port", "reception"},
     {"client", "server", "service", "status_words"},
-    {"check", "status", "tunnels"},
+    {"status", "tunnels"},
     {"exposition"},
     {"status_server"},
-    {"process"},
+    {"check", "process"},
     {"cli"},
     {"__main__"},
 )

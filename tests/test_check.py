@@ -10,6 +10,7 @@ from authority import SERVER as SERVING
 from gevent import monkey
 
 from nodepass_gevent import check as checks
+from nodepass_gevent import options
 from nodepass_gevent.check import ERROR, OK, WARNING, Finding, check, report
 
 NOT_OURS = ", which is no address of this machine; for all that it has, give only :{}"
@@ -219,6 +220,16 @@ def test_too_few_open_files_are_found(monkeypatch, ports):
     assert levels(found) == [WARNING, WARNING] and found[0].text.startswith("open files: 300 are allowed")
     monkeypatch.setattr(checks.descriptors, "allowed", lambda: 30)
     assert levels(worst(check([SERVER.format(*ports)], {}))) == [ERROR]
+
+
+def test_open_files_are_counted_as_a_run_counts_them_with_those_of_status(monkeypatch, ports):
+    argv = [SERVER.format(*ports)]
+    enough = checks.descriptors.plan(options.parse(argv, {}).configs, 1 << 20, 100).most
+    monkeypatch.setattr(checks.descriptors, "allowed", lambda: enough)
+    monkeypatch.setattr(checks.descriptors, "taken", lambda: 100)
+    assert not worst(check(argv, {}))
+    found = worst(check([*argv, "--status=127.0.0.1:0"], {}))
+    assert set(levels(found)) == {WARNING} and found[0].text.startswith(f"open files: {enough} are allowed")
 
 
 def test_the_mistake_of_one_tunnel_hides_none_of_another(tmp_path, ports):
