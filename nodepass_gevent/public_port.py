@@ -130,17 +130,17 @@ class PublicPort:
                     net.bind(target, kind, shared=True).close()
         return target
 
-    def run(self) -> OSError | None:
-        """Serve users until killed, or until receiving them fails; give the reason, where it is outside."""
-        if not self._config.reuse_port:
-            gevent.wait(self._receivers, count=1)
-            return None
+    def run(self) -> BaseException | None:
+        """Serve users until killed, or until receiving them fails; give the reason, an OSError where it is outside."""
         try:
-            while not any(each.ready() for each in self._receivers):
-                self._take_turn()
+            while not (failed := [each for each in self._receivers if each.ready()]):
+                if self._config.reuse_port:
+                    self._take_turn()
+                else:
+                    gevent.wait(self._receivers, count=1)
         except OSError as exc:
             return exc
-        return None
+        return failed[0].exception
 
     def _take_turn(self) -> None:
         """Serve users while there is a client; where the port is open already, one may be a moment away."""

@@ -120,9 +120,10 @@ class Server:
             public = gevent.spawn(self._public.run)
             stack.callback(self._take_leave, public)
             first = gevent.wait([public, *(running.spawn(part) for part in parts)], count=1)[0]
-            if isinstance(first.value, OSError):
-                raise first.value
-            raise RuntimeError(f"an accept loop ended: {first.exception!r}")
+            why = first.value if first.successful() else first.exception
+            if isinstance(why, OSError):
+                raise why
+            raise RuntimeError("an accept loop ended") from why
 
     def _take_leave(self, public: gevent.Greenlet) -> None:
         """Take no users any more, and see those off that have come while their client is still here."""

@@ -15,8 +15,12 @@ from test_v2_server import HELLO, V2Client
 from tunnel import ELSEWHERE, closed, dial, is_served, read_line
 
 from nodepass_gevent import net
+from nodepass_gevent.admission import Admission
+from nodepass_gevent.clients import Clients
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.metrics import Counters
+from nodepass_gevent.public_port import PublicPort, Sockets
 from nodepass_gevent.server import Server
 
 
@@ -55,6 +59,24 @@ class SharedV2Client(V2Client):
         data.sendall(b"//%b?v=2#data\n" % (session or self.session))
         read_line(data)
         return data
+
+
+def test_why_receiving_users_failed_is_said():
+    class Broken:
+        def user(self, user, ended=None): ...
+
+        def wait_for_room(self): ...
+
+        def room(self):
+            raise ArithmeticError("a fault of ours")
+
+    config = Config(role="server", tunnel=free_address(), target=free_address(), network="tcp", limits=LIMITS)
+    admission = Admission(config, Counters())
+    public = PublicPort(config, Sockets({}), Clients(LIMITS), Broken(), admission, lambda exc: None)
+    address = public.prepare()
+    with socket.create_connection((address.host, address.port), BOUND_S), gevent.Timeout(BOUND_S):
+        assert str(public.run()) == "a fault of ours"
+    public.close(0)
 
 
 # With several processes
