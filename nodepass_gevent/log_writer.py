@@ -131,6 +131,7 @@ class Writer(logging.Handler):
         self._queue.put(line)
 
     def _format(self, record: logging.LogRecord) -> str:
+        """Give the line of a record; what is no detail, nor of an exchange, is kept as an event, too."""
         tunnel = place(record)
         if record.levelno >= logging.INFO and not hasattr(record, "event"):
             self.recent.append(Event(record.created, record.levelname.lower(), tunnel, record.getMessage()))
@@ -155,10 +156,10 @@ class Writer(logging.Handler):
             taken.append(self._queue.get())
         return taken
 
-    def _write_notices(self, *, everything: bool = False) -> None:
+    def _write_notices(self, *, everything: bool) -> None:
         """Write what was held back, and what is missing when lines go out again."""
         for record in self.limit.close(everything=everything):
-            self._write([self._format(record)])
+            self._failed += self._write([self._format(record)])
         slow, failed = self._slow - self._slow_said, self._failed - self._failed_said
         if slow and not self._failing and self._queue.empty() and self._say(slow, f"dropped: {TOO_SLOW}"):
             self._slow_said += slow

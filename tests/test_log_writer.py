@@ -192,6 +192,17 @@ print(logs.dropped().lost, logs.dropped().still)
     ]
 
 
+def test_the_count_of_what_was_held_back_is_a_line_that_may_be_lost():
+    code = """
+logs.setup("info", "/dev/full", rate=1)
+for number in range(11):
+    log.info("lost %d", number)
+logs.flush()
+print(logs.dropped().failed, logs.dropped().held_back)
+"""
+    assert output(code) == "11 1\n"
+
+
 def test_a_line_that_was_cut_by_a_full_disk_does_not_spoil_the_next(tmp_path):
     code = """
 import resource
