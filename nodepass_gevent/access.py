@@ -14,6 +14,7 @@ from typing import Any
 import gevent
 
 from . import log as logs
+from . import udp_relay
 from .config import Address, Config
 from .errors import LaunchFailed
 from .metrics import Traffic
@@ -162,13 +163,13 @@ def _is_closed(side: Transport) -> bool:
 
 def _end_of_session(id: bytes, session: UDPRelay) -> End:
     how = session.how
-    if how == ENDED:
+    if how == udp_relay.ENDED:
         return ENDED, ""
     if session.refused:
         return REFUSED_BY_PEER, how
     if session.failed:
         return FAILED, how
-    if how.startswith("idle for"):
+    if how.startswith(udp_relay.IDLE):
         return TIMEOUT, how
     if not id and how:
         return NO_DATA_CONNECTION, how

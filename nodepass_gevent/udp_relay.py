@@ -1,4 +1,4 @@
-"""The two-way way of the datagrams of one UDP session over its data connection, with a bounded queue.
+"""The datagrams of one UDP session, both ways over its data connection, with a bounded queue.
 
 ``send(datagram)`` never blocks; ``run(data, ...)`` blocks its greenlet until the session has ended. Underneath
 everything runs in callbacks of watchers, as in ``relay``: no greenlet and no task per datagram. The first of a turn of
@@ -25,6 +25,9 @@ CHUNK = 16384  # bytes per read; as empty datagrams 8,192 of them, and then ever
 RECEIVE_BATCH = 64  # datagrams of a target per wake-up, then the same
 TICK_S = 0.5  # between two looks at the time that a session has been idle
 LOST = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE, errno.EPERM))  # one datagram alone
+
+ENDED = "ended"  # how a session ends in good order
+IDLE = "idle for "  # how one begins to be told that ends by silence
 
 _buffer = memoryview(bytearray(CHUNK))  # a callback never yields
 
@@ -77,7 +80,7 @@ class UDPRelay:
         self.dropped_size = 0
         self.dropped_network = 0  # not taken where they were to be delivered
         self.running = False  # there is a data connection
-        self.how = ""  # it ended, when it has
+        self.how = ""  # it ended, when it has: ENDED, IDLE and for how long, or what ended it
         self.failed = False
         self.refused = False  # the peer says that nothing came of its launch
 
@@ -178,7 +181,7 @@ class UDPRelay:
     def _check_idle(self, idle_timeout_s: Callable[[], float]) -> None:
         timeout_s = idle_timeout_s()
         if self.idle_s() >= timeout_s:
-            self.end(f"idle for {timeout_s:g} s")
+            self.end(f"{IDLE}{timeout_s:g} s")
 
     # Into the data connection
 
@@ -233,7 +236,7 @@ class UDPRelay:
         assert self._data
         count = self._data.pull(_buffer)
         if not count:
-            self.end("ended")
+            self.end(ENDED)
             return
         datagrams = self._frames.feed(_buffer[:count])
         if datagrams:
