@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 CHUNK = 1024  # bytes per read while the welcome is awaited
 V1_LEAD_S = 0.03  # a server of ours launches no v1 data connection in the first 5 ms, or more when it is busy
 CALLS = 8  # in a row, while server processes on one port have their clients: the system draws who takes a call
-CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, wire.UDP))
+CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, opening.UDP))
 
 
 class Client:

@@ -68,13 +68,14 @@ class PeerLeft(NodePassError):
     """A peer said bye."""
 
 
-_LAUNCH_FAILED = {
+GONE = "gone"  # of these reasons the one after which a user may be given another data connection
+_LAUNCH_FAILED = {  # by the word of the wire
     "resolve": "its client could not resolve the target's name",
     "refused": "its client's target refuses, or its setting network does",
     "timeout": "its client's target does not answer",
     "unreachable": "its client cannot reach the target",
     "busy": "its client has no place for it",
-    "gone": "its data connection is gone",
+    GONE: "its data connection is gone",
     "silent": "its client is silent",  # no word of the wire: what this side says of it
 }
 

@@ -14,14 +14,14 @@ from typing import Protocol
 
 import gevent
 
-from . import access, proxy_protocol, wire
+from . import access, proxy_protocol
 from . import log as logs
 from .access import AccessLog
 from .alarm import soon
 from .config import Config
 from .crew import Crew
 from .datagrams import DatagramEgress, DatagramIngress
-from .errors import ConnectError, LaunchFailed, NoDataConnection, NodePassError, ProtocolError, TunnelError
+from .errors import GONE, ConnectError, LaunchFailed, NoDataConnection, NodePassError, ProtocolError, TunnelError
 from .launching import Launched, Launcher, Link
 from .metrics import Counters
 from .net import connect
@@ -249,7 +249,7 @@ class Egress:
         except NodePassError as exc:
             self._lose(launch, started, exc)
             if isinstance(exc, NoDataConnection):
-                self._fail(launch.id, wire.GONE.decode())
+                self._fail(launch.id, GONE)
             return
         try:
             with data:
@@ -339,7 +339,7 @@ def _is_dead(error: BaseException | None, user: Stream, end: float) -> bool:
     connection; a broken one counts only while the user is as good as new, for later it is a target's own reset.
     """
     if isinstance(error, LaunchFailed):
-        return error.why == wire.GONE.decode()
+        return error.why == GONE
     return isinstance(error, ConnectionError) and time.monotonic() < end and user.peek() is not False
 
 

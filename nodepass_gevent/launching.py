@@ -74,7 +74,7 @@ class Launcher:
     def carries_sessions(self) -> bool:
         """Whether the peer of now carries UDP sessions; while there is none, hope so."""
         try:
-            return wire.UDP in self._link(0).capabilities
+            return opening.UDP in self._link(0).capabilities
         except TunnelError:
             return True
 
@@ -104,7 +104,7 @@ class Launcher:
         end = time.monotonic() + timeout_s
         while True:
             link = self._link(end - time.monotonic())
-            if kind is Kind.UDP_SESSION and wire.UDP not in link.capabilities:
+            if kind is Kind.UDP_SESSION and opening.UDP not in link.capabilities:
                 raise NotCarried("the peer has no UDP sessions")
             try:
                 id, data = link.pool.take(max(end - time.monotonic(), 0))

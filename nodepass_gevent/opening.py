@@ -37,7 +37,7 @@ VERSION = b"2"
 NONCE_LENGTH = 16  # bytes in a first line that offers v2
 SESSION_LENGTH = 8  # bytes, written as hexadecimal digits in lines
 ALPN_CONTROL, ALPN_DATA = b"nodepass-ctl/2", b"nodepass-data/2"
-NEED, FAIL, BYE, FROM = (b"need", b"fail", b"bye", b"from")  # a capability
+NEED, FAIL, BYE, FROM, UDP = (b"need", b"fail", b"bye", b"from", b"udp")  # capabilities: signals, and UDP sessions
 
 _PORT = re.compile(rb"[1-9][0-9]{0,4}")
 _SESSION = re.compile(rb"[0-9a-f]{16}")

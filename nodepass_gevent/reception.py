@@ -32,7 +32,7 @@ from .transport import Stream, Transport, deadline, reason
 from .tunnel_key import Handshake
 from .wire import Bye, Need
 
-CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, opening.FROM, wire.UDP))
+CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, opening.FROM, opening.UDP))
 SPEAKS = "it speaks"  # the verdict on a caller that is not silent
 
 

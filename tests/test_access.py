@@ -9,7 +9,7 @@ import pytest
 from exchanges import ID, LIMIT, SHORT_S, address_of
 from support import is_reset, read_all, read_exactly, reset, wait_until
 
-from nodepass_gevent import access, wire
+from nodepass_gevent import access, opening, wire
 from nodepass_gevent import log as logs
 from nodepass_gevent.errors import LaunchFailed
 from nodepass_gevent.frames import format_frame
@@ -198,7 +198,7 @@ class Reply:
 
 
 def test_a_session_counts_datagrams_and_bytes_both_ways(ingress, lines):
-    side = ingress(wire.UDP)
+    side = ingress(opening.UDP)
     client = side.add_data()
     side.ingress.udp.datagram(b"question", Reply())
     read_exactly(client, 10)
@@ -210,7 +210,7 @@ def test_a_session_counts_datagrams_and_bytes_both_ways(ingress, lines):
 
 @pytest.mark.parametrize("end", ["timeout", "cut", "failed", "refused by peer", "no data connection"])
 def test_how_a_session_ends(ingress, lines, end):
-    side = ingress(wire.UDP, udp_session_timeout_s=SHORT_S if end == "timeout" else 60, pool_wait_s=SHORT_S)
+    side = ingress(opening.UDP, udp_session_timeout_s=SHORT_S if end == "timeout" else 60, pool_wait_s=SHORT_S)
     if end == "no data connection":
         side.ingress.udp.datagram(b"question", Reply())
     else:

@@ -10,7 +10,7 @@ import pytest
 from exchanges import ID, LIMIT, SHORT_S, FakeLink, happened
 from support import bounded, is_reset, read_all, read_exactly, wait_until
 
-from nodepass_gevent import opening, wire
+from nodepass_gevent import opening
 from nodepass_gevent.errors import LaunchFailed
 from nodepass_gevent.frames import format_frame
 
@@ -189,7 +189,7 @@ class User:
 @pytest.fixture
 def framed(ingress):
     """Make an ingress whose peer has UDP sessions."""
-    return lambda **settings: ingress(wire.UDP, **settings)
+    return lambda **settings: ingress(opening.UDP, **settings)
 
 
 def frames(*datagrams):
@@ -251,7 +251,7 @@ def test_a_session_for_which_no_data_connection_comes_is_unanswered(framed):
     assert side.counted == {"datagrams_unanswered": 3}
 
 
-@pytest.mark.parametrize("peer", [[wire.UDP], []])
+@pytest.mark.parametrize("peer", [[opening.UDP], []])
 def test_a_user_whose_peer_is_lost_while_it_waits_is_carried_as_the_next_peer_does_it(framed, peer):
     side, user = framed(), User("a")
     side.ingress.udp.datagram(b"question", user)
@@ -342,7 +342,7 @@ def test_users_who_wait_for_a_data_connection_keep_their_places(framed):
 
 
 def test_a_session_tells_who_its_user_is_where_that_is_agreed(ingress):
-    side = ingress(wire.UDP, opening.FROM)
+    side = ingress(opening.UDP, opening.FROM)
     client = side.add_data()
     side.ingress.udp.datagram(b"question", User("a"))
     assert read_exactly(client, 10) == frames(b"question")
