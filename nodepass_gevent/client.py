@@ -166,7 +166,7 @@ class Client:
                 answer, *early = _read_lines(transport, lines)
                 welcome, keys = opening.parse_welcome(answer), None
         if isinstance(welcome, Bye):
-            if own_port and welcome.why == b"busy":  # another process may take the next call
+            if own_port and welcome.why == wire.BUSY:  # another process may take the next call
                 raise NoPlace("the server process that took the call has a client: the next call may reach another one")
             raise _refusal(welcome)
         host, port, *scope = control.peer
@@ -358,7 +358,7 @@ class _Signals:
                 case Need():
                     self._on_need(signal.users)
                 case Bye() if self.obeys_bye:
-                    raise _refusal(signal) if signal.why == b"busy" else PeerLeft("the server said bye")
+                    raise _refusal(signal) if signal.why == wire.BUSY else PeerLeft("the server said bye")
                 case _:
                     self._counters.signals_unknown += 1
 
@@ -384,7 +384,7 @@ class _Silence:
 
 
 def _refusal(bye: Bye) -> PolicyError:
-    if bye.why == b"busy":
+    if bye.why == wire.BUSY:
         return PolicyError("the server has another client, and takes one at a time")
     return PolicyError(f"the server takes no client now: {wire.printable(bye.why)}")
 

@@ -17,7 +17,8 @@ With a tunnel key the first line has ``a=psk1`` too, the hello has no capabiliti
     //auth?n=<nonce>&m=<tag>&c=<capabilities>#c     client -> server: its proof of the key
     //auth?s=<session>&m=<tag>&c=<capabilities>&i=<s>&p=<n>#s   server -> client: its proof, and the welcome
 
-The grammar, and what is raised, is that of ``wire``.
+A server that takes no client now says bye in place of either welcome. Grammar, bye, and what is raised are those of
+``wire``.
 """
 
 import base64

@@ -259,7 +259,7 @@ class Reception:
         hurry.close()
         if current:
             try:
-                control.sendall(wire.format_bye(Bye(b"busy")))
+                control.sendall(wire.format_bye(Bye(wire.BUSY)))
                 control.linger(self._limits.drain_linger_s)
             except ConnectionAbortedError:  # it has to make room
                 raise

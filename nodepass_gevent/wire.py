@@ -32,6 +32,7 @@ from .errors import ProtocolError
 MAX_LINE = 256  # bytes; the longest real signal is about 150
 ID_LENGTH = 8  # bytes: 32 random bits in hexadecimal
 PING = b"\n"
+BUSY = b"busy"  # why the server says bye: it has another client
 
 _WORD = rb"[A-Za-z0-9._~,%-]"
 _LINE = re.compile(rb"//(%b*)(?:\?(%b+=%b*(?:&%b+=%b*)*))?#(%b*)" % ((_WORD,) * 6))
