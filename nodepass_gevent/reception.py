@@ -2,8 +2,8 @@
 
 Each caller of the tunnel port is told the first line at once. By a line of its own it is a v2 client or one of its data
 connections. When it stays silent it is known as a v1 client once a data connection from its address has completed,
-TLS included, on the data port. Until a caller is known it holds nothing and displaces nobody. Whoever else calls the
-data port is held to a deadline and then closed: closing it at once would make an old client dial without pause.
+TLS included, on the data port. Until a caller is known it holds nothing and displaces nobody. What becomes of a data
+connection, and of whoever else calls the data port, is decided in ``joining``.
 """
 
 import logging
@@ -49,9 +49,8 @@ class Reception:
         counters: Counters,
     ) -> None:
         self._data_port: int | None = None  # where v1 data connections are taken; None: nowhere
-        self._own_port: int | None = (
-            None  # where v2 ones are, when another process may have the tunnel port's next call
-        )
+        # Where v2 ones are, when another process may have the tunnel port's next call; None: there.
+        self._own_port: int | None = None
         self._config = config
         self._log = logs.of(config.name)
         self._limits = config.limits
@@ -258,15 +257,7 @@ class Reception:
         current = self._who_stays()
         hurry.close()
         if current:
-            try:
-                control.sendall(wire.format_bye(Bye(wire.BUSY)))
-                control.linger(self._limits.drain_linger_s)
-            except ConnectionAbortedError:  # it has to make room
-                raise
-            except OSError:  # it hangs up
-                pass
-            level = logging.DEBUG if self._own_port else logging.WARNING  # where it calls again, for another process
-            self._refuse(f"second client {stream}, while {current.stream} is connected", level)
+            self._send_away(control, stream, current)
             return
         unknown.close()
         agreed = capabilities & CAPABILITIES
@@ -316,6 +307,18 @@ class Reception:
             self._log.warning("client %s answers no ping: another one takes its place", current.stream)
             current.pool.forsake("another client has taken its place")
         return None
+
+    def _send_away(self, control: Transport, stream: Stream, current: Client) -> None:
+        """Tell a second client that there is one already; it is closed then."""
+        try:
+            control.sendall(wire.format_bye(Bye(wire.BUSY)))
+            control.linger(self._limits.drain_linger_s)
+        except ConnectionAbortedError:  # it has to make room
+            raise
+        except OSError:  # it hangs up
+            pass
+        level = logging.DEBUG if self._own_port else logging.WARNING  # where it calls again, for another process
+        self._refuse(f"second client {stream}, while {current.stream} is connected", level)
 
     # Profile v1: the data port
 
