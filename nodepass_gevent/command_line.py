@@ -19,8 +19,6 @@ from .values import did_you_mean, shown
 _CONFIGURATION = "configuration"
 SOURCE = "command line"
 LINE_ONLY = ("config", "only", "show-config", "version", "help")  # options that are no settings
-
-
 _LACKS_VALUE = re.compile("argument (?:-[a-z]/)?(--[a-z-]+): expected one argument")  # argparse's words
 
 
@@ -57,8 +55,14 @@ COMMANDS: Mapping[str, Command] = {
     ),
     "health": Command(flags={"ready": "health: and every tunnel has its peer"}, of_process=True),
 }
+_NO_COMMAND = Command()
 _FIRST_WORDS = tuple(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
 PROCESS_NUM = re.compile(r"(%\(process_num\)0?[0-9]{0,2}[ds])")
+
+
+def command_of(action: str) -> Command:
+    """Give what an action takes: a command, or what is none, as to run tunnels."""
+    return COMMANDS.get(action, _NO_COMMAND)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Line:
 
     def numbered(self, number: int) -> dict[str, Entry]:
         """Give the settings as they are for one of several processes, where the command has such."""
-        if not COMMANDS.get(self.action, Command()).numbered:
+        if not command_of(self.action).numbered:
             return dict(self.given)
         return {name: entry._replace(text=numbered(entry.text, number)) for name, entry in self.given.items()}
 
@@ -165,7 +169,7 @@ def _split_command(argv: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
     """Split a command line; raise ConfigError for words and options that nobody knows."""
     action, behind = _split_command(argv)
-    command = COMMANDS.get(action, Command())
+    command = command_of(action)
     words, rest = behind[: len(command.words)], behind[len(command.words) :]
     namespace, unknown = parser.parse_known_args(list(rest), env_vars={}, config_file_contents="")
     values = vars(namespace)

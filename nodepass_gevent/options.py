@@ -12,7 +12,7 @@ from typing import Any
 import configargparse
 
 from . import command_line, configfile
-from .command_line import COMMANDS, Command, Line, build_parser
+from .command_line import Line, build_parser, command_of
 from .config import Config, Limits, Process, setting_text
 from .configfile import Entry
 from .errors import ConfigError
@@ -35,7 +35,7 @@ _KUBERNETES = re.compile(r"[A-Z0-9_]*_SERVICE_(?:HOST|PORT(?:_[A-Z0-9_]+)?)|[A-Z
 _KUBERNETES_PORT = re.compile("(?:tcp|udp|sctp)://")  # in each pod beside a service called nodepass: NODEPASS_PORT
 _HAS_KEY = re.compile(r"(?i)(?:server|client)://[^/?]*@")
 ALIASES = {"cert": "crt"}  # the original's install script writes cert, the original reads crt
-_ANY, _NO_LINE, _UNSET = Command(), Line("run"), Process()
+_NO_LINE, _UNSET = Line("run"), Process()
 _OF_TUNNEL = [setting.name for setting in SETTINGS if not setting.of_process]
 
 
@@ -62,19 +62,20 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> P
     """
     parser = build_parser()
     line = command_line.read(parser, argv)
-    if line.action in ("help", "version") or COMMANDS.get(line.action, _ANY).alone:
+    command = command_of(line.action)
+    if line.action in ("help", "version") or command.alone:
         return Parsed(line.action)
     environ = {name: value for name, value in environ.items() if value.strip()}
     _refuse_unknown_variables(environ)
     warnings: list[str] = []
     defaults, tunnels = _read_sections(line, environ, warnings)
-    configs, line_given = [], line.numbered(number)
-    said = line_given
-    of_process = COMMANDS.get(line.action, _ANY).of_process
+    line_given = line.numbered(number)
+    process_given: Mapping[str, Entry] = line_given
+    configs = []
     for name, section in tunnels.items():
-        given = _merge(parser, line_given, environ, section)
+        given = _merge(parser, line_given, environ, section)  # for the URL, whose query is a source, too
         if "url" not in given:
-            if of_process:
+            if command.of_process:
                 continue
             if not line.files:
                 if line.action.startswith("generate "):
@@ -84,11 +85,11 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> P
         url = _read_url(given["url"])
         query = _read_query(url, given["url"], warnings, of_process=not name)
         given = _merge(parser, {**query, **line_given}, environ, section)
-        if not of_process:
+        if not command.of_process:
             configs.append(_make_config(name, url, given, warnings))
-        if not name:
-            said = {**query, **said}
-    process = _make_process(_merge(parser, said, environ, defaults))
+        if not name:  # the only one
+            process_given = {**query, **line_given}
+    process = _make_process(_merge(parser, process_given, environ, defaults))
     return Parsed(line.action, process, tuple(configs), tuple(warnings), line)
 
 
@@ -157,11 +158,12 @@ def _read_query(url: TunnelURL, entry: Entry, warnings: list[str], *, of_process
 
     ``of_process``: the URL is the only one, and may hold settings of the process.
     """
-    source = "URL query" if entry.source == command_line.SOURCE else f"URL query, {entry.source}"
+    where = "" if entry.source == command_line.SOURCE else f", {entry.source}"
+    source = f"URL query{where}"
     keys = [name for name in (BY_NAME if of_process else _OF_TUNNEL) if name != "url"]
     entries = [Entry(key, text, source) for key, text in url.query]
     if url.key is not None:
-        entries.append(Entry("tunnel-key", url.key, source.replace(" query", "")))
+        entries.append(Entry("tunnel-key", url.key, f"URL{where}"))
     found = _collect(entries, keys, warnings)
     for name, each in found.items():
         if not each.text.strip():
