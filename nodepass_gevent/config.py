@@ -1,4 +1,4 @@
-"""What one tunnel is told to do: the frozen Config with its settings, their ranges and their defaults.
+"""What a tunnel is told to do, and the process that runs it: Config and Process, their settings, ranges and defaults.
 
 Knows no socket, no file and no command line; a value's source is only a name to put into an error.
 A wrong value raises ConfigError with one line of text, in which foreign text is escaped.
@@ -16,9 +16,8 @@ from .values import Address, Networks, Pins, did_you_mean, format_duration, is_h
 _TUNNEL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 LOG_LEVELS = ("debug", "info", "warn", "error", "fatal")  # the most detailed first
 LOG_FORMATS = ("text", "json")
-
-
-FILES = ("crt", "key", "ca", "tunnel_key_file", "status_token_file", "log_to")  # fields that name a file
+FILES_READ = ("crt", "key", "ca", "tunnel_key_file", "status_token_file")
+FILES = (*FILES_READ, "log_to")  # fields that name a file
 
 
 def _within(low: float, high: float, default: float | None) -> Any:
@@ -132,7 +131,7 @@ class Process(Checked):
 
 
 def is_live(field_name: str) -> bool:
-    """Whether a field of Config may change while its tunnel runs: the level of the log, and times.
+    """Whether a field of Config may change while its tunnel runs: levels of its log, times, and counts beside times.
 
     Not those of keepalive, which accepted connections have from their listener.
     """

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from . import options, ports
 from .command_line import PROCESS_NUM, SOURCE, Line
-from .config import Config, setting_name
+from .config import FILES_READ, Config, setting_name
 from .configfile import NAME, NAMES_ALLOWED
 from .errors import ConfigError
 from .options import Parsed
@@ -24,11 +24,11 @@ from .values import Address, shown, shown_path
 START_S = 5  # wrong settings are told within that, also on a busy machine; supervisord then gives up after some tries
 STOP_SLACK_S = 3  # the log is flushed, and a busy machine
 LEAST_BYE_S = 2.0  # the default of drain-linger
+UNKNOWN_STOP_S = 10.0  # of tunnels that a template does not know: the defaults need 7, and a process asks for more
 MAX_PROCESSES = 100
 FIRST_FREE_PORT = 1024  # below, a listener needs a capability
 HOMES = ("/home/", "/root/", "/run/user/")  # what systemd's ProtectHome= hides from a unit, on any machine
 CREDENTIALS = "/run/credentials/"
-_FILES = ("crt", "key", "ca", "tunnel_key_file", "status_token_file")  # that are read
 _OWN_PORTS = "such as 101%(process_num)02d"
 _OWN_STATUS = "such as --status=127.0.0.1:91%(process_num)02d"
 _LOG_DIR = "/var/log"
@@ -121,9 +121,7 @@ def _reuse_port(each: Sequence[Parsed]) -> list[str]:
         raise ConfigError(f"numprocs: {len(each)} processes need data ports of their own, {_OWN_PORTS} [from {SOURCE}]")
     if not _are_shared([{address for config in one for address in (config.tunnel, config.target)} for one in servers]):
         return []
-    setting = BY_NAME.get("reuse-port")
-    if setting is None:
-        raise ConfigError(f"numprocs: {len(each)} processes need ports of their own, {_OWN_PORTS} [from {SOURCE}]")
+    setting = BY_NAME["reuse-port"]
     if all(config.value(setting.field) for config in servers[0]):
         return []
     if setting.name in each[0].line.given:
@@ -322,10 +320,10 @@ def _arguments(line: Line, without: Container[str] = ()) -> list[str]:
 
 
 def _files(parsed: Parsed) -> list[tuple[str, str, str]]:
-    """Give the files that are read, each with its setting before it and where that stands behind it."""
+    """Give the files that are read, as setting, path and the setting's source."""
     found = []
     for config in (*parsed.configs, parsed.process):
-        for field in _FILES:
+        for field in FILES_READ:
             if path := getattr(config, field, None):
                 found.append((setting_name(field), path, config.source(setting_name(field))))
     return found
@@ -334,7 +332,7 @@ def _files(parsed: Parsed) -> list[tuple[str, str, str]]:
 def _stop_s(configs: Iterable[Config]) -> int:
     """Give the seconds that a stop can take: bye, the exchanges, and some more."""
     stops = [config.shutdown_timeout_s + max(config.leave_s, LEAST_BYE_S) for config in configs]
-    return math.ceil(max(stops, default=10.0)) + STOP_SLACK_S
+    return math.ceil(max(stops, default=UNKNOWN_STOP_S)) + STOP_SLACK_S
 
 
 def _doubled(text: str) -> str:
