@@ -16,6 +16,7 @@ from .alarm import Alarm
 from .config import Address, Limits
 from .errors import ConnectError
 from .transport import RawSocket, Stream, deadline, reason
+from .values import unmapped
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 RESOLVE_TIMEOUT_S = 5.0
@@ -80,12 +81,8 @@ def _zone(name: str | None) -> int:
 @lru_cache(1024)
 def peer_key(host: str) -> str:
     """Give what counts as one address: IPv4 (mapped too) as it is, IPv6 by its /64."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if address.version == 4:
-        return str(address)
-    if address.ipv4_mapped:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address, 64), strict=False))
+    address = unmapped(host)
+    return str(address) if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def _keep_alive(sock: RawSocket, limits: Limits) -> None:
