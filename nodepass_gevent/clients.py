@@ -1,4 +1,4 @@
-"""The clients of a server: who is known, each with its session, by session id; users wait here for one."""
+"""The clients of a server: who is known, each with its session, and what it says on it; users wait here for one."""
 
 import logging
 import math
@@ -34,7 +34,7 @@ class Client:
     stream: Stream
     session: Session
     pool: AcceptingPool
-    keys: SessionKeys | None = None  # what its data connections prove themselves with, where there is a tunnel key
+    session_keys: SessionKeys | None = None  # by which its data connections are proven, where there is a tunnel key
     capabilities: frozenset[bytes] = frozenset()  # that both sides have
     heard: Event = field(default_factory=Event)  # set by whatever comes on its control channel
     launched: MutableMapping[bytes, Abortable] = field(default_factory=dict)  # exchanges by their connection's id

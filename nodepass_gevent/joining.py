@@ -93,7 +93,7 @@ class Joining:
         TLS: it travels in clear and is no secret, and strangers shall cost little.
         """
         client = self._clients.get(data.session)
-        if client and not client.keys and client.key != key:
+        if client and not client.session_keys and client.key != key:
             client = None
         if client is None or client.pool.closed or not self.has_room(client):
             self._counters.data_connections_refused += 1
@@ -123,11 +123,11 @@ class Joining:
 
     def _verify(self, transport: Transport, client: Client) -> Callable[[bytes], bytes]:
         """Verify the tag of a data connection, where there is a tunnel key; give what goes out behind an id."""
-        if not client.keys:
+        if not client.session_keys:
             return _nothing
         assert isinstance(transport, tls.TLSStream), "a tunnel key needs TLS"
         with deadline(self._limits.authentication_timeout_s, "authentication"):
-            return authentication.verify_data(transport, client.keys)
+            return authentication.verify_data(transport, client.session_keys)
 
     def join_v1_at_once(self, stream: Stream, client: Client) -> bool:
         """Bring a v1 data connection without TLS towards the pool of its client; False when ``join_v1`` must.

@@ -278,8 +278,8 @@ class Reception:
             leave_s=self._config.leave_s if opening.BYE in agreed else None,
         )
         id = secrets.token_bytes(opening.SESSION_LENGTH)
-        keys = handshake.session_keys(id) if handshake else None
-        client = Client(2, key, stream, session, pool, keys, agreed, signals.heard, launched)
+        session_keys = handshake.session_keys(id) if handshake else None
+        client = Client(2, key, stream, session, pool, session_keys, agreed, signals.heard, launched)
         self._clients.admit(client, id)
         welcome = Welcome(id, agreed, interval_s, self._config.max_pool_capacity)
         if handshake:
