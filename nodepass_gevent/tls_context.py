@@ -59,14 +59,15 @@ class ServerCertificate:
         self._made = None if self._files else make_certificate()
         self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
         self._ca = ca
-        self._announce(True, True)
+        self._announce(certificate=True, authorities=True)
         self._build()
 
     def reload(self) -> None:
         """Read the files again if they changed; keep what was there, and say so, if they are bad."""
-        changed = bool(self._files and self._files.reload()), bool(self._authorities and self._authorities.reload())
-        if any(changed):
-            self._announce(*changed)
+        certificate = bool(self._files and self._files.reload())
+        authorities = bool(self._authorities and self._authorities.reload())
+        if certificate or authorities:
+            self._announce(certificate=certificate, authorities=authorities)
             self._build()
 
     @property
@@ -80,12 +81,8 @@ class ServerCertificate:
         """Say what is presented."""
         return _describe(self.certificate)
 
-    @property
-    def context(self) -> SSL.Context:
-        """What to accept with where no profile is asked for."""
-        return self.contexts[b""]
-
-    def _announce(self, certificate: bool, authorities: bool) -> None:
+    def _announce(self, *, certificate: bool, authorities: bool) -> None:
+        """Log what is new: the certificate, the authorities, or both."""
         if certificate:
             found = doubts(self.certificate, self._key, "server", self._mode)
             _announce_certificate(self._log, "certificate", self.certificate, found)
@@ -93,8 +90,8 @@ class ServerCertificate:
             _announce_authorities(self._log, "clients need a certificate of", self._ca, self._authorities.value)
 
     def _build(self) -> None:
-        # A context that has been used cannot change: always new ones, a profile's connections each with their own.
-        self.contexts = {alpn: self._context(alpn) for alpn in ALPNS}
+        # A context that has been used cannot change: always new ones, each kind of connection having its own.
+        self.contexts = {alpn: self._context(alpn) for alpn in ALPNS}  # v1: b""
 
     def _context(self, alpn: bytes) -> SSL.Context:
         context = _context(SSL.TLS_SERVER_METHOD, alpn)
@@ -150,13 +147,13 @@ class ClientPolicy:
         self._certificate = FromFiles(_load_usable, crt, key, log=log) if crt and key else None
         self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
         self._contexts: dict[tuple[int, bytes], ClientContext] = {}
-        self._announce(True, True)
+        self._announce(certificate=True, authorities=True)
 
     def reload(self) -> None:
         """Read the files again if they changed, and the system's authorities; what is bad stays as it was."""
         self._announce(
-            bool(self._certificate and self._certificate.reload()),
-            bool(self._authorities and self._authorities.reload()),
+            certificate=bool(self._certificate and self._certificate.reload()),
+            authorities=bool(self._authorities and self._authorities.reload()),
         )
         self._contexts = {}
 
@@ -171,7 +168,8 @@ class ClientPolicy:
         """Say what is presented to a server that asks."""
         return _describe(self._certificate.value) if self._certificate else None
 
-    def _announce(self, certificate: bool, authorities: bool) -> None:
+    def _announce(self, *, certificate: bool, authorities: bool) -> None:
+        """Log what is new: the certificate, the authorities, or both."""
         if self._certificate and certificate:
             found = doubts(self._certificate.value, self._key, "client", SELF_SIGNED)
             _announce_certificate(self._log, "client certificate", self._certificate.value, found)

@@ -39,7 +39,7 @@ def stream_pair():
 def handshake(near, far, version="1.3"):
     """Turn two connected Streams into TLSStreams, the first one being the server."""
     with bounded(BOUND_S):
-        accepting = gevent.spawn(tls.accept, near, presented().context)
+        accepting = gevent.spawn(tls.accept, near, presented().contexts[b""])
         dialled = tls.dial(far, client_context(version))
         return accepting.get(), dialled
 
@@ -80,6 +80,6 @@ def key_updater(near, far):
     made = client_context("1.3")
     made.context.set_keylog_callback(lambda _connection, line: key_log.append(line))
     with bounded(BOUND_S):
-        accepting = gevent.spawn(tls.accept, near, presented().context)
+        accepting = gevent.spawn(tls.accept, near, presented().contexts[b""])
         dialled = tls.dial(far, made)
         return accepting.get(), dialled, KeyUpdater(dialled._connection, key_log)

@@ -329,7 +329,7 @@ def test_what_is_no_hello_is_refused_and_harms_nobody_else(raw, ends, greeting):
     stream, stranger = raw
     stranger.sendall(greeting)
     with pytest.raises(ConnectionAbortedError, match="TLS: "):
-        tls.accept(stream, presented().context)
+        tls.accept(stream, presented().contexts[b""])
     server, client = ends
     server.sendall(b"as before")
     assert client.recv(100) == b"as before"
@@ -341,7 +341,7 @@ def test_a_peer_that_closes_in_the_handshake_is_an_error(raw, greeting):
     stranger.sendall(greeting)
     stranger.close()
     with pytest.raises(ConnectionAbortedError, match="during the TLS handshake"):
-        tls.accept(stream, presented().context)
+        tls.accept(stream, presented().contexts[b""])
 
 
 def test_a_server_that_does_not_speak_tls_is_an_error(raw):
@@ -371,11 +371,11 @@ def test_a_stalled_handshake_ends_at_the_callers_deadline(raw, greeting):
     stream, stranger = raw
     stranger.sendall(greeting)
     with pytest.raises(TimeoutError, match=r"^handshake: timed out after 0\.02 s$"), deadline(0.02, "handshake"):
-        tls.accept(stream, presented().context)
+        tls.accept(stream, presented().contexts[b""])
 
 
 def test_a_stalled_handshake_stops_no_other(raw, ends, spawn):
-    stalled = spawn(tls.accept, raw[0], presented().context)
+    stalled = spawn(tls.accept, raw[0], presented().contexts[b""])
     near, far = stream_pair()
     with near, far:
         server, client = handshake(near, far)
@@ -394,7 +394,7 @@ def test_tls_1_1_is_refused(no_leaks, spawn, ours):
     old.use_privatekey(certificate.key)
     near, far = stream_pair()
     with bounded(), near, far:
-        accepting = spawn(swallow, tls.accept, near, presented().context if ours == "server" else old)
+        accepting = spawn(swallow, tls.accept, near, presented().contexts[b""] if ours == "server" else old)
         how = client_context("1.3")
         dialling = spawn(swallow, tls.dial, far, replace(how, context=old) if ours == "server" else how)
         assert "unsupported protocol" in str(accepting.get())

@@ -64,7 +64,7 @@ def dial(no_leaks):
     def shake(server, host, mode=VERIFIED, version="1.3"):
         near, far = stream_pair()
         opened.extend((near, far))
-        accepting = gevent.spawn(swallow, tls.accept, near, server.context)
+        accepting = gevent.spawn(swallow, tls.accept, near, server.contexts[b""])
         with bounded():
             try:
                 return tls.dial(far, client_context(version, mode, host))
@@ -358,10 +358,10 @@ def test_changed_files_are_presented_after_a_reload(authority, dial, files, tmp_
 
 def test_unchanged_files_are_not_read_again(files, log):
     server = ServerCertificate(*files)
-    before = server.context
+    before = server.contexts[b""]
     log.clear()
     server.reload()
-    assert server.context is before
+    assert server.contexts[b""] is before
     assert not log.records
 
 

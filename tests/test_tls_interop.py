@@ -79,7 +79,7 @@ def ask(transport):
 def test_python_reads_what_we_send_and_we_read_its_late_answer(no_leaks, pem, theirs, version):
     with python_peer(theirs, version, pem) as (stream, process):
         if theirs == "client":
-            transport = tls.accept(stream, presented().context)
+            transport = tls.accept(stream, presented().contexts[b""])
         else:
             transport = tls.dial(stream, client_context(version))
         digest, data = ask(transport)
@@ -91,7 +91,7 @@ def test_python_reads_what_we_send_and_we_read_its_late_answer(no_leaks, pem, th
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_python_client_that_vanishes_is_a_cut(no_leaks, pem, version):
     with python_peer("client", version, pem) as (stream, process):
-        transport = tls.accept(stream, presented().context)
+        transport = tls.accept(stream, presented().contexts[b""])
         transport.sendall(b"x")
         process.kill()
         with pytest.raises(ConnectionError):

@@ -432,7 +432,7 @@ def test_no_session_is_resumed(no_leaks, demanding, authority, tmp_path, version
             calling = gevent.spawn(call, listener, session)
             sock, address = listener.accept()
             with as_stream(sock, address) as stream:
-                transport = tls.accept(stream, demanding.context)
+                transport = tls.accept(stream, demanding.contexts[b""])
                 assert transport._connection.get_peer_certificate()
                 transport.sendall(b"x")
                 session = calling.get()
