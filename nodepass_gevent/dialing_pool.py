@@ -148,7 +148,7 @@ class DialingPool:
         return self._ended.pop(id, None) or self._ended_before.pop(id, None)
 
     def keep(self, id: bytes) -> None:
-        """Drop connection ``id`` for no surplus or end: it is launched, and will be taken."""
+        """Let connection ``id`` stay, though it is surplus or ends: it is launched, and will be taken."""
         self._kept.add(id)
 
     def drop(self, id: bytes) -> None:
@@ -198,7 +198,7 @@ class DialingPool:
         self._idle.close()
         self._kept.clear()
         self._forget_ended()
-        self._forget_ended()
+        self._forget_ended()  # those of this round, too
         for taker in self._takers.values():
             taker.set_exception(PoolClosed("the session has ended"))
 
@@ -316,7 +316,7 @@ class DialingPool:
         self._dialling -= 1
         self._dialled += 1
         self._failing = False
-        self._settle(id, transport)
+        self._place(id, transport)
         self._fill()
 
     def _dial_until_it_works(self, dial: Callable[[], tuple[bytes, Transport]]) -> tuple[bytes, Transport] | None:
@@ -345,7 +345,7 @@ class DialingPool:
             transport.reset()
             raise ProtocolError(f"the server gives the id {id.decode()} twice")
 
-    def _settle(self, id: bytes, transport: Transport) -> None:
+    def _place(self, id: bytes, transport: Transport) -> None:
         if self._closed:
             transport.reset()
         elif id in self._dropped:  # idle, it would wait for ever for a launch that was
@@ -371,7 +371,7 @@ class DialingPool:
             self._let_go(id, self._idle.give(id))
 
     def _look(self, id: bytes, transport: Transport) -> None:
-        """Something arrived on an idle connection. If it is the user's, it has overtaken the launch, which is
+        """Look what has arrived on an idle connection. If it is the user's, it has overtaken the launch, which is
         on its way; an end is either a user who said nothing, or the server's, and then no launch will come."""
         arrived = transport.peek()
         if arrived:
