@@ -18,7 +18,7 @@ from .values import did_you_mean, printable, shown
 
 MAX_FILE = 1 << 20  # bytes; a thousand tunnels have about 300 KiB
 SHORTEST_SECRET = 16  # characters
-_NO_NAME = re.compile(r"[\s:]")
+_NO_KEY = re.compile(r"[\s:]")  # is in no setting's name
 _BLANK = " \t\r"
 _SECTION = re.compile(r"\[[ \t]*(?:nodepass|tunnel[ \t]+([^\]]*?))[ \t]*\][ \t]*(?:[#;].*)?")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a tunnel
@@ -120,11 +120,10 @@ def _parse_into(sections: Sections, seen: dict[str, str], text: str, label: str)
         if name in seen:
             raise ConfigError(f"section {shown(line)} is there twice; first in {seen[name]} [from {source}]")
         seen[name] = source
-        entries = []
+        entries = sections.defaults
         if name:
+            entries = []
             sections.tunnels.append(Section(name, source, entries))
-        else:
-            entries = sections.defaults
 
 
 def _section_name(line: str, source: str) -> str:
@@ -145,9 +144,8 @@ def _section_name(line: str, source: str) -> str:
 def _entry(line: str, source: str) -> Entry:
     key, equals, rest = line.partition("=")
     key, rest = key.rstrip(_BLANK), rest.strip(_BLANK)
-    if len(line) >= SHORTEST_SECRET and (
-        not equals or _NO_NAME.search(key)
-    ):  # perhaps a tunnel key, so it is not shown
+    is_setting = equals and not _NO_KEY.search(key)
+    if not is_setting and len(line) >= SHORTEST_SECRET:  # perhaps a tunnel key, so it is not shown
         raise ConfigError(f"the line is not a name, = and a value [from {source}]")
     if rest.startswith('"'):
         match = _QUOTED.fullmatch(rest)
