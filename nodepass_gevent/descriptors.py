@@ -91,7 +91,7 @@ def _need(config: Config) -> int:
 
 
 def _lowered(config: Config, share: int) -> Config:
-    """Give a tunnel its share of each limit, and no less than the least that was not asked for lower."""
+    """Give a tunnel its share of each limit, but no less than LEAST, or than was asked for where that is lower."""
 
     def part(name: str) -> int:
         value = config.value(name)

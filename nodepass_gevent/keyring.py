@@ -1,6 +1,7 @@
-"""Where a tunnel's keys come from: a setting, or a file that nobody else can read and that may change while we run.
+"""Where secrets come from: a tunnel's keys, from a setting or a file, and the token of status, from a file.
 
-Of a file's two keys the first proves who this side is and both are accepted, so that a key is changed without a pause.
+Such a file is one that nobody else can read. That of a tunnel's keys may change while we run: of its two keys the first
+proves who this side is and both are accepted, so that a key is changed without a pause.
 """
 
 import os

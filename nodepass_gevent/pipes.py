@@ -37,7 +37,7 @@ class Pipe:
         return fcntl.fcntl(self._writer, fcntl.F_GETPIPE_SZ)
 
     def fill(self, source: int) -> int:
-        """Take what has come to ``source``; give its length, 0 at the end of stream. OSError: EINVAL, it cannot be."""
+        """Take what has come to ``source``; give its length, 0 at the end of stream. EINVAL: it cannot be spliced."""
         count = os.splice(source, self._writer, SIZE, flags=_FLAGS)
         self.held += count
         return count

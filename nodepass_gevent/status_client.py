@@ -23,6 +23,7 @@ OURS = "application/json", "text/plain"  # what the paths that are asked for ans
 WATCH_S = 1.0
 MAX_LINE = 1000  # characters of what is printed
 CLEAR = "\x1b[H\x1b[2J"
+NO_HISTORY = "?since=1e12"  # no row is behind a time so far off
 
 
 def status(process: Process, flags: frozenset[str]) -> int:
@@ -31,7 +32,7 @@ def status(process: Process, flags: frozenset[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM) if watched else ():
         gevent.signal_handler(number, stop.set)  # a KeyboardInterrupt may come where nobody passes it on
     while True:
-        code, body = _ask(process, "/status.json" if "json" in flags else "/status.json?since=1e12")
+        code, body = _ask(process, "/status.json" if "json" in flags else f"/status.json{NO_HISTORY}")
         try:
             if watched and sys.stdout.isatty():
                 print(end=CLEAR)
