@@ -4,7 +4,7 @@ Defaults and allowed values are those of Config, its Limits, and Process; a new 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -27,8 +27,6 @@ def parse_choice(text: str) -> int | str:
 
 
 _FIELDS = {each.name: each for each in (*fields(Config), *fields(Limits), *fields(Process))}
-
-
 _OF_PROCESS = {each.name for each in fields(Process)}
 
 
@@ -36,7 +34,7 @@ _OF_PROCESS = {each.name for each in fields(Process)}
 class Setting:
     """One row of the table."""
 
-    field: str  # of Config, of its Limits, or of Process
+    field: str  # of Config, of its Limits, or of Process; "url" alone is none, and becomes several
     env: str
     read: Callable[[str], Any]  # text -> the field's value, or ConfigError
     value: str  # what the help calls the value, where Config has no list of choices
@@ -57,17 +55,19 @@ class Setting:
 
     @property
     def metavar(self) -> str:
-        choices = _FIELDS[self.field].metadata.get("choices", ()) if self.field in _FIELDS else ()
-        return "|".join(str(choice) for choice in choices) or self.value
+        return "|".join(map(str, self._rules.get("choices", ()))) or self.value
 
     @property
     def allowed(self) -> str:
         """The values it takes, in words."""
-        rules = _FIELDS[self.field].metadata if self.field in _FIELDS else {}
-        if "range" not in rules:
+        if "range" not in self._rules:
             return self.metavar.replace("|", ", ")
-        low, high = (setting_text(self.field, bound) for bound in rules["range"])
-        return f"{low} to {high}{', whole seconds' if 'whole' in rules else ''}"
+        low, high = (setting_text(self.field, bound) for bound in self._rules["range"])
+        return f"{low} to {high}{', whole seconds' if 'whole' in self._rules else ''}"
+
+    @property
+    def _rules(self) -> Mapping[str, Any]:
+        return _FIELDS[self.field].metadata if self.field in _FIELDS else {}
 
     @property
     def default(self) -> str:
