@@ -17,14 +17,15 @@ Work = tuple[Callable[..., object] | None, tuple]  # nothing to do: the greenlet
 class Crew:
     """Runs functions, each in a greenlet that is its own until it returns; ``limit`` of them at once (None: no limit).
 
-    They must not raise. While ``draining`` no more are to come, and what is idle should end.
+    They must not raise. Whoever is about to join or kill sets ``draining``, and they see it: no more are to come, and
+    what is idle should end.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self._greenlets = Pool(limit)
         self._spare: list[Waiter] = []  # of greenlets that wait for work
         self._due: deque[Work] = deque()  # never more than there are spare ones, and for each a _begin is planned
-        self._spares = SPARE  # that many may wait
+        self._most_spare = SPARE  # so many may wait for work
         self._entering = 0  # greenlets that wait for room
         self._killed = False
         self.draining = False
@@ -73,7 +74,7 @@ class Crew:
 
     def join(self, timeout_s: float | None) -> None:
         """Wait until none runs or enters, for ``timeout_s`` at most (None: for ever); none is kept for more work."""
-        self._spares = 0
+        self._most_spare = 0
         while self._free:
             self._let_go()
         with gevent.Timeout(timeout_s, False):
@@ -112,7 +113,7 @@ class Crew:
             function(*args)
             function, args = None, ()
             # somebody may wait for this one's place
-            if self._entering or self._free >= self._spares or self._all_used():
+            if self._entering or self._free >= self._most_spare or self._all_used():
                 return
             if self._due:
                 function, args = self._due.popleft()
