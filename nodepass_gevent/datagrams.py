@@ -186,7 +186,7 @@ class DatagramIngress:
             launched.pop(id, None)
             self._close_session(reply, session)
             self._ended()
-            _count_drops(self._counters, session)
+            _count_failures(self._counters, session)
             self._counters.ended(traffic)
             if carried:
                 self._access.session(id, reply.sender, session, started)
@@ -292,7 +292,7 @@ class DatagramEgress:
             try:
                 session.run(data, partial(_idle_timeout_s, self._config, self._exchanges), target)
             finally:
-                _count_drops(self._counters, session)
+                _count_failures(self._counters, session)
                 self._counters.ended(traffic)
                 self._access.session(launch.id, self._user(launch), session, started)
                 if not session.framed:  # not one answer
@@ -393,7 +393,7 @@ def _traffic_of_target(session: UDPRelay) -> Traffic:
     return session.delivered_bytes, session.framed_bytes, session.delivered, session.framed
 
 
-def _count_drops(counters: Counters, session: UDPRelay) -> None:
+def _count_failures(counters: Counters, session: UDPRelay) -> None:
     counters.exchanges_failed += session.failed
     counters.datagrams_dropped_queue += session.dropped_queue
     counters.datagrams_dropped_size += session.dropped_size
