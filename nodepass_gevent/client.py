@@ -28,8 +28,6 @@ from .transport import Stream, Transport, deadline, shared_deadline
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail, Launch, Need, Ping
 
-log = logging.getLogger(__name__)
-
 CHUNK = 1024  # bytes per read while the welcome is awaited
 V1_LEAD_S = 0.03  # a server of ours launches no v1 data connection in the first 5 ms, or more when it is busy
 CALLS = 8  # in a row, while server processes on one port have their clients: the system draws who takes a call
@@ -182,8 +180,12 @@ class Client:
         def fail(id: bytes, why: str) -> bool:
             return opening.FAIL in can and session.send(wire.format_fail(Fail(id, why.encode())))
 
+        def answer_ping() -> object:
+            return session.send(wire.PING)
+
         egress = Egress(pool, self.exchanges, self.config, self.counters, fail, told_users=opening.FROM in can)
-        signals = _Signals(egress, self.counters, pool.dial_more, self._log)
+        lines.limit = wire.MAX_LINE  # the welcome alone may be longer
+        signals = _Signals(egress, self.counters, self._log, lines, answer_ping, pool.dial_more, obeys_bye=True)
         silence_s = self.config.limits.dead_intervals * welcome.ping_interval_s
         session = Session(
             transport,
@@ -193,10 +195,6 @@ class Client:
             leave_s=self.config.leave_s if opening.BYE in can else None,
             begin=partial(signals.obey, early),
         )
-        signals.on_ping = partial(session.send, wire.PING)
-        lines.limit = wire.MAX_LINE  # the welcome alone may be longer
-        signals.lines = lines
-        signals.obeys_bye = True
         if opening.FROM not in can:
             self._miss_source()
         self._log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
@@ -257,8 +255,7 @@ class Client:
         )
         silence = _Silence(self.config.limits)
         egress = Egress(pool, self.exchanges, self.config, self.counters)
-        signals = _Signals(egress, self.counters, log=self._log)
-        signals.on_ping = silence.note_ping
+        signals = _Signals(egress, self.counters, self._log, wire.Lines(), silence.note_ping)
         self._miss_source()
         self._log.info(
             "connected to %s, profile v1, data port %d, tls %d, for %s",
@@ -320,26 +317,30 @@ class Client:
 
 
 class _Signals:
-    """What the server says once the control channel is up."""
+    """What the server says once the control channel is up; ``lines`` cuts it, as it has cut what came before."""
 
     def __init__(
         self,
         egress: Egress,
         counters: Counters,
-        on_need: Callable[[int], None] = lambda users: None,
-        log: logging.Logger = log,
+        log: logging.Logger,
+        lines: wire.Lines,
+        on_ping: Callable[[], object],
+        on_need: Callable[[int], object] = lambda users: None,
+        *,
+        obeys_bye: bool = False,
     ) -> None:
-        self._log = log
-        self.on_ping: Callable[[], object] = lambda: None
-        self.lines = wire.Lines()
-        self.obeys_bye = False  # a v1 server knows none
         self._egress = egress
         self._counters = counters
+        self._log = log
+        self._lines = lines
+        self._on_ping = on_ping
         self._on_need = on_need
+        self._obeys_bye = obeys_bye  # a v1 server knows none
 
     def receive(self, data: bytes) -> None:
         """Take what came on the control channel; ProtocolError for a line without end, PeerLeft at a bye."""
-        self.obey(self.lines.feed(data))
+        self.obey(self._lines.feed(data))
 
     def obey(self, lines: list[bytes]) -> None:
         """Do what lines say; count and pass over what is malformed or unknown."""
@@ -354,10 +355,10 @@ class _Signals:
                 case Launch():
                     self._egress.launch(signal)
                 case Ping():
-                    self.on_ping()
+                    self._on_ping()
                 case Need():
                     self._on_need(signal.users)
-                case Bye() if self.obeys_bye:
+                case Bye() if self._obeys_bye:
                     raise _refusal(signal) if signal.why == wire.BUSY else PeerLeft("the server said bye")
                 case _:
                     self._counters.signals_unknown += 1
