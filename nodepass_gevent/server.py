@@ -26,10 +26,11 @@ from .clients import Clients
 from .config import Address, Config
 from .crew import Crew
 from .forward import Ingress
+from .handover import Bound, Sockets, bound
 from .keyring import KeyRing
 from .metrics import Counters
 from .penalties import Penalties
-from .public_port import Bound, PublicPort, Sockets, bound
+from .public_port import PublicPort
 from .reception import Reception
 from .state import Description
 from .tls_context import ServerCertificate

@@ -19,8 +19,9 @@ from nodepass_gevent.admission import Admission
 from nodepass_gevent.clients import Clients
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import ConfigError
+from nodepass_gevent.handover import Sockets
 from nodepass_gevent.metrics import Counters
-from nodepass_gevent.public_port import PublicPort, Sockets
+from nodepass_gevent.public_port import PublicPort
 from nodepass_gevent.server import Server
 
 
