@@ -1,6 +1,7 @@
 """The layers and the conventions of the package, proved on its source."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,17 @@ def test_every_module_has_its_place_in_the_table():
 def test_imports_point_down(module):
     wrong = {other for other in imports_of_ours(TREES[module]) if LAYER_OF[other] >= LAYER_OF[module]}
     assert not wrong, f"{module} (layer {LAYER_OF[module]}) imports {wrong}"
+
+
+def test_the_picture_of_the_modules_is_in_the_order_of_their_imports():
+    picture = (PACKAGE.parent / "docs/internals.rst").read_text().partition("    __main__ ")
+    rows = "".join(picture[1:]).partition("\n\n")[0].splitlines()
+    names = [re.findall(r"(?:^ {4}|;  )(\w+(?: \w+)*)(?:: |  )", row) for row in rows]  # first, or before a colon
+    row_of = {word: number for number, row in enumerate(names) for name in row for word in name.split()}
+    assert sorted(row_of.keys() & set(MODULES)) == [module for module in MODULES if module != "__init__"]
+    for module in row_of.keys() & set(MODULES):
+        wrong = {other for other in imports_of_ours(TREES[module]) - {"__init__"} if row_of[other] < row_of[module]}
+        assert not wrong, f"{module} imports {wrong}"
 
 
 @pytest.mark.parametrize("module", MODULES)
