@@ -28,7 +28,7 @@ from .errors import ConfigError, PolicyError
 from .net import is_literal
 from .state import Presented
 from .values import Pins, format_pin
-from .verification import MAX_CHAIN, Judge, name_problem, names_no_host, pin_problem, use_problem
+from .verification import MAX_CHAIN, NO_HOST, Judge, name_problem, names_no_host, pin_problem, use_problem
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def _refusals(certificate: x509.Certificate, end: str, mode: int) -> list[str]:
         return [f"{crt} {problem}: a server with ca refuses it"] if problem else []
     if mode != VERIFIED:
         return []  # clients take any
-    problems = ["names no host (no subjectAltName)"] if names_no_host(certificate) else []
+    problems = [NO_HOST] if names_no_host(certificate) else []
     problems += [problem] if problem else []
     return [f"{crt} {each}: with tls=2 clients refuse it" for each in problems]
 

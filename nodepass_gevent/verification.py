@@ -21,6 +21,7 @@ from .values import Pins, format_pin, printable
 
 MAX_CHAIN = 8  # certificates between a peer's and its authority's; real ones have one or two
 NAMES_SHOWN = 3  # of a certificate that is for another name
+NO_HOST = "names no host (no subjectAltName)"  # said of a certificate
 
 _UNREADABLE = (  # what is raised for certificates that OpenSSL takes, and that are malformed inside
     ValueError, UnsupportedAlgorithm, crypto.Error,
@@ -104,32 +105,31 @@ def name_problem(certificate: x509.Certificate, name: str) -> str:
     verify = verify_certificate_ip_address if is_literal(name) else verify_certificate_hostname
     try:
         verify(certificate, name)
-    except CertificateError:
-        return "it names no host (no subjectAltName)"
-    except (VerificationError, ValueError):
-        return f"it is for {_names(certificate)}, and not for {name}"
+    except (CertificateError, VerificationError, ValueError):
+        hosts = _hosts(certificate)
+        if not hosts:
+            return f"it {NO_HOST}"
+        shown = ", ".join(map(printable, hosts[:NAMES_SHOWN]))
+        more = f" and {len(hosts) - NAMES_SHOWN} more" if len(hosts) > NAMES_SHOWN else ""
+        return f"it is for {shown}{more}, and not for {name}"
     return ""
-
-
-def _names(certificate: x509.Certificate) -> str:
-    try:
-        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return "no host"
-    names = [*extension.get_values_for_type(x509.DNSName), *extension.get_values_for_type(x509.IPAddress)]
-    shown = ", ".join(printable(str(name)) for name in names[:NAMES_SHOWN])
-    return shown + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
 
 
 def names_no_host(certificate: x509.Certificate) -> bool:
     """Whether no client that asks for a name or an address can accept a certificate."""
     try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return True
+        return not _hosts(certificate)
     except _UNREADABLE:
         return False
-    return not (names.get_values_for_type(x509.DNSName) or names.get_values_for_type(x509.IPAddress))
+
+
+def _hosts(certificate: x509.Certificate) -> list[str]:
+    """Give the names and addresses that a certificate is for; raises what _UNREADABLE has."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
 def use_problem(certificate: x509.Certificate, end: str) -> str:

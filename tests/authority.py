@@ -96,6 +96,8 @@ def _sign(issuer, signing_key, key, names, days, usage, common_name, path_length
 
 
 def _general_name(text):
+    if "://" in text:
+        return x509.UniformResourceIdentifier(text)
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:

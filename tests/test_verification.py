@@ -21,6 +21,7 @@ from nodepass_gevent.certificates import Certificate, make_certificate
 from nodepass_gevent.config import Pins
 from nodepass_gevent.errors import CertificateRefused, PolicyError, RefusedByPeer
 from nodepass_gevent.tls_context import ALPNS, SELF_SIGNED, VERIFIED, ClientContext, ClientPolicy, ServerCertificate
+from nodepass_gevent.verification import name_problem, names_no_host
 
 HOST = "tunnel.example"
 every_kind = pytest.mark.parametrize("alpn", ALPNS, ids=["v1 data", "v2 control", "v2 data"])
@@ -224,6 +225,13 @@ def test_without_sni_the_host_is_expected_and_a_common_name_is_none(shake, prese
     assert "refused by tls=2: it names no host" in str(
         shake(present(authority.issue(common_name=HOST)), ClientPolicy(HOST, ca=ca)).client
     )
+
+
+def test_a_certificate_whose_names_are_no_hosts_names_none(authority):
+    certificate = authority.issue("https://h.example/").chain[0]
+    assert name_problem(certificate, HOST) == "it names no host (no subjectAltName)"
+    assert name_problem(certificate, "192.0.2.1") == "it names no host (no subjectAltName)"
+    assert names_no_host(certificate)
 
 
 def test_the_names_of_a_certificate_are_escaped(shake, present, authority, ca):
