@@ -20,6 +20,7 @@ from .values import printable
 ANSWER_S = 10.0  # a busy process lets others wait a little
 MAX_ANSWER = 1 << 24  # bytes
 OURS = "application/json", "text/plain"  # what the paths that are asked for answer
+NOT_OURS = "answers, but not as the status address of this program"
 WATCH_S = 1.0
 MAX_LINE = 1000  # characters of what is printed
 CLEAR = "\x1b[H\x1b[2J"
@@ -32,14 +33,13 @@ def status(process: Process, flags: frozenset[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM) if watched else ():
         gevent.signal_handler(number, stop.set)  # a KeyboardInterrupt may come where nobody passes it on
     while True:
-        code, body = _ask(process, "/status.json" if "json" in flags else f"/status.json{NO_HISTORY}")
+        code, text = _look(process, as_json="json" in flags)
         try:
             if watched and sys.stdout.isatty():
                 print(end=CLEAR)
             if code != http.client.OK:
-                print(f"nodepass: error: {body.rstrip()}", file=sys.stderr)
+                print(f"nodepass: error: {text}", file=sys.stderr)
             else:
-                text = body.rstrip() if "json" in flags else _format(json.loads(body))
                 print(fit(text) if watched and sys.stdout.isatty() else text, flush=True)
         except BrokenPipeError:
             watched = False
@@ -58,6 +58,17 @@ def health(process: Process, flags: frozenset[str]) -> int:
     return 0 if healthy else 1
 
 
+def _look(process: Process, *, as_json: bool) -> tuple[int, str]:
+    """Give the code of the answer, and how the process is; or why that is not known."""
+    code, body = _ask(process, "/status.json" if as_json else f"/status.json{NO_HISTORY}")
+    if as_json or code != http.client.OK:
+        return code, body.rstrip()
+    try:
+        return code, _format(json.loads(body))
+    except (ArithmeticError, LookupError, TypeError, ValueError):  # no JSON, or that of something else
+        return 0, f"{process.status}: {NOT_OURS}: {code}"
+
+
 def _ask(process: Process, path: str) -> tuple[int, str]:
     """Give the code and the text of an answer, or 0 and why there is none; ConfigError when nobody is named."""
     if process.status is None:
@@ -74,7 +85,7 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
             connection.request("GET", path, headers=headers)
             answer = connection.getresponse()
             if answer.status == http.client.NOT_FOUND or answer.headers.get_content_type() not in OURS:
-                return 0, f"{address}: answers, but not as the status address of this program: {answer.status}"
+                return 0, f"{address}: {NOT_OURS}: {answer.status}"
             body = answer.read(MAX_ANSWER).decode("utf-8", "replace")
             if answer.status == http.client.UNAUTHORIZED:
                 why = "the token is wrong" if token else "a token is needed: give --status-token-file"
