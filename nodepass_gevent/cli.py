@@ -1,7 +1,7 @@
 """The command ``nodepass``: what is printed where, and the exit codes. What settings mean is decided in options.
 
-0 after a stop by signal and for what is only printed, 2 for a wrong setting or no tunnel at all, 130 for Ctrl-C
-before anything runs; else what the process returns.
+0 after a stop by signal and for what is only printed, 1 where that cannot be done, 2 for a wrong setting or no tunnel
+at all, 130 for Ctrl-C before anything runs; else what the process returns.
 """
 
 import os
@@ -20,10 +20,12 @@ from .errors import ConfigError
 from .keyring import OTHERS, read_token
 from .server import Server
 from .service import Role
+from .transport import reason
 from .tunnel_key import SIZE, format_key
 from .usage import USAGE
 from .values import printable
 
+UNWRITTEN = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT
 ROLES = {"server": Server, "client": Client}
@@ -56,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(line: Line) -> int:
     text, sound = check.report(check.check(line.rest, os.environ), as_json="json" in line.flags)
-    print(text)
-    return 0 if sound else USAGE_ERROR
+    return _write(f"{text}\n") or (0 if sound else USAGE_ERROR)
 
 
 def _plan(parsed: options.Parsed, taken: int) -> process.Plan:
@@ -79,17 +80,35 @@ def _print(parsed: options.Parsed, argv: Sequence[str]) -> int:
     if parsed.action == "usage":
         print(f"usage: {USAGE}\nnodepass --help shows all options", file=sys.stderr)
         return USAGE_ERROR
-    if parsed.action == "help":
-        print(build_parser().format_help(), end="")
-    elif parsed.action == "genkey":
-        print(format_key(secrets.token_bytes(SIZE)))
+    code = _write(_text(parsed, argv))
+    if parsed.action == "genkey" and not code:
         _warn_of_readers()
-    elif parsed.action.startswith("generate "):
-        print(_generate(parsed, argv), end="")
-    elif parsed.action == "version":
-        print(f"nodepass-gevent {__version__}")
-    else:
-        print(options.show(parsed.process, parsed.configs), end="")
+    return code
+
+
+def _text(parsed: options.Parsed, argv: Sequence[str]) -> str:
+    """Give what a command that only prints has to print."""
+    if parsed.action == "help":
+        return build_parser().format_help()
+    if parsed.action == "version":
+        return f"nodepass-gevent {__version__}\n"
+    if parsed.action == "genkey":
+        return format_key(secrets.token_bytes(SIZE)) + "\n"
+    if parsed.action.startswith("generate "):
+        return _generate(parsed, argv)
+    return options.show(parsed.process, parsed.configs)
+
+
+def _write(text: str) -> int:
+    """Print what was asked for, and give the exit code; a reader that has closed has what it wanted."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as exc:
+        if not isinstance(exc, BrokenPipeError):
+            print(f"nodepass: error: standard output: {reason(exc)}", file=sys.stderr)
+        with open(os.devnull, "w") as nowhere:  # or the interpreter, at its end, tries again and tells
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return UNWRITTEN
     return 0
 
 

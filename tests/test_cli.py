@@ -1,5 +1,6 @@
 import os
 import signal
+import subprocess
 import sys
 from functools import partial
 from typing import NamedTuple
@@ -317,3 +318,16 @@ def test_a_command_or_its_option_out_of_place_is_refused(world, capsys, argv, li
     assert cli.main(argv) == 2
     assert capsys.readouterr().err.startswith(f"nodepass: error: {line}")
     assert world.ran is None
+
+
+@pytest.mark.parametrize("command", ["--help", "genkey", "generate config", "check client://127.0.0.1:1/127.0.0.1:2"])
+@pytest.mark.parametrize("full", [True, False], ids=["full disk", "closed pipe"])
+def test_what_cannot_be_printed_ends_a_command_without_a_traceback(command, full):
+    argv = [sys.executable, "-m", "nodepass_gevent", *command.split()]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "wb") as disk, open(writer, "wb") as pipe:
+        to = disk if full else pipe
+        done = subprocess.run(argv, stdout=to, stderr=subprocess.PIPE, text=True, timeout=60)
+    said = "nodepass: error: standard output: no space left on device\n" if full else ""
+    assert (done.returncode, done.stderr) == (1, said)
