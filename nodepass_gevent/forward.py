@@ -279,7 +279,7 @@ class Egress:
 
     def _tcp(self, launch: Launch, data: Transport, *, in_crowd: bool) -> None:
         self._counters.tcp_exchanges += 1
-        limits, launched = self._config.limits, time.monotonic()
+        limits, came = self._config.limits, time.monotonic()
         introduces = bool(self._config.proxy_protocol)
         try:
             endpoints = self._target.get()
@@ -299,7 +299,7 @@ class Egress:
             if introduces:
                 target.sendall(proxy_protocol.header(self._config.proxy_protocol, self._user(launch), target.peer))
             started = time.monotonic()
-            on_answer = partial(_observe_answer, self._counters, launched)
+            on_answer = partial(_observe_answer, self._counters, came)
             running = Exchange(data, target, limits.half_closed_timeout_s, on_answer, len(says))
             tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started, running.traffic)
             error = _run(running, limits.idle_timeout_s, self._counters, tell)

@@ -55,6 +55,7 @@ class Server:
             ServerCertificate(config.crt, config.key, config.ca, self._log, config.tls) if config.tls else None
         )
         self._keys = KeyRing(config)
+        # A socket that was bound to be shared is no other's, nor the other way round.
         fits = before is not None and before.config.reuse_port == config.reuse_port
         self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})  # the last that may fail
         self._clients = Clients(config.limits, self._log)
