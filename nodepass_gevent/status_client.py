@@ -65,7 +65,7 @@ def _look(process: Process, *, as_json: bool) -> tuple[int, str]:
         return code, body.rstrip()
     try:
         return code, _format(json.loads(body))
-    except (ArithmeticError, LookupError, TypeError, ValueError):  # no JSON, or that of something else
+    except (ArithmeticError, LookupError, OSError, RecursionError, TypeError, ValueError):  # no JSON of ours
         return 0, f"{process.status}: {NOT_OURS}: {code}"
 
 
@@ -86,7 +86,7 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
             answer = connection.getresponse()
             if answer.status == http.client.NOT_FOUND or answer.headers.get_content_type() not in OURS:
                 return 0, f"{address}: {NOT_OURS}: {answer.status}"
-            body = answer.read(MAX_ANSWER).decode("utf-8", "replace")
+            body = _escaped(answer.read(MAX_ANSWER).decode("utf-8", "replace"))  # of whoever has that port now
             if answer.status == http.client.UNAUTHORIZED:
                 why = "the token is wrong" if token else "a token is needed: give --status-token-file"
                 body = f"{address}: {why}"
@@ -99,6 +99,10 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
         return 0, f"{address}: answers, but not in HTTP: is it the status address?"
     finally:
         connection.close()
+
+
+def _escaped(text: str) -> str:
+    return "\n".join(printable(line, MAX_ANSWER) for line in text.split("\n"))
 
 
 def _format(document: dict[str, Any]) -> str:

@@ -933,3 +933,47 @@ def test_an_address_of_another_program_is_not_taken_for_a_status_address(command
         assert cli.main([command, "--status", address]) == 1
     said = f"{address}: answers, but not as the status address of this program: {answer[:3]}\n"
     assert said in "".join(capsys.readouterr())
+
+
+@pytest.fixture
+def liar(spawn):
+    """Answer on a port as a status address does, with any body; give what a command then says."""
+    listeners = []
+
+    def answer(body, *command, code=200):
+        def serve():
+            caller, _ = listener.accept()
+            with caller:
+                caller.recv(1000)
+                head = f"HTTP/1.1 {code} X\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                caller.sendall(head.encode() + body)
+
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+        spawn(serve)
+        return cli.main([*command, "--status", "{}:{}".format(*listener.getsockname())])
+
+    yield answer
+    for each in listeners:
+        each.close()
+
+
+@pytest.mark.parametrize("code", [200, 503])
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["health"], ["health", "--ready"]])
+def test_whoever_has_the_status_port_writes_no_escapes_to_the_terminal(liar, command, code, capsys):
+    liar(b"ready \x1b[2J\x1b]0;title\x07\xc2\x9b31m\r", *command, code=code)
+    said = "".join(capsys.readouterr())
+    assert said.strip().replace("\n", "").isprintable(), said
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}", b"[]", b"1e999", b"", b"no json", b'"\xff"', b"[" * 100_000, b'{"words": 1, "tunnels": 5, "events": 1}',
+        b'{"words": "", "pid": 1, "started": 1e300, "now": 1, "tunnels": [], "events": []}',
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_not_ours_is_an_error_in_one_line(liar, body, capsys):
+    assert liar(body, "status") == 1
+    said = capsys.readouterr().err
+    assert "answers, but not as the status address of this program: " in said and said.count("\n") == 1
