@@ -33,6 +33,7 @@ _OWN_PORTS = "such as 101%(process_num)02d"
 _OWN_STATUS = "such as --status=127.0.0.1:91%(process_num)02d"
 _LOG_DIR = "/var/log"
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./?&~\[\]()-]+")
+_LOST = re.compile(r"[ \t][;#]|[ \t\\]$")  # a comment of supervisord's, what ends a line, or joins it to the next
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def supervisor(parsed: Parsed, argv: Sequence[str], command: Command) -> str:
     _check_absolute("log-dir", directory, SOURCE)
     lines = {
         "command": " ".join(map(supervisor_word, words)),
-        "directory": command.directory and _doubled(command.directory),
+        "directory": command.directory and _path(command.directory),
         "numprocs": count if suffix else None,
         "process_name": f"%(program_name)s{suffix}" if suffix else None,
         "autostart": "true",
@@ -82,7 +83,7 @@ def supervisor(parsed: Parsed, argv: Sequence[str], command: Command) -> str:
         "stopsignal": "TERM",
         "stopwaitsecs": _stop_s(parsed.configs),
         "redirect_stderr": "true",
-        "stdout_logfile": _doubled(os.path.join(directory, f"nodepass-{name}")) + f"{suffix}.log",
+        "stdout_logfile": _path(os.path.join(directory, f"nodepass-{name}")) + f"{suffix}.log",
         "stdout_logfile_maxbytes": "20MB",
         "stdout_logfile_backups": 5,
     }
@@ -165,11 +166,11 @@ def systemd(parsed: Parsed, command: Command) -> str:
         for setting, path, _ in _files(parsed):
             if not path.startswith(CREDENTIALS):
                 credentials.append(setting)
-                extra.append(f"LoadCredential={setting}:{_doubled(path)}")
-    words = [*command.words, *_arguments(parsed.line, credentials), *(f"--{name}=%d/{name}" for name in credentials)]
+                extra.append(f"LoadCredential={setting}:{_path(path)}")
+    words = map(systemd_word, [*command.words, *_arguments(parsed.line, credentials)])
     listening = (port.address.port for port in ports.of_process(parsed.process, parsed.configs))
     low = any(0 < number < FIRST_FREE_PORT for number in listening)  # 0: the system chooses, and none of these
-    start = " ".join(systemd_word(word) for word in words)
+    start = " ".join([*words, *(f"--{name}=%d/{name}" for name in credentials)])  # %d is where systemd puts them
     return _unit(name, start, _stop_s(parsed.configs), command, extra, low)
 
 
@@ -181,10 +182,7 @@ def systemd_template(command: Command) -> str:
 
 
 def systemd_word(word: str) -> str:
-    """Quote a word for ExecStart; ``%d/``, where credentials are, is kept."""
-    option, credential, rest = word.partition("=%d/")
-    if credential:
-        return f"{option}{credential}{rest}"
+    """Quote a word for ExecStart."""
     text = _doubled(word).replace("$", "$$")
     if _PLAIN.fullmatch(text):
         return text
@@ -201,7 +199,7 @@ def _unit(name: str, start: str, stop_s: int, command: Command, extra: Iterable[
 
 
 def _directory(command: Command) -> str:
-    return f"WorkingDirectory={_doubled(command.directory)}\n" if command.directory else ""
+    return f"WorkingDirectory={_path(command.directory)}\n" if command.directory else ""
 
 
 _LOW_PORTS = "AmbientCapabilities=CAP_NET_BIND_SERVICE\nCapabilityBoundingSet=CAP_NET_BIND_SERVICE"
@@ -333,6 +331,13 @@ def _stop_s(configs: Iterable[Config]) -> int:
     """Give the seconds that a stop can take: bye, the exchanges, and some more."""
     stops = [config.shutdown_timeout_s + max(config.leave_s, LEAST_BYE_S) for config in configs]
     return math.ceil(max(stops, default=UNKNOWN_STOP_S)) + STOP_SLACK_S
+
+
+def _path(path: str) -> str:
+    """Write a path that stands alone behind its key, where nothing can be quoted; ConfigError."""
+    if _LOST.search(path):
+        raise ConfigError(f"{shown_path(path)} would not be read as it stands: ' ;', ' #', or a blank or \\ at its end")
+    return _doubled(path)
 
 
 def _doubled(text: str) -> str:

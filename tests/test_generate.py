@@ -299,7 +299,8 @@ def test_a_command_in_a_home_is_refused_as_the_unit_cannot_see_it(home):
         ("a%20b", "a%%20b"),
         ("a;b $x", '"a;b $$x"'),
         ('"\\', '"\\"\\\\"'),
-        ("--key=%d/key", "--key=%d/key"),
+        ("--key=%d/key", "--key=%%d/key"),
+        ('--log-to=/a=%d/b" $c', '"--log-to=/a=%%d/b\\" $$c"'),
         ("/%d/x", "/%%d/x"),
         ("", '""'),
     ],
@@ -319,6 +320,19 @@ def test_a_unit_for_a_users_own_systemd_has_what_that_allows_and_reads_files_whe
 
 def test_a_unit_for_a_users_own_systemd_may_log_to_a_file():
     assert "--log-to=/home/me/l" in systemd("web", SERVER, "--log-to=/home/me/l", "--user")
+
+
+@pytest.mark.parametrize("path", ["/srv/a ;b", "/srv/a #b", "/srv/a\\", "/srv/a "])
+def test_a_path_that_would_be_read_as_another_one_is_refused(path):
+    text = "would not be read as it stands"
+    assert text in refusal(systemd, "web", SERVER, command=dataclasses.replace(COMMAND, directory=path))
+    assert text in refusal(systemd, "web", f"{SERVER}?tls=1", f"--crt={path}", "--key=/k")
+    assert text in refusal(supervisor, "web", SERVER, command=dataclasses.replace(COMMAND, directory=path))
+
+
+@pytest.mark.parametrize("directory", ["/srv/a ;b", "/srv/a #b"])
+def test_a_directory_of_logs_that_would_be_cut_is_refused(directory):
+    assert "would not be read as it stands" in refusal(supervisor, "web", SERVER, "--log-dir", directory)
 
 
 def units():
