@@ -150,7 +150,9 @@ def _load_certificates(setting: str, path: str) -> tuple[x509.Certificate, ...]:
 
 def _read(setting: str, path: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"{setting}: {path!r} is not a regular file")
             data = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
         why = (isinstance(exc, OSError) and exc.strerror) or str(exc)
@@ -158,6 +160,10 @@ def _read(setting: str, path: str) -> bytes:
     if len(data) > MAX_FILE:
         raise ConfigError(f"{setting}: {path!r} is larger than {MAX_FILE} bytes")
     return data
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would block until somebody writes, and all tunnels
 
 
 def make_certificate() -> Certificate:

@@ -125,6 +125,19 @@ def test_a_missing_file_is_named(files, broken):
         load_certificate(*files)
 
 
+@pytest.mark.parametrize("broken", ["crt", "key"])
+def test_what_is_no_file_is_refused_and_waited_for_by_nobody(files, broken):
+    path = dict(zip(("crt", "key"), files, strict=True))[broken]
+    os.unlink(path)
+    os.mkfifo(path)
+    with subprocess.Popen(["sh", "-c", 'sleep 3; exec timeout 3 sh -c ": > $0" "$0"', path]) as writer:  # ends a wait
+        with pytest.raises(ConfigError, match=f"^{broken}: '{path}' is not a regular file$"):
+            load_certificate(*files)
+        waited = writer.poll() is not None
+        writer.kill()
+    assert not waited
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\x00garbage", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])
 @pytest.mark.parametrize("broken", ["crt", "key"])
 def test_a_file_without_pem_is_named(files, broken, content):
