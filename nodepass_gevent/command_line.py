@@ -103,7 +103,12 @@ class _Once(argparse.Action):
     ) -> None:
         if getattr(namespace, self.dest) is not None:
             raise ConfigError(f"{self.dest}: given twice [from {SOURCE}]")
-        setattr(namespace, self.dest, values)
+        setattr(namespace, self.dest, _whole(values))
+
+
+def _whole(value: Any) -> Any:
+    """Give back a value that is ``--``: argparse takes that away and leaves an empty list."""
+    return "--" if value == [] else value
 
 
 def build_parser() -> configargparse.ArgumentParser:
@@ -206,7 +211,7 @@ def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
     texts = {name: values[name] for name in BY_NAME if values[name] is not None}
     given = {name: Entry(name, text, SOURCE) for name, text in texts.items()}
     rest = tuple(word for word in rest if word.removeprefix("--") not in flags)
-    return Line(action, tuple(namespace.config or ()), namespace.only, given, words, flags, own, rest)
+    return Line(action, tuple(map(_whole, namespace.config or ())), namespace.only, given, words, flags, own, rest)
 
 
 def _refuse_command(word: str) -> None:

@@ -225,6 +225,16 @@ def test_an_empty_option_is_not_unset():
     )
 
 
+def test_two_hyphens_are_a_value_like_any_other_and_no_fault_of_ours(write):
+    path, _ = write(f"url = {URL}\nlog = --\n")
+    for argv in ([URL, "--log=--"], [URL + "?log=--"], ["--config", path]):
+        assert error(*argv).startswith("log: '--' is not one of debug, ")
+    assert error(URL, NODEPASS_LOG="--").startswith("log: '--' is not one of debug, ")
+    assert parse_for("log-to", URL, "--log-to=--").log_to == "--"
+    assert error("--config=--").startswith("config: cannot read the file: ")
+    assert error("--config", path, "--only=--").startswith("only: no tunnel is called '--'")
+
+
 def test_the_environment_of_the_process_is_not_read(monkeypatch):
     monkeypatch.setenv("SEMAPHORE_LIMIT", "7")
     monkeypatch.setenv("NODEPASS_URL", URL)
