@@ -215,9 +215,9 @@ def test_only_the_entry_point_patches_and_does_so_first():
         if isinstance(node, ast.Attribute) and node.attr.startswith("patch_")
     }
     assert patching == {"__main__"}
-    _docstring, first, second, *_ = TREES["__main__"].body
-    assert ast.unparse(first) == "from gevent import monkey"
-    assert ast.unparse(second) == "monkey.patch_all()"
+    _docstring, *before, _sys, _cli, _run = map(ast.unparse, TREES["__main__"].body)
+    signals = "signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))"
+    assert before == ["import signal", signals, "from gevent import monkey", "monkey.patch_all()"]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -170,6 +171,18 @@ def test_what_does_not_run_tunnels_ends_by_a_signal_as_any_program(world):
         assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()).intersection(kept_back)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_a_signal_while_gevent_is_imported_ends_nothing(tmp_path):
+    (tmp_path / "gevent.py").write_text(
+        "import os, signal\n"
+        "for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):\n    os.kill(os.getpid(), number)\n"
+        "print('alive', flush=True)\nos._exit(0)\n"
+    )
+    command = [sys.executable, "-m", "nodepass_gevent"]
+    where = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(cli.__file__).parent.parent}"}
+    ended = subprocess.run(command, env=os.environ | where, cwd=tmp_path, capture_output=True, timeout=30)
+    assert (ended.returncode, ended.stdout) == (0, b"alive\n"), ended.stderr
 
 
 @pytest.mark.parametrize("option", ["-V", "--version"])
