@@ -17,6 +17,7 @@ from . import log as logs
 from .config import LOG_LEVELS, Address, Config, Process
 from .descriptors import make_room
 from .errors import ConfigError, TunnelsRefused
+from .net import end_by_reset
 from .notify import Notifier
 from .pipes import pipes
 from .state import Ended
@@ -153,6 +154,7 @@ class _Signals:
         if self._stop.is_set():
             log.warning("second signal: ending at once, exchanges cut: %d", self._tunnels.exchanges())
             logs.flush()
+            end_by_reset()
             os._exit(128 + number)
         self._stop.set()
 

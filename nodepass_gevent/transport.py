@@ -33,7 +33,7 @@ LOOKS = 8  # at what waits within a shared deadline
 DISCARD = 65536  # bytes per read when what comes is thrown away
 
 _LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to 40 % of the rate
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 
 if TYPE_CHECKING:
     from _socket import socket as RawSocket
@@ -320,7 +320,7 @@ class Stream(Transport):
 
     def reset(self) -> None:
         if self.socket.fileno() >= 0:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self.close()
 
     def recv(self, size: int) -> bytes:

@@ -2,11 +2,13 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
 import gevent
 import pytest
+from support import is_reset
 
 SCRIPT = """
 import logging, resource, sys
@@ -136,6 +138,20 @@ def test_a_second_signal_ends_at_once_and_says_which(number):
         running.wait_for("stopping")
         running.kill(number)
         assert running.wait() == 128 + number
+
+
+def test_exchanges_that_a_second_signal_cuts_end_by_a_reset():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        code = f"import socket\nrole = Role()\nuser = socket.create_connection({listener.getsockname()})\n"
+        with script(f"{code}role.exchanges.spawn(gevent.sleep, 3600)") as running:
+            user = listener.accept()[0]
+            running.wait_for("run 1")
+            running.kill(signal.SIGTERM)
+            running.wait_for("stopping")
+            running.kill(signal.SIGTERM)
+            with user:
+                assert is_reset(user)
+            assert running.wait() == 128 + signal.SIGTERM
 
 
 def test_sighup_reloads_and_cuts_a_pause_short():
