@@ -51,8 +51,9 @@ class Server:
         self.exchanges = Crew(config.semaphore_limit)
         self.begun = Event()
         self._log = logs.of(config.name)
-        self._certificate = (
-            ServerCertificate(config.crt, config.key, config.ca, self._log, config.tls) if config.tls else None
+        made = before._certificate if before else None
+        self._certificate: ServerCertificate | None = (
+            ServerCertificate(config.crt, config.key, config.ca, self._log, config.tls, made) if config.tls else None
         )
         self._keys = KeyRing(config)
         # A socket that was bound to be shared is no other's, nor the other way round.

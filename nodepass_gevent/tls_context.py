@@ -41,7 +41,8 @@ _WORDS = {"ee key too small": "its key is too short; RSA wants 2048 bits at leas
 class ServerCertificate:
     """What a server presents, made in memory or from files, and the authorities of its clients' certificates.
 
-    ``mode`` is the one that it offers: in mode 2 clients verify what is presented.
+    ``mode`` is the one that it offers: in mode 2 clients verify what is presented. One made in memory is that of
+    ``before``, in whose place this comes: clients may have its pin.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class ServerCertificate:
         ca: str | None = None,
         log: logging.Logger = log,
         mode: int = SELF_SIGNED,
+        before: "ServerCertificate | None" = None,
     ) -> None:
         self._log = log
         self._key = key
         self._mode = mode
         self._files = FromFiles(_load_usable, crt, key, log=log) if crt and key else None
-        self._made = None if self._files else make_certificate()
+        self._made: Certificate | None = None if self._files else (before and before._made) or make_certificate()
         self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
         self._ca = ca
         self._announce(certificate=True, authorities=True)

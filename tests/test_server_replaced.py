@@ -16,6 +16,12 @@ def test_it_listens_where_the_one_before_did_at_ports_that_the_system_chose(serv
     assert (after.tunnel, after.public) == (before.tunnel, before.public)
 
 
+def test_it_shows_the_certificate_that_the_one_before_has_made(serve):  # noqa: F811
+    before = serve(tls=1)
+    after = serve(before, tls=1, semaphore_limit=7)
+    assert after.server.describe().certificate == before.server.describe().certificate is not None
+
+
 @pytest.fixture
 def waits(serve, connect):  # noqa: F811
     """Give a server without a client, and a user who waits for one there."""
