@@ -17,7 +17,7 @@ usage: nodepass.sh install [--from WHEEL|DIR|SDIST]      into an environment of 
                          [--replace [--no-tunnel-key]]
        nodepass.sh list | status [NAME] | log NAME
        nodepass.sh start|stop|restart NAME|--all
-       nodepass.sh reload NAME|--all                     its file, certificates and keys are read again; nobody is cut off
+       nodepass.sh reload NAME|--all                     its file, certificates and keys are read again; its exchanges go on
        nodepass.sh delete NAME [--purge]
        nodepass.sh remove [--yes] [--purge]              all of it; settings, keys and logs only with --purge
        nodepass.sh                                       a menu, on a terminal
@@ -341,7 +341,7 @@ check_name() {
         fail 2 "$(shown "$1") is no name; allowed: 1 to 64 ASCII letters, digits, '_', '.' or '-', the first a letter or digit"
 }
 one_name() { # one_name COMMAND WORD...: sets name
-    [ $# = 2 ] || misuse "$1 is followed by one NAME"
+    [ $# = 2 ] || misuse "$1 is followed by one NAME${all_too-}"
     check_name "$2"
     name=$2
 }
@@ -682,7 +682,7 @@ each_tunnel() { # each_tunnel VERB WORD...: the names for start, stop, restart a
         [ $# = 0 ] || misuse "$verb is followed by NAME or by --all"
         readarray -t names < <(tunnels)
     else
-        one_name "$verb" "$@"
+        all_too=', or by --all' one_name "$verb" "$@"
         names=("$name")
         need_tunnel "$name"
     fi

@@ -661,7 +661,7 @@ def test_a_key_on_the_line_is_refused_and_not_said(site):
             ("add", "web", SERVER, "--replace", "--no-tunnel-key", "--new-tunnel-key", *SYSTEMD),
             "--tunnel-key-file, --new-tunnel-key and --no-tunnel-key exclude each other",
         ),
-        (("start",), "start is followed by one NAME"),
+        (("start",), "start is followed by one NAME, or by --all"),
         (("start", "web", "--all"), "start is followed by NAME or by --all"),
         (("reload", "web"), "web: is no tunnel of this script; there is none"),
         (("start", "web"), "web: is no tunnel of this script; there is none"),
