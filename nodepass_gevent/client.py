@@ -129,7 +129,7 @@ class Client:
             with deadline(self.config.limits.first_line_timeout_s, "first line"):
                 return control.read_line(opening.MAX_FIRST_LINE)
         except ConnectionError as exc:
-            why = "the server hung up before its first line; perhaps it keeps this address out, or"
+            why = "the server hung up before its first line; perhaps it stops, keeps this address out, or"
             why += f" {self.config.tunnel} is not its tunnel port: its log says"
             raise ConnectionAbortedError(why) from exc
 
