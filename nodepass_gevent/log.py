@@ -25,17 +25,17 @@ LEVELS = {
 
 
 class Seldom:
-    """A warning of what goes on and on: once a minute at most, and at level debug in between."""
+    """Warnings of what goes on and on: each ``message`` once a minute at most, and at level debug in between."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._warned_at = -SELDOM_S
+        self._warned_at: dict[str, float] = {}
 
     def warning(self, message: str, *args: object) -> None:
         now = time.monotonic()
         level = logging.DEBUG
-        if now - self._warned_at >= SELDOM_S:
-            self._warned_at, level = now, logging.WARNING
+        if now - self._warned_at.get(message, -SELDOM_S) >= SELDOM_S:
+            self._warned_at[message], level = now, logging.WARNING
         self._logger.log(level, message, *args)
 
 

@@ -174,11 +174,11 @@ def test_callers_from_elsewhere_are_reset_and_counted(guards, door, caplog):
 def test_datagrams_from_elsewhere_are_told_and_users_beyond_the_limit_of_their_address(guards, caplog):
     guard = guards(deny_users=ELSEWHERE, users_per_address=1)
     assert not guard.admits_datagram(ELSEWHERE)
-    assert guard.enter(HERE) and not guard.enter(HERE)
-    assert caplog.messages == [f"users from {ELSEWHERE} are kept out by allow-users or deny-users"]
-    other = guards(users_per_address=1)
-    assert other.enter(HERE) and not other.enter(HERE)
-    assert caplog.messages[1:] == [f"users from {HERE} are kept out by users-per-address"]
+    assert guard.enter(HERE) and not guard.enter(HERE) and not guard.enter(HERE)
+    assert caplog.messages == [
+        f"users from {ELSEWHERE} are kept out by allow-users or deny-users",
+        f"users from {HERE} are kept out by users-per-address",  # one of them
+    ]
 
 
 def test_callers_with_a_penalty_are_reset_by_their_key(guards, door):

@@ -44,6 +44,7 @@ seldom = logs.Seldom(logs.of(""))
 for passed_s in (0, 1, 58, 1, 60):
     now[0] += passed_s
     seldom.warning("at %d", now[0])
+seldom.warning("another %d", now[0])
 logs.flush()
 """
     assert levels_and_messages(output(code)) == [
@@ -52,6 +53,7 @@ logs.flush()
         ("DEBUG", "at 1059"),
         ("WARN", "at 1060"),
         ("WARN", "at 1120"),
+        ("WARN", "another 1120"),
     ]
 
 
