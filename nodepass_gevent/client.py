@@ -112,8 +112,7 @@ class Client:
                     " is this its tunnel port, and not its public port?",
                     control,
                 )
-            line = self._first_line(control)
-            first = opening.parse_first_line(line)
+            line, first = self._first_line(control)
             self._check_key(first)
             least, setting = config.tls_demanded
             if first.tls < least:
@@ -124,10 +123,14 @@ class Client:
             else:
                 self._run_v1(control, first)
 
-    def _first_line(self, control: Stream) -> bytes:
+    def _first_line(self, control: Stream) -> tuple[bytes, FirstLine]:
+        """Give the server's first line, as it came and read."""
         try:
             with deadline(self.config.limits.first_line_timeout_s, "first line"):
-                return control.read_line(opening.MAX_FIRST_LINE)
+                line = control.read_line(opening.MAX_FIRST_LINE)
+            return line, opening.parse_first_line(line)
+        except ProtocolError as exc:
+            raise ProtocolError(f"{exc}; is {self.config.tunnel} the tunnel port of a NodePass server?") from exc
         except ConnectionError as exc:
             why = "the server hung up before its first line; perhaps it stops, keeps this address out, or"
             why += f" {self.config.tunnel} is not its tunnel port: its log says"

@@ -146,6 +146,7 @@ def test_a_malformed_first_line_ends_the_attempt_and_says_why(server, line, why)
     server.run().say(line)
     failure = server.ended()
     assert isinstance(failure, ProtocolError) and why in str(failure)
+    assert str(failure).endswith(f"; is {server.client.config.tunnel} the tunnel port of a NodePass server?")
     assert str(failure).isprintable()
     assert is_reset(server.control)
 
