@@ -15,7 +15,7 @@ from .config import Config, Limits
 from .crew import Crew
 from .dialing import PlainDial
 from .dialing_pool import DialingPool
-from .errors import CertificateRefused, KeyMismatch, NoPlace, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
+from .errors import Busy, CertificateRefused, KeyMismatch, NoPlace, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
 from .forward import Egress
 from .keyring import KeyRing
 from .metrics import Counters
@@ -124,7 +124,6 @@ class Client:
                 self._run_v1(control, first)
 
     def _first_line(self, control: Stream) -> tuple[bytes, FirstLine]:
-        """Give the server's first line, as it came and read."""
         try:
             with deadline(self.config.limits.first_line_timeout_s, "first line"):
                 line = control.read_line(opening.MAX_FIRST_LINE)
@@ -133,8 +132,7 @@ class Client:
             raise ProtocolError(f"{exc}; is {self.config.tunnel} the tunnel port of a NodePass server?") from exc
         except ConnectionError as exc:
             why = "the server hung up before its first line; perhaps it stops, keeps this address out, or"
-            why += f" {self.config.tunnel} is not its tunnel port: its log says"
-            raise ConnectionAbortedError(why) from exc
+            raise ConnectionAbortedError(f"{why} {self.config.tunnel} is not its tunnel port: its log says") from exc
 
     def _check_key(self, first: FirstLine) -> None:
         """Make sure that both sides have a tunnel key or neither has: with one there is no way without it."""
@@ -242,7 +240,7 @@ class Client:
         if self.config.protocol == "2":
             raise PolicyError("the server does not speak profile v2, and protocol=2 accepts no other")
         if first.port is None:
-            raise PolicyError("the server takes no client from here now; perhaps another one is connected")
+            raise Busy("the server takes no client from here now; perhaps another one is connected")
         self._warn_of_plain_text(first.tls)
         host, _, *scope = control.peer
         endpoint = Endpoint(control.socket.family, (host, first.port, *scope))
@@ -387,10 +385,10 @@ class _Silence:
         return max(self._limits.dead_intervals * self._interval_s, self._limits.dead_timeout_s)
 
 
-def _refusal(bye: Bye) -> PolicyError:
+def _refusal(bye: Bye) -> Busy:
     if bye.why == wire.BUSY:
-        return PolicyError("the server has another client, and takes one at a time")
-    return PolicyError(f"the server takes no client now: {wire.printable(bye.why)}")
+        return Busy("the server has another client, and takes one at a time")
+    return Busy(f"the server takes no client now: {wire.printable(bye.why)}")
 
 
 def _read_lines(transport: Transport, lines: wire.Lines) -> list[bytes]:

@@ -13,7 +13,7 @@ from gevent.pool import Group
 from . import log as logs
 from .config import Config
 from .crew import Crew
-from .errors import NodePassError, PolicyError, SessionEnded, SessionLost
+from .errors import Busy, NodePassError, PolicyError, SessionEnded, SessionLost
 from .metrics import Counters
 from .state import Description, Ended, wall_clock
 from .transport import reason
@@ -146,7 +146,8 @@ class Service:
             self.role.run()
             why = "it ended"
         except PolicyError as exc:  # trying sooner changes nothing
-            return self._say(logging.ERROR, str(exc), longest_s, f"every {longest_s:g} s", once)
+            level = logging.WARNING if isinstance(exc, Busy) else logging.ERROR
+            return self._say(level, str(exc), longest_s, f"every {longest_s:g} s", once)
         except SessionEnded as exc:
             lived_s, why, level, clean = exc.lived_s, str(exc), logging.INFO, True
         except SessionLost as exc:

@@ -11,7 +11,7 @@ from support import bounded, wait_until
 from nodepass_gevent import service
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
-from nodepass_gevent.errors import ConnectError, PeerSilent, PolicyError, SessionEnded, SessionLost
+from nodepass_gevent.errors import Busy, ConnectError, PeerSilent, PolicyError, SessionEnded, SessionLost
 from nodepass_gevent.metrics import Counters
 from nodepass_gevent.service import Backoff, Service
 
@@ -164,10 +164,11 @@ def test_the_first_line_with_a_reason_says_how_it_goes_on(spawn, caplog, end, co
     assert [message.partition("; trying again ")[2] for message in caplog.messages] == again
 
 
-def test_a_refusal_by_policy_waits_the_whole_cooldown(serve, caplog):
-    serve(Failing(PolicyError("the server offers tls 0"), cooldown_s=0.07))
+@pytest.mark.parametrize(("kind", "level"), [(PolicyError, "ERROR"), (Busy, "WARNING")])
+def test_a_refusal_waits_the_whole_cooldown_and_is_an_error_unless_it_may_mend_itself(serve, caplog, kind, level):
+    serve(Failing(kind("the server offers tls 0"), cooldown_s=0.07))
     assert pauses(caplog) == ["every 0.07 s"]
-    assert [record.levelname for record in caplog.records if "offers" in record.getMessage()] == ["ERROR"]
+    assert [record.levelname for record in caplog.records if "offers" in record.getMessage()] == [level]
 
 
 def test_expected_failures_are_warnings_that_say_why_and_have_no_traceback(serve, caplog):
