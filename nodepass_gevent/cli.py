@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed = options.parse(argv, os.environ)
         if parsed.action in ("status", "health"):
             ask = status_client.health if parsed.action == "health" else status_client.status
-            return ask(parsed.process, parsed.line.flags)
+            return ask(parsed.process, parsed.line.flags, _write)
         if parsed.action != "run":
             return _print(parsed, argv)
         taken = descriptors.taken()

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -27,35 +28,35 @@ CLEAR = "\x1b[H\x1b[2J"
 NO_HISTORY = "?since=1e12"  # no row is behind a time so far off
 
 
-def status(process: Process, flags: frozenset[str]) -> int:
-    """Print how the process is, once, or again and again until SIGINT or SIGTERM; 1 when it cannot be asked."""
+def status(process: Process, flags: frozenset[str], write: Callable[[str], int]) -> int:
+    """Print how the process is, once, or again and again until SIGINT or SIGTERM; 1 when it cannot be asked.
+
+    ``write`` gives what to end with where it cannot; 0 where it can.
+    """
     watched, stop = "watch" in flags, Event()
     for number in (signal.SIGINT, signal.SIGTERM) if watched else ():
         gevent.signal_handler(number, stop.set)  # a KeyboardInterrupt may come where nobody passes it on
+    on_screen = watched and sys.stdout.isatty()
     while True:
         code, text = _look(process, as_json="json" in flags)
-        try:
-            if watched and sys.stdout.isatty():
-                print(end=CLEAR)
-            if code != http.client.OK:
-                print(f"nodepass: error: {text}", file=sys.stderr)
-            else:
-                print(fit(text) if watched and sys.stdout.isatty() else text, flush=True)
-        except BrokenPipeError:
-            watched = False
+        known = code == http.client.OK
+        clear = CLEAR if on_screen else ""
+        if unwritten := write(f"{clear}{fit(text) if on_screen else text}\n" if known else clear):
+            return unwritten
+        if not known:
+            print(f"nodepass: error: {text}", file=sys.stderr)
         if not watched or stop.wait(WATCH_S):
-            return int(code != http.client.OK)
+            return int(not known)
 
 
-def health(process: Process, flags: frozenset[str]) -> int:
+def health(process: Process, flags: frozenset[str], write: Callable[[str], int]) -> int:
     """Print in a line whether the process is alive, or, with --ready, whether it serves; 0 when it does, else 1."""
     code, body = _ask(process, "/readyz" if "ready" in flags else "/healthz")
     healthy = code == http.client.OK
     said = "; ".join(line.rstrip(".") for line in body.split("\n") if line)
     if not said:  # without its token
         said = "ready" if healthy else "not ready; who gives the token is told why"
-    print(f"{'healthy' if healthy else 'unhealthy'}: {said}")
-    return 0 if healthy else 1
+    return write(f"{'healthy' if healthy else 'unhealthy'}: {said}\n") or int(not healthy)
 
 
 def _look(process: Process, *, as_json: bool) -> tuple[int, str]:

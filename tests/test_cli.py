@@ -333,7 +333,10 @@ def test_a_command_or_its_option_out_of_place_is_refused(world, capsys, argv, li
     assert world.ran is None
 
 
-@pytest.mark.parametrize("command", ["--help", "genkey", "generate config", "check client://127.0.0.1:1/127.0.0.1:2"])
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "genkey", "generate config", "check client://127.0.0.1:1/127.0.0.1:2", "health --status=127.0.0.1:1"],
+)
 @pytest.mark.parametrize("full", [True, False], ids=["full disk", "closed pipe"])
 def test_what_cannot_be_printed_ends_a_command_without_a_traceback(command, full):
     argv = [sys.executable, "-m", "nodepass_gevent", *command.split()]

@@ -112,6 +112,9 @@ def test_the_commands_tell_the_same(here):
     with Process(argv) as watching:
         wait_until(lambda: len([line for line in watching.lines if line.startswith("Serving: ")]) > 1, 30, "two looks")
         assert watching.stop(signal.SIGINT) == 0
+    with open("/dev/full", "w") as disk:
+        done = subprocess.run(argv, stdout=disk, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "nodepass: error: standard output: no space left on device\n")
 
 
 def test_lines_that_a_full_disk_has_cost_are_told():
