@@ -1,9 +1,6 @@
 """The dialling side: call the server, adopt its TLS mode, keep data connections ready, and obey its launches."""
 
-import logging
 import secrets
-import time
-from collections.abc import Callable
 from functools import partial
 
 import gevent
@@ -11,12 +8,13 @@ from gevent.event import Event
 
 from . import authentication, net, opening, tls, tunnel_key, wire
 from . import log as logs
-from .config import Config, Limits
+from .config import Config
 from .crew import Crew
 from .dialing import PlainDial
 from .dialing_pool import DialingPool
-from .errors import Busy, CertificateRefused, KeyMismatch, NoPlace, PeerLeft, PolicyError, ProtocolError, RefusedByPeer
+from .errors import Busy, CertificateRefused, KeyMismatch, NoPlace, PolicyError, ProtocolError, RefusedByPeer
 from .forward import Egress
+from .hearing import Signals, Silence, refusal
 from .keyring import KeyRing
 from .metrics import Counters
 from .net import Endpoint
@@ -26,7 +24,7 @@ from .state import Description, Peer, wall_clock
 from .tls_context import OFF, VERIFIED, ClientPolicy
 from .transport import Stream, Transport, deadline, shared_deadline
 from .tunnel_key import SessionKeys
-from .wire import Bye, Fail, Launch, Need, Ping
+from .wire import Bye, Fail
 
 CHUNK = 1024  # bytes per read while the welcome is awaited
 V1_LEAD_S = 0.03  # a server of ours launches no v1 data connection in the first 5 ms, or more when it is busy
@@ -167,7 +165,7 @@ class Client:
         if isinstance(welcome, Bye):
             if own_port and welcome.why == wire.BUSY:  # another process may take the next call
                 raise NoPlace("the server process that took the call has a client: the next call may reach another one")
-            raise _refusal(welcome)
+            raise refusal(welcome)
         host, port, *scope = control.peer
         endpoint = Endpoint(control.socket.family, (host, own_port or port, *scope))
         line = opening.format_data(Data(welcome.session))
@@ -186,7 +184,7 @@ class Client:
 
         egress = Egress(pool, self.exchanges, self.config, self.counters, fail, told_users=opening.FROM in can)
         lines.limit = wire.MAX_LINE  # the welcome alone may be longer
-        signals = _Signals(egress, self.counters, self._log, lines, answer_ping, pool.dial_more, obeys_bye=True)
+        signals = Signals(egress, self.counters, self._log, lines, answer_ping, pool.dial_more, obeys_bye=True)
         silence_s = self.config.limits.dead_intervals * welcome.ping_interval_s
         session = Session(
             transport,
@@ -254,9 +252,9 @@ class Client:
             user_timeout_s=self.config.limits.tcp_user_timeout_s,
             at_once=plain,
         )
-        silence = _Silence(self.config.limits)
+        silence = Silence(self.config.limits)
         egress = Egress(pool, self.exchanges, self.config, self.counters)
-        signals = _Signals(egress, self.counters, self._log, wire.Lines(), silence.note_ping)
+        signals = Signals(egress, self.counters, self._log, wire.Lines(), silence.note_ping)
         self._miss_source()
         self._log.info(
             "connected to %s, profile v1, data port %d, tls %d, for %s",
@@ -315,80 +313,6 @@ class Client:
         except CertificateRefused as exc:
             tls.tell(stream, exc, self.config.limits.drain_linger_s)
             raise
-
-
-class _Signals:
-    """What the server says once the control channel is up; ``lines`` cuts it, as it has cut what came before."""
-
-    def __init__(
-        self,
-        egress: Egress,
-        counters: Counters,
-        log: logging.Logger,
-        lines: wire.Lines,
-        on_ping: Callable[[], object],
-        on_need: Callable[[int], object] = lambda users: None,
-        *,
-        obeys_bye: bool = False,
-    ) -> None:
-        self._egress = egress
-        self._counters = counters
-        self._log = log
-        self._lines = lines
-        self._on_ping = on_ping
-        self._on_need = on_need
-        self._obeys_bye = obeys_bye  # a v1 server knows none
-
-    def receive(self, data: bytes) -> None:
-        """Take what came on the control channel; ProtocolError for a line without end, PeerLeft at a bye."""
-        self.obey(self._lines.feed(data))
-
-    def obey(self, lines: list[bytes]) -> None:
-        """Do what lines say; count and pass over what is malformed or unknown."""
-        for line in lines:
-            try:
-                signal = wire.parse_signal(line)
-            except ProtocolError as exc:
-                self._counters.signals_malformed += 1
-                self._log.debug("signal passed over: %s", exc)
-                continue
-            match signal:
-                case Launch():
-                    self._egress.launch(signal)
-                case Ping():
-                    self._on_ping()
-                case Need():
-                    self._on_need(signal.users)
-                case Bye() if self._obeys_bye:
-                    raise _refusal(signal) if signal.why == wire.BUSY else PeerLeft("the server said bye")
-                case _:
-                    self._counters.signals_unknown += 1
-
-
-class _Silence:
-    """How long a v1 server may be silent: its own interval tells, for an old one may have set it long."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._last_ping = 0.0
-        self._interval_s = 0.0  # the longest between two keep-alives; 0 while unknown
-
-    def note_ping(self) -> None:
-        now = time.monotonic()
-        if self._last_ping:
-            self._interval_s = max(self._interval_s, now - self._last_ping)
-        self._last_ping = now
-
-    def limit_s(self) -> float | None:
-        if not self._interval_s:
-            return None
-        return max(self._limits.dead_intervals * self._interval_s, self._limits.dead_timeout_s)
-
-
-def _refusal(bye: Bye) -> Busy:
-    if bye.why == wire.BUSY:
-        return Busy("the server has another client, and takes one at a time")
-    return Busy(f"the server takes no client now: {wire.printable(bye.why)}")
 
 
 def _read_lines(transport: Transport, lines: wire.Lines) -> list[bytes]:

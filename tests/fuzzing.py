@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from nodepass_gevent import authentication, client, configfile, frames, keyring, metrics, opening, options, url, wire
+from nodepass_gevent import authentication, configfile, frames, hearing, keyring, metrics, opening, options, url, wire
 from nodepass_gevent import log as logs
 from nodepass_gevent.callers import Caller, Callers
 from nodepass_gevent.config import Config
@@ -219,7 +219,7 @@ def signals(data: bytes) -> object:
     """Let a client obey: whatever comes, only whole launches reach its egress."""
     launched: list[bytes] = []
     egress = SimpleNamespace(launch=lambda launch: launched.append(launch.id))
-    obeying = client._Signals(egress, metrics.Counters(), logs.of(""), wire.Lines(), lambda: None)
+    obeying = hearing.Signals(egress, metrics.Counters(), logs.of(""), wire.Lines(), lambda: None)
     for at in range(0, len(data), 97):
         obeying.receive(data[at : at + 97])
     assert all(re.fullmatch(b"[0-9a-f]{8}", id) for id in launched)

@@ -37,7 +37,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"datagrams", "generate", "tls_context"},
     {"tls"},
     {"admission", "authentication", "dialing", "dialing_pool", "forward", "pool"},
-    {"ripening", "session"},
+    {"hearing", "ripening", "session"},
     {"clients"},
     {"joining"},
     {"public_port", "reception"},
