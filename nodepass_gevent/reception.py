@@ -27,6 +27,7 @@ from .opening import Data, FirstLine, Hello, ServerProof, Welcome
 from .penalties import Penalties
 from .pool import AcceptingPool
 from .session import Session
+from .state import Ended
 from .tls_context import ServerCertificate
 from .transport import Stream, Transport, deadline, reason
 from .tunnel_key import Handshake
@@ -60,6 +61,7 @@ class Reception:
         self._keys = keys
         self._clients = clients
         self._penalties = penalties
+        self.refused: Ended | None = None  # the last one
         self._awaited = 0  # callers from the address of the client that have not said their line yet
         self._joining = Joining(config, certificate, clients, self._held, counters, self._on_wrong_tag)
         self._spent_lines: dict[int | None, bytes] = {}  # by data port, for whom no nonce matters any more
@@ -180,7 +182,8 @@ class Reception:
 
     def _refuse(self, who_and_why: str, level: int = logging.WARNING) -> None:
         self._counters.callers_refused += 1
-        self._log.log(level, "refused %s", who_and_why)
+        self.refused = Ended(f"refused {who_and_why}")
+        self._log.log(level, "%s", self.refused.why)
 
     def _listen_to(
         self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack

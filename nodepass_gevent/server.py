@@ -91,7 +91,7 @@ class Server:
     def describe(self) -> Description:
         """Say who is connected, and what is presented."""
         presented = self._certificate.describe() if self._certificate else None
-        return Description(self._clients.describe(), presented, self._clients.left)
+        return Description(self._clients.describe(), presented, self._clients.left, self._reception.refused)
 
     def duplicate_sockets(self) -> dict[Bound, RawSocket]:
         """Give duplicates of the open sockets: who calls meanwhile waits for the one that gets them."""

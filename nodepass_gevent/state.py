@@ -44,3 +44,4 @@ class Description:
     peers: tuple[Peer, ...]
     certificate: Presented | None
     left: Ended | None = None  # the last peer, where the role goes on without
+    refused: Ended | None = None  # the last caller that was not taken for a peer

@@ -62,7 +62,7 @@ def all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
         wrong = [f"{name}: {', '.join(said)}" for name, said in said_of.items() if said]
         return f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {_first(wrong) or NOTHING_WRONG}."
     share = f"Only {len(tunnels) - len(missing)}" if len(missing) < len(tunnels) else "None"
-    why = _first([f"{tunnel.name}: {', '.join([_why(tunnel), *_refusal(tunnel)])}" for tunnel in missing])
+    why = _first([f"{tunnel.name}: {', '.join([_why(tunnel), *_refusal(tunnel, now)])}" for tunnel in missing])
     sums = {key: sum(tunnel.wrong[key] for tunnel in tunnels) for key in WRONG}
     return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {'; '.join([why, *_wrong_words(sums)])}."
 
@@ -128,20 +128,20 @@ def _full(tunnel: Tunnel) -> list[str]:
 def _last_minute(tunnel: Tunnel, now: float) -> list[str]:
     """Say what went wrong in the last minute, and is not the case now."""
     said = _wrong_words(tunnel.wrong)
-    said += _warning(tunnel) if said else _refusal(tunnel)
-    if tunnel.ended and tunnel.condition != "failing" and now - tunnel.ended.at < MINUTE_S:
-        said.append(f"{now - tunnel.ended.at:.0f} s ago: {tunnel.ended.why}")
-    return said
+    if said and tunnel.warning:
+        said.append(f"last warning: {shorten(tunnel.warning, MAX_WARNING, placeholder=' …')}")
+    ended = _ago(tunnel.ended, now) if tunnel.condition != "failing" else []
+    return [*said, *ended, *_refusal(tunnel, now)]
 
 
-def _refusal(tunnel: Tunnel) -> list[str]:
-    """Where no client is, give the last warning: it may say why the one that called was refused."""
-    known = tunnel.ended and tunnel.ended.why in tunnel.warning
-    return _warning(tunnel) if tunnel.condition == "waiting" and not known else []
+def _refusal(tunnel: Tunnel, now: float) -> list[str]:
+    """Where no client is, say whom the server has refused: that may be it."""
+    return _ago(tunnel.description.refused, now) if tunnel.condition == "waiting" else []
 
 
-def _warning(tunnel: Tunnel) -> list[str]:
-    return [f"last warning: {shorten(tunnel.warning, MAX_WARNING, placeholder=' …')}"] if tunnel.warning else []
+def _ago(ended: Ended | None, now: float) -> list[str]:
+    """Say what ended in the last minute."""
+    return [f"{now - ended.at:.0f} s ago: {ended.why}"] if ended and now - ended.at < MINUTE_S else []
 
 
 def _wrong_words(wrong: Mapping[str, int]) -> list[str]:

@@ -141,6 +141,7 @@ def test_a_wrong_proof_is_reset_and_counted(keyed, call, said, make):
     assert fate(client.control) == RESET
     wait_until(lambda: running.counters.tags_wrong == 1 and running.counters.callers_refused == 1)
     assert said.find(r"WARNING refused caller 127\.0\.0\.1:\d+: its proof of the tunnel key is wrong")
+    assert said.find(running.server.describe().refused.why)
     assert not said.find("connected")
     assert call(running).authenticate()
 

@@ -254,16 +254,18 @@ def test_beside_what_went_wrong_stands_the_last_warning_of_that_tunnel():
     assert told.endswith("x ….") and len(told) < 400
 
 
-def test_a_server_that_waits_for_its_client_tells_the_last_warning_which_may_be_of_one_it_refused():
+def test_a_server_that_waits_for_its_client_tells_whom_it_has_refused():
     why = "refused caller 192.0.2.1:4711: its proof of the tunnel key is wrong"
     each = service(name="web")
-    each.role.description = Description((), None)
-    status = state(each, service(name="other"), events=[Event(time.time() - 5, "warn", "web", why)])
-    told = f"no client is connected, last warning: {why}."
+    each.role.description = Description((), None, refused=Ended(why, time.time() - 5))
+    status = state(each, service(name="other"))
+    told = f"no client is connected, 5 s ago: {why}."
     assert status.snapshot().words == f"Only 1 of 2 tunnels serving, no exchanges; web: {told}"
-    assert status.snapshot().tunnels[0].words == f"Waiting: no client is connected, no exchanges; last warning: {why}."
-    each.role.description = Description((), None, Ended(why))
-    assert status.snapshot().tunnels[0].words.count(why) == 1
+    assert status.snapshot().tunnels[0].words == f"Waiting: no client is connected, no exchanges; 5 s ago: {why}."
+    each.role.description = Description((PEER,), None, refused=Ended(why))
+    assert why not in status.snapshot().words
+    each.role.description = Description((), None, refused=Ended(why, time.time() - 61))
+    assert why not in status.snapshot().words
 
 
 def test_a_warning_of_more_than_a_minute_ago_is_not_told():
