@@ -95,12 +95,27 @@ def test_a_welcome_is_read_and_written():
     assert opening.parse_welcome(b"//?why=busy#bye") == Bye(b"busy")
 
 
+def test_a_welcome_without_an_interval_leaves_the_server_a_second_to_be_heard():
+    assert opening.parse_welcome(b"//0123456789abcdef?i=0&p=1#welcome").ping_interval_s == 1
+
+
+def test_a_name_that_is_no_text_is_read_all_the_same():
+    assert opening.parse_opening(b"//%ff?v=2#hello") == Hello("\ufffd")
+
+
 def test_an_offer_is_written_and_recognised():
     line = opening.format_first_line(FirstLine(None, 1), NONCE)
     assert line == b"//off?v=2&n=AAECAwQFBgcICQoLDA0ODw#1\n"
     assert opening.offers_v2(opening.parse_first_line(line[:-1]))
     assert not opening.offers_v2(opening.parse_first_line(b"//1234#0"))
     assert not opening.offers_v2(opening.parse_first_line(b"//1234?v=3&n=x#0"))
+    assert not opening.offers_v2(opening.parse_first_line(b"//1234?v=12&n=x#0"))
+
+
+def test_without_an_offer_no_port_is_named_for_its_data_connections():
+    """A server of protocol=1 with reuse-port: the line would be none."""
+    assert opening.format_first_line(FirstLine(1234, 0), data_port=1234) == b"//1234#0\n"
+    assert opening.format_first_line(FirstLine(1234, 0), NONCE, data_port=1234).endswith(b"&d=1234#0\n")
 
 
 HTTP = "it speaks HTTP: most often a browser or a scanner, perhaps a client of NodePass 1.13 or later"
