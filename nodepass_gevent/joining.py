@@ -28,7 +28,7 @@ REFUSALS_PER_WARNING = 60  # an original without a certificate calls again and a
 
 
 class Joining:
-    """What is between accept and pool; at most MAX_POOL_CAPACITY connections at once."""
+    """What is between accept and pool; never more than a client's pool has room for."""
 
     def __init__(
         self,
@@ -40,7 +40,6 @@ class Joining:
         on_wrong_tag: Callable[[str], None],
     ) -> None:
         self._log = logs.of(config.name)
-        self._most = config.max_pool_capacity
         self._limits = config.limits
         self._certificate = certificate
         self._clients = clients
@@ -50,10 +49,6 @@ class Joining:
         self._on_wrong_tag = on_wrong_tag
         self._running = 0
         self._ripening = Ripening(config.limits.id_timeout_s, self._refused)
-
-    @property
-    def full(self) -> bool:
-        return self._running + len(self._ripening) >= self._most
 
     def close(self) -> None:
         """Reset what waits here without a greenlet."""
@@ -134,7 +129,7 @@ class Joining:
 
         There is no wait in here.
         """
-        if self._certificate or self.full or not self.has_room(client):
+        if self._certificate or not self.has_room(client):
             return False
         try:
             self._ripen(stream, stream, client)
@@ -157,7 +152,7 @@ class Joining:
                 owned.enter_context(stream)
                 why, alert = "no client is expected there, or its pool is full", b""
                 try:
-                    if candidate or (client and not self.full and self.has_room(client)):
+                    if candidate or (client and self.has_room(client)):
                         caller = Caller(key, stream, gevent.getcurrent())
                         with self.counted() if client else self._candidates.noted(caller):
                             data = self.secure(stream)

@@ -84,6 +84,23 @@ def test_beside_a_full_pool_no_tls_handshake_of_its_client_is_begun(serve, conne
     assert is_served(connect(running, "user"), client)
 
 
+def test_data_connections_whose_id_is_on_its_way_count_in_the_pool(serve, connect):
+    running = serve(min_pool_capacity=1, max_pool_capacity=3)
+    connect(running).join().known()
+    for _ in range(4):
+        connect(running, "data")
+    wait_until(lambda: running.counters.data_connections_refused == 2)
+
+
+def test_handshakes_of_a_client_that_go_on_count_in_its_pool(serve, connect):
+    running = serve(tls=1, min_pool_capacity=1, max_pool_capacity=2, tls_handshake_timeout_s=30)
+    client = connect(running).join().known()
+    stalled = [connect(running, "data") for _ in range(2)]
+    wait_until(lambda: running.counters.data_connections_refused == 1)
+    assert is_served(connect(running, "user"), client)
+    assert all(map(quiet, stalled))
+
+
 @pytest.mark.parametrize("fault", ["speaks", "closes"])
 def test_a_data_connection_that_breaks_the_rules_is_never_given_to_a_user(serve, connect, said, fault):
     running = serve()
