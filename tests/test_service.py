@@ -108,10 +108,11 @@ def test_pauses_are_shortened_by_up_to_a_half(drawn, pauses_s):
     assert [backoff.pause_s(0) for _ in range(3)] == pytest.approx(pauses_s)
 
 
-def test_a_clean_end_is_no_warning_and_followed_by_a_try_at_once(serve, caplog):
-    serve(Failing(SessionEnded("the server said bye", 1.0), SessionEnded("the server said bye", 1.0)))
+def test_a_clean_end_is_no_failure_and_no_warning_and_followed_by_a_try_at_once(serve, caplog):
+    served = serve(Failing(SessionEnded("the server said bye", 1.0), SessionEnded("the server said bye", 1.0)))
     first, _ = caplog.records
     assert (first.levelname, first.getMessage()) == ("INFO", "role: the server said bye; trying again now")
+    assert served.failures == 0
 
 
 def test_a_role_that_fails_twice_is_started_again_at_once_and_then_after_a_pause(serve, caplog):

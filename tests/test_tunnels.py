@@ -1,5 +1,6 @@
 import errno
 import logging
+import time
 from dataclasses import replace
 
 import gevent
@@ -7,6 +8,7 @@ import pytest
 from gevent.event import Event
 from support import wait_until
 
+from nodepass_gevent import log as logs
 from nodepass_gevent.config import Address, Config, Limits
 from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import ConfigError, SessionEnded, TunnelsRefused
@@ -81,6 +83,7 @@ def world(caplog):
     yield made
     for role in made.roles:
         role.exchanges.kill()
+        logs.of(role.config.name).setLevel(logging.NOTSET)
     made.tunnels.stop()
 
 
@@ -92,6 +95,11 @@ def test_each_tunnel_is_started_once(world):
         ("a", None, ["run"]),
         ("b", None, ["run"]),
     ]
+
+
+def test_a_tunnel_with_a_name_has_its_own_level_from_its_start(world):
+    world.apply(replace(CONFIG, log="debug"), replace(CONFIG, name="b", log="error"))
+    assert [logs.of(name).level for name in "ab"] == [logging.DEBUG, logging.ERROR]
 
 
 def test_a_tunnel_that_is_added_disturbs_no_other(world):
@@ -247,6 +255,7 @@ def test_a_tunnel_that_is_removed_is_drained_within_its_shutdown_timeout(world, 
     assert world.running() == [] and role.done == ["run", "killed", "dismiss", "retire"]
     wait_until(lambda: world.tunnels.exchanges() == 0)
     assert "role a: exchanges cut: 1" in caplog.messages
+    wait_until(lambda: world.tunnels.stop_s == 0)  # nothing of it is left
 
 
 def test_a_tunnel_that_is_removed_takes_exchanges_of_former_settings_with_it(world):
@@ -274,8 +283,8 @@ def test_exchanges_of_former_settings_are_drained_for_as_long_as_those_of_now_sa
 
 def test_at_the_end_all_are_drained_each_within_its_own_time(world):
     quick, slow = replace(CONFIG, shutdown_timeout_s=0.05), replace(CONFIG, name="b", shutdown_timeout_s=20.0)
-    world.apply(quick, slow)
-    first, second = world.roles
+    world.apply(slow, quick)
+    second, first = world.roles
     go_on = Event()
     first.exchanges.spawn(Event().wait)
     second.exchanges.spawn(go_on.wait)
@@ -287,11 +296,20 @@ def test_at_the_end_all_are_drained_each_within_its_own_time(world):
     assert [role.done for role in world.roles] == [["run", "killed", "dismiss"]] * 2
 
 
-def test_exchanges_of_replaced_tunnels_are_drained_at_the_end_too(world):
-    config = replace(CONFIG, shutdown_timeout_s=0.05)
-    world.apply(config)
+def test_at_the_end_the_times_of_tunnels_are_not_added_up(world):
+    world.apply(*(replace(CONFIG, name=name, shutdown_timeout_s=0.5) for name in "abcd"))
+    for role in world.roles:
+        role.exchanges.spawn(Event().wait)
+    begun = time.monotonic()
+    assert world.tunnels.stop() == 4
+    assert 0.5 <= time.monotonic() - begun < 1.5
+
+
+@pytest.mark.parametrize("after", [(replace(CONFIG, shutdown_timeout_s=0.05, semaphore_limit=7),), ()])
+def test_exchanges_of_replaced_and_removed_tunnels_are_drained_at_the_end_too(world, after):
+    world.apply(replace(CONFIG, shutdown_timeout_s=0.05))
     world.roles[0].exchanges.spawn(Event().wait)
-    world.apply(replace(config, semaphore_limit=7))
+    world.apply(*after)
     assert world.tunnels.stop() == 1
     assert world.tunnels.exchanges() == 0
 
@@ -315,6 +333,7 @@ def test_a_reload_reaches_those_that_run(world):
 def test_all_have_begun_when_each_that_is_there_has_even_if_one_was_replaced(world):
     world.apply(CONFIG, replace(CONFIG, name="b"))
     waiting = gevent.spawn(world.tunnels.wait_begun)
+    gevent.idle()  # it waits for the first one
     first, other = world.roles
     other.begun.set()
     world.apply(replace(CONFIG, semaphore_limit=7), other.config)
