@@ -59,9 +59,11 @@ def test_the_need_follows_the_settings():
     assert needed([config("client", reserve=17, **base)]) == client + 1
 
 
-def test_tunnels_share_the_descriptors_and_one_reserve():
+def test_tunnels_share_the_descriptors_and_one_reserve_the_largest():
     one, two = config("client", semaphore_limit=10), config("client", semaphore_limit=20)
     assert needed([one, two]) == needed([one]) + needed([two]) - 16
+    more = config("client", semaphore_limit=20, reserve=50)
+    assert needed([one, more]) == needed([more, one]) == needed([one, two]) + 50 - 16
 
 
 def test_what_is_open_already_is_taken_off():

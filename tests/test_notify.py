@@ -130,6 +130,15 @@ def test_the_watchdog_is_fed_and_a_changed_status_is_told(notify, told, spawn):
     ]
 
 
+def test_the_watchdog_is_fed_well_within_its_time(notify, told, spawn):
+    manager, environ = told
+    spawn(notify(environ | {"WATCHDOG_USEC": "3000000"}).report_for_ever, lambda: "x")
+    manager.receive()
+    began = time.monotonic()
+    assert manager.receive() == "WATCHDOG=1"
+    assert time.monotonic() - began < 2.9
+
+
 def test_a_stuck_event_loop_feeds_no_watchdog(notify, told, spawn):
     manager, environ = told
     spawn(notify(environ | {"WATCHDOG_USEC": "100000"}).report_for_ever, lambda: "x")

@@ -1,4 +1,5 @@
 import contextlib
+import http.client
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from nodepass_gevent.crew import Crew
 from nodepass_gevent.config import Address, Config, Process
 from nodepass_gevent.errors import ConfigError, PolicyError
 from nodepass_gevent.metrics import Counters
+from nodepass_gevent.state import Description
 
 log = logging.getLogger("nodepass_gevent.script")
 
@@ -43,6 +45,9 @@ class Role:
 
     def retire(self):
         pass
+
+    def describe(self):
+        return Description((), None)
 
     def run(self):
         self.runs += 1
@@ -215,6 +220,30 @@ role = None
         running.kill(signal.SIGHUP)
         running.wait_for("the old one goes on: a: crt: it went bad; of the other tunnels, taken up: 1\n")
         running.wait_for("status: http://127.0.0.1:")
+
+
+def test_a_hang_up_changes_the_token_of_the_status():
+    code = """
+status = Process(status=Address("127.0.0.1", 0))
+def run(role):
+    plan = lambda token: process.Plan(status, (role.config,), status_token=token)
+    return process.run(plan("old"), lambda: plan("new"), lambda config, before: role)
+role = Role()
+"""
+
+    def ask(token):
+        port = int(re.search(r"status: http://127\.0\.0\.1:(\d+)/", running.said)[1])
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+            connection.request("GET", "/status.json", headers={"Authorization": f"Bearer {token}"})
+            return connection.getresponse().status
+
+    with script(code) as running:
+        running.wait_for("status: http://127.0.0.1:")
+        assert [ask("old"), ask("new")] == [200, 401]
+        running.kill(signal.SIGHUP)
+        running.said = ""
+        running.wait_for("status: http://127.0.0.1:")
+        assert [ask("old"), ask("new")] == [401, 200]
 
 
 def test_an_error_in_a_greenlet_is_logged_and_ends_no_other():
