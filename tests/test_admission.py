@@ -214,7 +214,8 @@ def test_datagrams_are_taken_by_address_and_by_rate(guards):
     guard = guards(deny_users="198.51.100.0/24", udp_rate_per_address=3)
     assert [guard.admits_datagram(HERE) for _ in range(5)] == [True, True, True, False, False]
     assert guard.admits_datagram("192.0.2.2") and not guard.admits_datagram(ELSEWHERE)
-    assert (guard.counters.datagrams_dropped_rate, guard.counters.datagrams_kept_out) == (2, 1)
+    assert [guard.admits_datagram(f"2001:db8::{number}") for number in range(4)] == [True, True, True, False]
+    assert (guard.counters.datagrams_dropped_rate, guard.counters.datagrams_kept_out) == (3, 1)
 
 
 def test_without_settings_every_datagram_is_taken(guards):

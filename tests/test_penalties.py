@@ -108,6 +108,15 @@ def test_who_has_proven_the_key_is_forgiven():
         assert world.kept_out_s(key) == 0
 
 
+def test_wrong_proofs_count_on_in_the_server_that_comes_in_the_place_of_another():
+    before, after = World(), World()
+    before.wrong(2)
+    before.wrong(3, OTHER)
+    after.penalties.follow(before.penalties)
+    after.wrong(1)
+    assert after.penalties.keeps_out(ME) and after.penalties.keeps_out(OTHER)
+
+
 def test_penalties_follow_the_settings():
     world = World(penalty_after=1, penalty_first_s=3, penalty_longest_s=7)
     taken = []
