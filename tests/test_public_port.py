@@ -10,8 +10,8 @@ from pathlib import Path
 
 import gevent
 import pytest
-from support import BOUND_S, LIMITS, is_reset, read_exactly, wait_until
-from test_v2_server import HELLO, V2Client
+from support import BOUND_S, LIMITS, bounded, is_reset, read_exactly, wait_until
+from test_v2_server import HELLO, V2Client, datagram_user
 from tunnel import ELSEWHERE, closed, dial, is_served, read_line
 
 from nodepass_gevent import net
@@ -23,6 +23,7 @@ from nodepass_gevent.handover import Sockets
 from nodepass_gevent.metrics import Counters
 from nodepass_gevent.public_port import PublicPort
 from nodepass_gevent.server import Server
+from nodepass_gevent.values import Networks
 
 
 def free_address(kind=socket.SOCK_STREAM):
@@ -345,3 +346,46 @@ def test_a_user_who_waits_for_a_data_connection_when_the_server_stops_is_given_o
         data, _ = client.launched()
         with data:
             assert read_exactly(data, 8) == b"question"
+
+
+def test_who_is_kept_out_is_kept_out_of_the_queue_too_when_the_server_stops(serve, connect):
+    running = serve(deny_users=Networks.parse("127.0.0.1"))
+    connect(running).join().known()
+    with closing(call_unseen(running.public)) as user:
+        running.greenlet.kill()
+        assert is_reset(user)
+    assert running.counters.users_kept_out == 1
+
+
+def test_users_in_the_queue_hold_up_no_server_whose_places_are_all_taken_when_it_stops(serve, connect):
+    running = serve(semaphore_limit=1, drain_linger_s=0.1)
+    client = connect(running).join(2)
+    user = connect(running, "user")
+    user.sendall(b"question")
+    data, _ = client.launched()
+    with data, closing(call_unseen(running.public)) as other:
+        with bounded():
+            running.greenlet.kill()
+        assert is_reset(other)
+        assert read_exactly(data, 8) == b"question"
+
+
+def test_udp_sessions_go_on_when_the_server_stops_and_leave_the_port_to_it_when_it_begins_anew(
+    serve, connect, spawn, said
+):
+    running = serve(network="both", tunnel=free_address(), target=free_address())
+    with closing(V2Client(running, b"//?v=2&c=udp#hello\n")) as client, datagram_user(running) as sender:
+        client.join()
+        sender.send(b"1")
+        data, _ = client.launched()
+        with data:
+            running.greenlet.kill()
+            sender.send(b"2")
+            assert read_exactly(data, 6) == b"\0\0011\0\0012"
+            said.lines.clear()
+            again = spawn(running.server.run)
+            wait_until(lambda: said.find("listening: ") or again.ready())
+            assert closed(data)
+    user = connect(running, "user")  # and waits for a client
+    with closing(V2Client(running)) as client:
+        assert is_served(user, client.join())
