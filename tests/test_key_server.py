@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import socket
 from dataclasses import replace
 
 import gevent
@@ -13,6 +14,7 @@ from tunnel import ELSEWHERE, HERE, closed, dial, read_line
 
 from nodepass_gevent import opening, tls
 from nodepass_gevent.tls_context import SELF_SIGNED, ClientPolicy
+from nodepass_gevent.transport import RawSocket
 from nodepass_gevent.tunnel_key import EXPORTER_LABEL, derive, format_key, parse_key
 
 PASSPHRASE = "correct horse battery staple"
@@ -420,20 +422,27 @@ def test_a_stranger_with_tls_and_no_tag_is_never_given_a_user(keyed, connect, ca
     assert all(stranger.peek() is None for stranger in strangers)
 
 
-def test_strangers_who_name_a_live_session_are_bounded_and_keep_the_client_out_of_nothing(keyed, connect, call):
-    running = keyed(callers=4)
+@pytest.mark.parametrize("late", [False, True])
+def test_strangers_who_name_a_live_session_are_bounded_and_keep_the_client_out_of_nothing(keyed, connect, call, late):
+    running = keyed(callers=4, tls_handshake_timeout_s=30, caller_timeout_s=30)
     client = call(running).authenticate()
     crowd = []
     for _ in range(12):
-        stream = as_stream(dial(running.tunnel, ELSEWHERE))
+        raw = RawSocket()  # blocks: the server has not had a turn
+        raw.bind((ELSEWHERE, 0))
+        raw.connect((HERE, running.tunnel))
+        stream = as_stream(socket.socket(fileno=raw.detach()))
         client.opened.append(stream)
+        if late:
+            stream.read_line(1024)
         stream.sendall(b"//%b?v=2#data\n" % client.session.hex().encode())
-        stream.read_line(1024)
+        if not late:
+            stream.read_line(1024)
         crowd.append(stream)
     assert client.serves(connect(running, "user"))
     for stream in crowd[:8]:
         assert fate(stream) == RESET
-    assert len(running.server._reception._callers) <= 4
+    assert len(running.server._reception._callers) == 4
 
 
 def test_plain_bytes_on_a_data_connection_are_no_tag(keyed, call):
