@@ -133,7 +133,7 @@ class Joining:
             return False
         try:
             self._ripen(stream, stream, client)
-        except (OSError, PoolClosed) as exc:
+        except OSError as exc:
             stream.reset()
             self._refused(stream, reason(exc))
         return True
@@ -169,12 +169,10 @@ class Joining:
                 self._hold(stream, key, why)
                 if alert:
                     stream.push(alert)
-        except (OSError, PoolClosed) as exc:
+        except OSError as exc:
             self._refused(stream, reason(exc))
 
     def _ripen(self, stream: Stream, data: Transport, client: Client) -> None:
-        if client.pool.closed:
-            raise PoolClosed("the session has ended")
         id = _send_id(data, client.pool)
         self._ripening.add(id, stream, data, client.pool)
 
