@@ -101,6 +101,18 @@ def test_handshakes_of_a_client_that_go_on_count_in_its_pool(serve, connect):
     assert all(map(quiet, stalled))
 
 
+def test_a_handshake_that_ends_when_the_pool_is_full_brings_nothing_into_it(serve, connect):
+    running = serve(tls=1, min_pool_capacity=1, max_pool_capacity=2)
+    client = connect(running)
+    first, late = connect(running, "data"), connect(running, "data")
+    gevent.idle()  # the server has begun both: whose they are is not known yet
+    first = client.secure(first)
+    client.idle[read_exactly(first, 8)] = first
+    client.join()
+    client.idle[b""] = client.secure(late)
+    wait_until(lambda: running.counters.data_connections_refused == 1)
+
+
 @pytest.mark.parametrize("fault", ["speaks", "closes"])
 def test_a_data_connection_that_breaks_the_rules_is_never_given_to_a_user(serve, connect, said, fault):
     running = serve()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import gevent
 import pytest
-from support import BOUND_S, as_stream, bounded, read_all, read_exactly, wait_until
+from support import BOUND_S, as_stream, bounded, read_all, read_exactly, reset, wait_until
 from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line
 
 from nodepass_gevent import opening, tls
@@ -358,6 +358,28 @@ def test_a_data_connection_that_takes_no_answer_for_want_of_memory_costs_nobody_
     assert is_served(connect(running, "user"), client.join())
 
 
+def test_a_client_has_no_more_data_connections_than_the_limit(serve, connect, call):
+    running = serve(min_pool_capacity=1, max_pool_capacity=2)
+    client = call(running).join(2)
+    with client.open() as other:
+        assert closed(other)
+    assert running.counters.data_connections_refused == 1
+    assert is_served(connect(running, "user"), client)
+    assert is_served(connect(running, "user"), client.join())
+
+
+@pytest.mark.parametrize("speech", [b"", b"//0123456789abcdef?v=2#data\n"])
+def test_a_caller_that_is_gone_before_it_is_looked_at_harms_nobody(serve, connect, call, speech):
+    running = serve()
+    for _ in range(3):
+        raw = RawSocket()  # blocks: the server has not had a turn
+        raw.connect((HERE, running.tunnel))
+        raw.send(speech)
+        reset(raw)
+    assert is_served(connect(running, "user"), call(running).join())
+    assert not running.greenlet.ready()
+
+
 def test_callers_that_begin_to_speak_and_stall_are_bounded_and_keep_nobody_out(serve, connect, call):
     running = serve(callers=4)
     crowd = [connect(running, "caller", ELSEWHERE) for _ in range(12)]
@@ -433,6 +455,19 @@ def test_a_control_channel_with_another_alpn_is_refused(serve, said, alpn):
             raise ConnectionResetError
     wait_until(lambda: said.find(r"WARNING refused caller 127\.0\.0\.1:\d+: "))
     assert not said.find("connected")
+
+
+@pytest.mark.parametrize("alpn", [b"", opening.ALPN_CONTROL])
+def test_a_data_connection_with_another_alpn_is_refused_and_harms_nobody(serve, connect, said, alpn):
+    running = serve(tls=1)
+    with bounded(30), secured(running, opening.ALPN_CONTROL, HELLO) as control:
+        line = b"//%b?v=2#data\n" % WELCOME.fullmatch(control.recv(200).partition(b"\n")[0])[1]
+        with pytest.raises(OSError), secured(running, alpn, line, expected=b"") as data:
+            if not data.recv(8):
+                raise ConnectionResetError
+        wait_until(lambda: running.counters.data_connections_refused == 1)
+        with secured(running, opening.ALPN_DATA, line) as data:
+            assert re.fullmatch(rb"[0-9a-f]{8}", data.recv_exactly(8))
 
 
 def test_a_handshake_without_the_profile_is_refused_by_the_client(serve, connect):
