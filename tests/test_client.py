@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import gevent
 import pytest
-from support import BOUND_S, LIMITS, bounded, is_reset, read_exactly, silent_endpoint, wait_until
+from secure import presented
+from support import BOUND_S, LIMITS, as_stream, bounded, is_reset, read_exactly, silent_endpoint, wait_until
 
-from nodepass_gevent import net
+from nodepass_gevent import net, tls
 from nodepass_gevent.client import Client
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import ConnectError, NoPlace, PolicyError, ProtocolError, SessionEnded, SessionLost
@@ -325,6 +326,23 @@ def test_an_id_that_does_not_come_is_given_up_at_the_deadline(server):
     assert is_reset(silent)
     server.say(b"//0123abcd#1\n")
     assert server.carries(server.join(b"0123abcd"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "greeting"), [("tls_handshake_timeout_s", None), ("id_timeout_s", b""), ("pool_wait_s", b"0123ABCD")]
+)
+def test_over_tls_a_data_connection_that_stalls_or_has_no_id_is_reset_and_replaced(server, limit, greeting):
+    server.run(**{limit: 1.0}).greet(tls=1)
+    with as_stream(server.take(server.data)) as broken, bounded(), contextlib.suppress(ConnectionError):
+        if greeting is not None:
+            broken = tls.accept(broken, presented().context)
+            broken.sendall(greeting)
+        while broken.recv(1000):
+            pass
+    with tls.accept(as_stream(server.take(server.data)), presented().context) as data:
+        data.sendall(b"0123abcd")
+        server.say(b"//0123abcd#1\n")
+        assert server.carries(data)
 
 
 def test_a_data_port_that_refuses_is_dialled_with_pauses(server, monkeypatch):
