@@ -475,6 +475,8 @@ def test_a_second_client_takes_the_place_of_one_that_answers_no_ping(keyed, conn
     running = keyed(takeover_timeout_s=0.1)
     first = call(running).authenticate()
     idle = first.join()
+    first.control.sendall(b"\n")  # what it answered before does not count
+    wait_until(running.server._clients.current().heard.is_set)
     second = call(running, source=ELSEWHERE).authenticate()
     assert said.find(r"WARNING client 127\.0\.0\.1:\d+ answers no ping: another one takes its place")
     assert fate(idle[1])[0] == "reset"

@@ -165,6 +165,13 @@ def test_over_tls_a_client_that_dials_its_pool_at_once_is_not_taken_for_a_crowd(
     assert is_served(connect(running, "user"), client)
 
 
+def test_over_tls_no_handshake_is_begun_with_who_has_not_called_the_tunnel_port(serve, connect):
+    running = serve(tls=1, tls_handshake_timeout_s=HOLD_S)
+    client = connect(running)
+    with pytest.raises(OSError):  # held, and closed: no hello of the server
+        client.secure(connect(running, "data", ELSEWHERE))
+
+
 @pytest.mark.parametrize("speech", [b"", b"\x16\x03\x01\x01\x00\x01"])
 def test_a_stalled_tls_handshake_ends_at_the_deadline(serve, connect, speech):
     running = serve(tls=1, tls_handshake_timeout_s=HOLD_S)

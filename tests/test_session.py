@@ -260,6 +260,21 @@ def test_sending_never_blocks_and_loses_nothing_when_the_peer_does_not_read(run)
     assert read_exactly(running.peer, 13 * len(lines) + 13) == b"".join([*lines, b"//ffffffff#1\n"])
 
 
+def test_a_line_that_the_kernel_takes_in_part_goes_on_where_it_was_cut(run):
+    running = run()
+    lines = [b"x" * (8 << 20) + b"\n", b"//ffffffff#1\n"]
+    for line in lines:
+        running.session.send(line)
+    assert read_exactly(running.peer, sum(map(len, lines))) == b"".join(lines)
+
+
+def test_a_line_to_a_peer_that_has_just_reset_harms_nobody_who_sends_it(run):
+    running = run()
+    reset(running.peer)
+    assert running.session.send(b"//0a1b2c3d#1\n")
+    running.lost()
+
+
 def test_a_peer_that_has_itself_answered_and_does_not_read_ends_the_session(run, spawn):
     running = run(lambda data: [running.session.send(b"//%b?why=busy#fail\n" % (b"0" * 8)) for _ in data])
     running.peer.settimeout(None)

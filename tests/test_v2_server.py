@@ -152,8 +152,12 @@ def test_a_peer_without_the_capability_is_asked_for_nothing(serve, connect, call
     running = serve()
     client = call(running, b"//?v=2#hello\n")
     user = connect(running, "user")
+    user.sendall(b"question")
+    wait_until(lambda: len(running.server.exchanges) == 1)  # the user waits
     client.join()
-    assert is_served(user, client)
+    launch = LAUNCH.fullmatch(client.signal())
+    with client.idle.pop(launch[1]) as data:
+        assert read_exactly(data, 8) == b"question"
 
 
 def datagram_user(running):
