@@ -21,7 +21,7 @@ from gevent.event import Event as Flag
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
-from support import BOUND_S, LOOPBACK, bounded, read_all, wait_until
+from support import BOUND_S, LOOPBACK, bounded, out_of_descriptors, read_all, wait_until
 
 from nodepass_gevent import cli, exposition, options, status_client, status_server
 from nodepass_gevent.config import Address, Process
@@ -627,6 +627,35 @@ def test_a_port_that_is_taken_is_told_once_and_tried_again(said, ask, no_leaks):
             wait_until(lambda: server.port == port)
         finally:
             server.stop()
+
+
+def test_an_address_that_has_no_name_yet_is_told_and_tried_again(said, no_leaks):
+    server = StatusServer(Address("no-such-name.invalid", 1), None, state(service()))
+    server.start()
+    try:
+        wait_until(lambda: said.find("WARNING status: resolve no-such-name.invalid: .*; trying again"))
+        wait_until(lambda: said.find("DEBUG status: resolve no-such-name.invalid: "))
+    finally:
+        server.stop()
+
+
+def test_out_of_descriptors_it_pauses_and_holds_up_nobody(ask, said, monkeypatch):
+    monkeypatch.setattr(status_server, "ACCEPT_PAUSE_S", 0.05)
+    request = ask(service())
+    with socket.socket() as caller:
+        with out_of_descriptors():
+            caller.connect(("127.0.0.1", request.server.port))
+            wait_until(lambda: said.find("DEBUG status: too many open files"))
+        caller.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_all(caller).startswith(b"HTTP/1.1 200 ")
+
+
+def test_callers_that_leave_without_a_request_leave_nothing(ask):
+    request = ask(service())
+    for _ in range(3):
+        socket.create_connection(("127.0.0.1", request.server.port)).close()
+    assert request("/healthz")[0] == 200
+    wait_until(lambda: not request.server._unread)
 
 
 def test_what_is_no_request_is_answered_400_or_cut(ask, capfd):

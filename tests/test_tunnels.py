@@ -354,3 +354,5 @@ def test_what_there_is_is_told_in_words(world):
 def test_a_stop_may_take_as_long_as_the_slowest_tunnel(world):
     world.apply(replace(CONFIG, shutdown_timeout_s=1.0), replace(CONFIG, name="b", shutdown_timeout_s=9.0))
     assert world.tunnels.stop_s == 11.0
+    world.apply(replace(CONFIG, shutdown_timeout_s=1.0))
+    assert world.tunnels.stop_s == 2.0  # for the bye, too, no longer than that
