@@ -246,6 +246,25 @@ role = Role()
         assert [ask("old"), ask("new")] == [401, 200]
 
 
+def test_the_service_manager_is_told_ready_when_the_tunnels_have_begun_and_not_before(tmp_path, monkeypatch):
+    code = """
+class Slow(Role):
+    def work(self):
+        wait_read(sys.stdin.fileno())
+        self.begun.set()
+role = Slow()
+"""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        with script(code) as running:
+            assert manager.recv(1000).startswith(b"STATUS=")
+            running.process.stdin.write(b"\n")
+            running.process.stdin.flush()
+            while manager.recv(1000) != b"READY=1":
+                pass
+
+
 def test_an_error_in_a_greenlet_is_logged_and_ends_no_other():
     with script("role = Role()\nrole.work = lambda: gevent.spawn(lambda: 1 / 0)") as running:
         running.wait_for("ZeroDivisionError")

@@ -155,13 +155,13 @@ LIVE = {
     "shutdown_timeout_s": 8.0,
     "udp_read_timeout_s": 9.0,
     "reload_interval_s": 10.0,
-    "limits": Limits(idle_timeout_s=11.0, pool_wait_s=12.0, dead_intervals=4, tcp_user_timeout_s=13.0),
+    "limits": Limits(idle_timeout_s=11.0, pool_wait_s=12.0, dead_intervals=4, penalty_after=5, tcp_user_timeout_s=13.0),
 }
 
 
 @pytest.mark.parametrize("name", LIVE)
 def test_levels_and_times_change_in_the_running_tunnel(world, caplog, name):
-    world.apply(CONFIG)
+    world.apply(replace(CONFIG, limits=Limits()))  # of its own: it changes
     (role,) = world.roles
     limits = role.config.limits  # as its parts hold them
     world.apply(replace(CONFIG, **{name: LIVE[name]}, sources={"x": "y"}))
@@ -169,7 +169,7 @@ def test_levels_and_times_change_in_the_running_tunnel(world, caplog, name):
     assert getattr(role.config, name) == LIVE[name]
     assert role.config.limits is limits
     assert role.config.sources == {"x": "y"}
-    changed = {"limits": "pool-wait, idle-timeout, dead-intervals, tcp-user-timeout"}
+    changed = {"limits": "pool-wait, idle-timeout, dead-intervals, penalty-after, tcp-user-timeout"}
     assert caplog.messages == [f"settings changed: {changed.get(name, name.removesuffix('_s').replace('_', '-'))}"]
 
 
