@@ -844,3 +844,26 @@ def test_any_input_is_parsed_or_a_config_error_of_one_line(tmp_path_factory, arg
         else:
             assert options.show(parsed.process, parsed.configs).count("url = ") == len(parsed.configs)
     assert not printed.getvalue()
+
+
+# Several tunnels
+
+
+def two(write, first="url = client://h:1/:2"):
+    path, _ = write(f"[tunnel a]\n{first}\n[tunnel b]\nurl = client://h:3/:4\n")
+    return path
+
+
+def test_only_one_of_the_tunnels_is_there_when_it_is_named(write):
+    assert [config.name for config in options.parse(["--config", two(write), "--only", "b"], {}).configs] == ["b"]
+
+
+@pytest.mark.parametrize("first", ["url = client://h:1/:2\nlog-to = stderr", "url = client://h:1/:2?log-to=stderr"])
+def test_what_holds_for_all_tunnels_stands_in_none(write, first):
+    with pytest.raises(ConfigError, match="log-to', which holds for all tunnels: it belongs to"):
+        options.parse(["--config", two(write, first)], {})
+
+
+def test_for_the_process_too_an_option_wins_over_the_url():
+    parsed = options.parse(["client://h:1/:2?log-rate=5&log-format=json", "--log-rate", "7"], {})
+    assert (parsed.process.log_rate, parsed.process.log_format) == (7, "json")
