@@ -55,6 +55,12 @@ def test_a_client_has_its_names_resolved():
     assert found[2].text.startswith("target nowhere.invalid:2: resolve nowhere.invalid: ")
 
 
+def test_a_name_to_listen_at_that_is_not_there_is_a_warning():
+    found = worst(check(["server://nowhere.invalid:1/127.0.0.1:0"], {}))
+    assert levels(found) == [WARNING]
+    assert found[0].text.startswith("tunnel port: resolve nowhere.invalid: ")
+
+
 def test_a_wrong_setting_is_found():
     (finding,) = check([SERVER.format(1, 2), "--tls", "3"], {})
     assert finding == Finding(ERROR, "", "tls: '3' is not one of 0, 1, 2 [from command line]")
@@ -67,6 +73,16 @@ def test_a_log_file_that_cannot_be_opened_is_found_and_none_is_made(ports, tmp_p
     assert finding.level == ERROR and finding.text.startswith("log-to: ") and "cannot be opened: " in finding.text
     assert not worst(check([server, "--log-to", str(tmp_path / "x.log")], {}))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_token_of_the_status_that_cannot_be_used_is_found(ports, tmp_path):
+    path = tmp_path / "token"
+    argv = [SERVER.format(*ports), "--status", "127.0.0.1:0", "--status-token-file", str(path)]
+    (finding,) = worst(check(argv, {}))
+    assert finding.level == ERROR and "cannot be read: no such file" in finding.text
+    path.touch(0o600)
+    path.write_text("0123456789abcdef")
+    assert not worst(check(argv, {}))
 
 
 def test_the_reader_of_a_pipe_for_the_log_sees_no_end_of_it(ports, tmp_path):
