@@ -159,7 +159,10 @@ def test_what_stands_before_the_start_is_carried_too(start):
         exchange = start(kinds)
         exchange.user.sendall(b"first")
         exchange.user.shutdown_write()
+        exchange.target.sendall(b"answer")
+        wait_without_a_turn(exchange.b.peek)  # with TLS, it is out of the kernel's sight from then on
         assert read_to_end(exchange.target) == b"first"
+        assert exchange.user.recv(10) == b"answer"
 
 
 def wait_without_a_turn(arrived):
@@ -267,6 +270,35 @@ def test_a_stalled_direction_does_not_hold_up_the_other(exchange):
     push_until_blocked(exchange.user, bytes(16 * MIB))
     exchange.target.sendall(b"still flows")
     assert exchange.user.recv(100) == b"still flows"
+
+
+def test_nobody_is_woken_while_a_reader_stalls(exchange):
+    shrink_buffers(exchange.user, exchange.a, exchange.b, exchange.target)
+    push_until_blocked(exchange.user, bytes(16 * MIB))
+    gevent.idle()  # who is told again and again of what waits never comes to rest
+
+
+def test_what_a_reader_has_not_taken_at_once_needs_no_byte_behind_it(start):
+    """With TLS all of it is encrypted, and the kernel has not taken the last part yet."""
+    exchange = start(("plain", "1.3"))
+    shrink_buffers(exchange.b, exchange.target)
+    sent = b""
+    while not exchange.b.unsent:
+        piece = random.Random(len(sent)).randbytes(relay.BUFFER)
+        exchange.user.sendall(piece)
+        sent += piece
+        wait_until(lambda: exchange.a.peek() is None)
+    assert exchange.target.recv_exactly(len(sent)) == sent
+
+
+def test_what_a_read_of_tls_leaves_behind_needs_no_byte_behind_it(start):
+    exchange = start(("1.3", "plain"))
+    exchange.user.sendall(b"hello")
+    assert exchange.target.recv_exactly(5) == b"hello"
+    exchange.a.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MIB)
+    data = random.Random(3).randbytes(relay.BUFFER + 500)  # the last record comes with others, and is one too many
+    exchange.user.sendall(data)
+    assert exchange.target.recv_exactly(len(data)) == data
 
 
 class Gated(Stream):

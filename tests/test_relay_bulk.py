@@ -327,6 +327,15 @@ def test_a_reset_in_the_middle_of_a_splice_is_a_reset(start, monkeypatch):
     assert user.peek() is None  # no end
 
 
+def test_a_reset_of_who_sends_to_a_spliced_flow_is_no_end(start, pipes):
+    user, target, greenlet = start()
+    assert carries(user, target)
+    assert pipes.in_use == 1
+    user.reset()
+    assert isinstance(greenlet.get().error, ConnectionResetError)
+    assert target.peek() is None
+
+
 class Counted(Stream):
     """A Stream that counts what it takes."""
 
