@@ -1,10 +1,12 @@
+import socket
 from unittest.mock import Mock
 
 import gevent
 import pytest
 from exchanges import ID, SHORT_S, FakeLink
-from support import is_reset, read_all, read_exactly, reset, wait_until
+from support import BOUND_S, is_reset, read_all, read_exactly, reset, wait_until
 
+from nodepass_gevent import forward
 from nodepass_gevent.errors import LaunchFailed
 
 
@@ -19,6 +21,18 @@ def test_a_user_is_launched_and_talks_both_ways_until_both_have_ended(ingress):
     client.close()
     assert read_all(user) == b"a late answer"
     assert side.counted == {"tcp_exchanges": 1, "bytes_up": 8, "bytes_down": 13}
+
+
+def test_what_is_carried_counts_while_it_is_and_the_first_answer_is_timed(ingress):
+    side = ingress()
+    client, user = side.add_data(), side.user()
+    user.sendall(b"question")
+    assert read_exactly(client, 8) == b"question"
+    client.sendall(b"answer")
+    assert read_exactly(user, 6) == b"answer"
+    total, first_bytes = side.counters.total(), side.counters.first_bytes
+    assert (total["bytes_up"], total["bytes_down"]) == (8, 6)
+    assert sum(first_bytes.counts) == 1 and 0 < first_bytes.sum_s < BOUND_S
 
 
 def test_a_user_for_whom_a_data_connection_is_ready_is_launched_before_anything_else_has_its_turn(ingress):
@@ -44,10 +58,12 @@ def test_a_user_for_whom_there_is_no_memory_for_a_greenlet_is_reset_with_its_dat
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
-def test_a_user_for_whom_there_is_no_memory_for_a_launch_is_reset_with_its_data_connection(ingress, monkeypatch):
+@pytest.mark.parametrize("what", ["launch", "exchange"])
+def test_a_user_for_whom_there_is_no_memory_to_begin_is_reset_with_its_data_connection(ingress, monkeypatch, what):
     side = ingress()
     taken = side.add_data()
-    monkeypatch.setattr(side.link, "send", Mock(side_effect=MemoryError))
+    where = (side.link, "send") if what == "launch" else (forward, "Exchange")
+    monkeypatch.setattr(*where, Mock(side_effect=MemoryError))
     accepted, user = side.pair()
     with pytest.raises(MemoryError):
         side.ingress.user(accepted)
@@ -137,6 +153,18 @@ def test_a_reset_of_the_user_is_a_reset_for_the_client(ingress):
     reset(user)
     assert is_reset(client)
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1, "bytes_up": 5}
+
+
+def test_a_reset_of_a_user_who_had_ended_is_a_reset_for_the_client(ingress):
+    side = ingress()
+    client, user = side.add_data(), side.user()
+    user.shutdown(1)
+    assert client.recv(1) == b""
+    client.sendall(b"half an ans")
+    assert read_exactly(user, 11) == b"half an ans"
+    reset(user)
+    client.sendall(b"wer")  # whereby it is found out
+    wait_until(lambda: client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
 
 def test_a_reset_of_the_client_is_a_reset_for_the_user(ingress):

@@ -6,6 +6,7 @@ from unittest.mock import Mock
 import gevent
 import pytest
 from exchanges import ID, address_of, happened
+from secure import transports
 from support import Flooded, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
 
 from nodepass_gevent import forward, net
@@ -46,6 +47,17 @@ def test_a_launch_is_brought_to_the_target_both_ways_until_both_have_ended(egres
         accepted.sendall(b"a late answer")
     assert read_all(server) == b"a late answer"
     assert side.counted == {"tcp_exchanges": 1, "bytes_up": 8, "bytes_down": 13}
+
+
+def test_a_data_connection_with_tls_is_brought_to_the_target(egress, target):
+    side = egress(target=address_of(target))
+    data, server = transports("1.3")
+    side.pool.ready[ID] = data
+    side.egress.launch(Launch(ID, Kind.TCP))
+    with server, accept(target) as accepted:
+        server.sendall(b"question")
+        server.shutdown_write()
+        assert read_all(accepted) == b"question"
 
 
 @pytest.mark.parametrize("far", [False, True])
@@ -156,6 +168,17 @@ def test_a_launch_that_failed_ends_in_time_although_the_server_sends_without_a_p
         assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
+def test_a_server_that_resets_the_user_of_a_launch_that_failed_takes_no_reason_away(egress, caplog):
+    side = egress(target=Address("127.0.0.1", 1))
+    told = []
+    side.egress._fail = lambda id, why: told.append(why) or True
+    server = side.launch(Kind.TCP)
+    wait_until(lambda: told)
+    reset(server)
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+    assert caplog.messages == [f"exchange {ID.decode()}: target 127.0.0.1:1: connection refused"]
+
+
 def test_a_launch_that_is_repeated_is_counted_and_costs_no_line_in_the_log(egress, caplog):
     caplog.set_level("INFO")
     side = egress()
@@ -233,8 +256,9 @@ def finish(server, target):
 def test_launches_beyond_the_limit_wait_and_none_is_lost(egress, target, caplog):
     side = egress(target=address_of(target), semaphore_limit=2)
     servers = [side.launch(Kind.TCP, b"%08x" % number) for number in range(7)]
+    wait_until(lambda: happened(side.counters) == {"tcp_exchanges": 2})
     gevent.idle()
-    assert len(side.exchanges) == 2
+    assert len(side.exchanges) == side.counters.tcp_exchanges == 2
     assert caplog.messages == ["all places are taken, 2 of semaphore-limit: further users wait"]
     assert side.pool.kept == [b"%08x" % number for number in range(2, 7)]
     assert all(finish(server, target) for server in servers)
@@ -284,3 +308,6 @@ def test_more_launches_than_there_can_be_data_connections_are_counted_as_lost(eg
     gevent.idle()
     assert happened(side.counters)["launches_lost"] == 1
     assert all(finish(server, target) for server in servers[:4])
+    assert side.counted["tcp_exchanges"] == 4
+    servers = [side.launch(Kind.TCP, b"%08x" % number) for number in range(4)]  # nobody waits any more
+    assert all(finish(server, target) for server in servers)
