@@ -1,5 +1,6 @@
 """Datagrams at the ingress: exchanges of one, and the table of sessions."""
 
+import errno
 import os
 import select
 import time
@@ -12,7 +13,7 @@ from support import bounded, is_reset, read_all, read_exactly, wait_until
 
 from nodepass_gevent import opening
 from nodepass_gevent.errors import LaunchFailed
-from nodepass_gevent.frames import format_frame
+from nodepass_gevent.frames import MAX_DATAGRAM, format_frame
 
 
 def test_a_datagram_is_launched_and_answered(ingress):
@@ -39,17 +40,18 @@ def test_a_launch_goes_before_its_datagram_so_that_its_client_need_not_look_twic
 
 @pytest.mark.parametrize("capabilities", [(), (b"udp",)])
 def test_a_datagram_for_which_there_is_no_memory_is_dropped_and_leaves_nothing(ingress, monkeypatch, capabilities):
-    side = ingress(*capabilities)
+    side, user = ingress(*capabilities), User("a")
     taken = side.add_data()
-    with monkeypatch.context() as without:
-        without.setattr(side.exchanges, "spawn", Mock(side_effect=MemoryError))
-        with pytest.raises(MemoryError):
-            side.datagram(b"question")
-    assert side.counters.datagrams_dropped_busy == 1 and side.entrance.inside == 0
-    if not capabilities:
-        assert is_reset(taken)
-        taken = side.add_data()
-    side.datagram(b"another")
+    for number in range(1, 4):  # more than there are places
+        with monkeypatch.context() as without:
+            without.setattr(side.exchanges, "spawn", Mock(side_effect=MemoryError))
+            with pytest.raises(MemoryError):
+                side.ingress.udp.datagram(b"question", user)
+        assert side.counters.datagrams_dropped_busy == number and side.entrance.inside == 0
+        if not capabilities:
+            assert is_reset(taken)
+            taken = side.add_data()
+    side.ingress.udp.datagram(b"another", user)
     assert taken.recv(9)[-7:] == b"another"
 
 
@@ -107,8 +109,9 @@ def test_datagrams_take_half_of_the_slots_at_most(ingress):
     assert read_all(clients[2]) == b"fourth"
 
 
-def test_a_datagram_for_which_no_slot_is_left_is_dropped_and_counted(ingress):
-    side = ingress(semaphore_limit=2)
+@pytest.mark.parametrize("capabilities", [(), (b"udp",)])
+def test_a_datagram_for_which_no_slot_is_left_is_dropped_and_counted(ingress, capabilities):
+    side = ingress(*capabilities, semaphore_limit=2)
     for _ in range(2):
         side.user()
     side.datagram(b"question")
@@ -138,6 +141,12 @@ def test_an_end_of_stream_without_an_answer_frees_the_slot(ingress):
     client.close()
     assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "datagrams_unanswered": 1}
     assert side.answers == []
+
+
+def test_a_datagram_for_which_no_data_connection_comes_is_unanswered(ingress):
+    side = ingress(udp_read_timeout_s=SHORT_S)
+    side.datagram(b"question")
+    assert side.counted == {"udp_exchanges": 1, "datagrams_unanswered": 1}
 
 
 def test_a_datagram_without_a_client_is_unanswered(ingress):
@@ -222,6 +231,27 @@ def test_each_user_has_a_session_of_its_own(framed):
         client.sendall(frames(b"for " + user.name.encode()))
     wait_until(lambda: users[0].answers and users[1].answers)
     assert [user.answers for user in users] == [[b"for a"], [b"for b"]]
+
+
+def test_what_a_session_carries_counts_while_it_does_and_what_it_drops_at_its_end(framed):
+    class Deaf(User):
+        def __call__(self, datagram):
+            super().__call__(datagram)
+            if datagram == b"lost":
+                raise OSError(errno.ENOBUFS, "no buffer space available")
+
+    side, user = framed(), Deaf("a")
+    client = side.add_data()
+    side.ingress.udp.datagram(b"question", user)
+    side.ingress.udp.datagram(bytes(MAX_DATAGRAM + 1), user)
+    assert read_exactly(client, 10) == frames(b"question")
+    client.sendall(frames(b"lost", b"answer"))
+    wait_until(lambda: user.answers == [b"lost", b"answer"])
+    carried = {"datagrams_up": 1, "bytes_up": 8, "datagrams_down": 1, "bytes_down": 6}
+    assert carried.items() <= side.counters.total().items()
+    client.close()
+    dropped = {"datagrams_dropped_size": 1, "datagrams_dropped_network": 1}
+    assert side.counted == {"udp_sessions": 1, **carried, **dropped}
 
 
 def test_a_session_takes_datagrams_longer_than_the_limit_of_v1(framed):
@@ -374,7 +404,7 @@ def test_a_refused_user_is_dropped_for_a_while_and_then_served_again(framed):
     again = side.add_data(b"0000000b")
     side.ingress.udp.datagram(b"question", user)
     assert read_exactly(again, 10) == frames(b"question")
-    assert side.counters.datagrams_dropped_queue == 1
+    assert (side.counters.datagrams_dropped_queue, side.counters.launches_failed) == (1, 1)
     assert ID not in side.link.launched
 
 
@@ -424,6 +454,23 @@ def test_the_public_socket_stays_open_until_the_last_session_and_takes_no_new_us
     wait_until(lambda: public.closed)
     assert user.answers == [b"answer"]
     assert side.counters.datagrams_dropped_busy == 1
+
+
+def test_the_public_socket_stays_open_until_the_last_exchange_of_one_datagram(ingress, spawn):
+    side, public, users = ingress(), FakePublic(), [User("a"), User("b")]
+    serving = spawn(side.ingress.udp.serve, public)
+    clients = [side.add_data(b"0000000%d" % number) for number in range(2)]
+    for user in users:
+        side.ingress.udp.datagram(b"question", user)
+    assert [read_all(client) for client in clients] == [b"question"] * 2
+    serving.kill()
+    for client, user in zip(clients, users, strict=True):
+        assert not public.closed
+        client.sendall(b"answer")
+        client.close()
+        wait_until(lambda user=user: user.answers == [b"answer"])
+        gevent.idle()
+    assert public.closed
 
 
 def test_sessions_that_are_ended_let_the_public_socket_go_at_once(speaking):

@@ -180,6 +180,43 @@ def test_after_its_answer_a_datagram_s_exchange_waits_for_the_server_no_longer_t
         assert side.counted == {"udp_exchanges": 1, **counted}
 
 
+def test_after_its_answer_a_datagram_s_exchange_waits_for_the_end_of_the_server(egress, udp_target):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP)
+    server.sendall(b"question")
+    _, sender = udp_target.recvfrom(65536)
+    udp_target.sendto(b"answer", sender)
+    assert read_all(server) == b"answer"
+    gevent.idle()
+    assert len(side.exchanges) == 1
+    server.close()
+    assert side.counted["datagrams_down"] == 1
+
+
+@pytest.mark.parametrize("kind", [Kind.UDP, Kind.UDP_SESSION])
+def test_a_target_that_does_not_answer_is_looked_up_before_it_is_used_again(kind, egress, udp_target, monkeypatch):
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as silent:
+        silent.bind(("127.0.0.1", 0))
+        addresses = [silent.getsockname(), udp_target.getsockname()]
+
+        def resolve(*_arguments, **_options):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", addresses.pop(0))]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+        side = egress(target=Address("moving-target", 80), udp_read_timeout_s=SHORT_S, udp_session_timeout_s=0.1)
+        question = b"question" if kind is Kind.UDP else format_frame(b"question")
+        server = side.launch(kind)
+        server.sendall(question)
+        assert read_all(server) == b""
+        server.close()
+        wait_until(lambda: not len(side.exchanges))
+        server = side.launch(kind)
+        server.sendall(question)
+        assert udp_target.recv(100) == b"question"
+        server.close()
+        wait_until(lambda: not len(side.exchanges))
+
+
 # Sessions
 
 
@@ -198,6 +235,7 @@ def test_a_session_has_one_socket_and_carries_any_number_of_datagrams_both_ways(
     for datagram in datagrams:
         udp_target.sendto(datagram, received[0][1])
     assert read_exactly(server, len(frames(*datagrams))) == frames(*datagrams)
+    assert side.counters.total()["datagrams_down"] == 4  # while it lasts
     server.close()
     size = sum(map(len, datagrams))
     counts = {"datagrams_up": 4, "datagrams_down": 4, "bytes_up": size, "bytes_down": size}
@@ -333,10 +371,11 @@ def test_version_1_has_no_header_for_datagrams(egress, udp_target, pair):
     server.close()
 
 
-def test_a_session_whose_target_has_no_address_is_told_to_the_peer(egress, pair):
-    side, told = egress(target=Address("no-such-name.invalid", 1), drain_linger_s=0.05), []
+@pytest.mark.parametrize(("host", "why"), [("no-such-name.invalid", "resolve"), ("255.255.255.255", "unreachable")])
+def test_a_session_whose_target_has_no_address_or_no_way_to_it_is_told_to_the_peer(egress, pair, host, why):
+    side, told = egress(target=Address(host, 1), drain_linger_s=0.05), []
     side.egress = Egress(side.pool, side.exchanges, side.config, side.counters, lambda *why: told.append(why) or True)
     data, server = pair()
     launch(data, side, Kind.UDP_SESSION, None)
     assert is_reset(server)
-    assert told == [(ID, "resolve")]
+    assert told == [(ID, why)]

@@ -213,6 +213,20 @@ def test_when_the_peer_does_not_read_datagrams_are_dropped_and_the_others_arrive
     assert numbers == sorted(set(numbers))
     session.relay.send(b"and on")
     assert session.read(1) == [b"and on"]
+    gevent.idle()  # who is told again and again that there is room never comes to rest
+
+
+def test_a_datagram_that_the_kernel_has_not_taken_at_once_needs_none_behind_it(make):
+    """With TLS it is encrypted by then, and kept."""
+    session = make("1.3").start()
+    gevent.idle()
+    session.data.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    sent = []
+    while not session.data.unsent:
+        sent.append(b"%08d" % len(sent) * 150)
+        session.relay.send(sent[-1])
+        gevent.sleep(0)
+    assert session.read(len(sent)) == sent
 
 
 def test_more_than_the_queue_in_one_turn_is_no_reason_to_drop_while_the_peer_reads(make):
@@ -382,6 +396,7 @@ def test_any_other_failure_to_deliver_ends_this_session_and_no_other(make, error
 def test_a_session_can_be_ended_from_elsewhere(make, when):
     session = make()
     if when == "before":
+        session.relay.send(b"this waits in vain")
         session.relay.end("another user came")
         session.start()
     else:
@@ -389,6 +404,16 @@ def test_a_session_can_be_ended_from_elsewhere(make, when):
         gevent.idle()
         session.relay.end("another user came")
     assert session.ended() == "another user came"
+    assert session.relay.dropped_queue == (when == "before")
+
+
+@pytest.mark.parametrize("kind", ["plain", "1.2", "1.3"])
+def test_a_peer_that_is_gone_when_a_session_ends_is_no_failure(make, kind):
+    session = make(kind).start()
+    gevent.idle()
+    session.relay.end("another user came")
+    session.peer.reset()
+    assert session.ended() == "another user came" and not session.relay.failed
 
 
 def test_what_comes_after_the_end_is_dropped(session):
@@ -400,8 +425,12 @@ def test_what_comes_after_the_end_is_dropped(session):
     assert (session.relay.dropped_queue, session.relay.how) == (1, "ended")
 
 
-def test_a_killed_session_leaves_nothing_behind(session):
+@pytest.mark.parametrize("stalled", [False, True])
+def test_a_killed_session_leaves_nothing_behind(session, stalled):
     session.relay.send(b"x")
     gevent.idle()
+    while stalled and not session.relay.dropped_queue:
+        session.relay.send(bytes(60000))
+        gevent.sleep(0)
     session.greenlet.kill()
     assert session.relay.how == "killed"
