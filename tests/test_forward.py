@@ -28,9 +28,11 @@ def test_what_is_carried_counts_while_it_is_and_the_first_answer_is_timed(ingres
     client, user = side.add_data(), side.user()
     user.sendall(b"question")
     assert read_exactly(client, 8) == b"question"
+    first_bytes = side.counters.first_bytes
+    assert not sum(first_bytes.counts)
     client.sendall(b"answer")
     assert read_exactly(user, 6) == b"answer"
-    total, first_bytes = side.counters.total(), side.counters.first_bytes
+    total = side.counters.total()
     assert (total["bytes_up"], total["bytes_down"]) == (8, 6)
     assert sum(first_bytes.counts) == 1 and 0 < first_bytes.sum_s < BOUND_S
 

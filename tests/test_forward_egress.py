@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import gevent
 import pytest
-from exchanges import ID, address_of, happened
+from exchanges import ID, SHORT_S, address_of, happened
 from secure import transports
 from support import Flooded, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
 
@@ -198,6 +198,20 @@ def test_a_target_that_does_not_answer_the_dial_resets_the_user_at_the_deadline(
         assert is_reset(side.launch(Kind.TCP))
     assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
     assert "connect: timed out after 0.05 s" in caplog.text
+
+
+@pytest.mark.parametrize("limit", ["idle_timeout_s", "half_closed_timeout_s"])
+def test_an_exchange_that_is_silent_for_the_time_that_is_set_is_reset(egress, target, limit):
+    side = egress(target=address_of(target), **{limit: SHORT_S})
+    server = side.launch(Kind.TCP)
+    with accept(target) as accepted:
+        if limit == "half_closed_timeout_s":
+            accepted.shutdown(1)
+            assert read_all(server) == b""  # it was sent all that there is for it
+        else:
+            assert is_reset(server)
+        assert is_reset(accepted)
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
 def test_a_reset_of_the_target_is_a_reset_for_the_user(egress, target):
