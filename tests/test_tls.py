@@ -13,7 +13,7 @@ import pages
 import pytest
 from OpenSSL import SSL
 from secure import client_context, handshake, key_updater, presented, stream_pair
-from support import BOUND_S, bounded, read_all, segments_out, wait_until
+from support import BOUND_S, bounded, read_all, reset, segments_out, wait_until
 
 from nodepass_gevent import tls
 from nodepass_gevent.errors import CertificateRefused
@@ -263,6 +263,40 @@ def test_what_a_stalled_reader_leaves_is_bounded(ends):
     assert [server.push(data) for _ in range(100)] == [0] * 100
 
 
+def narrow(near, far, size=16384):
+    """Let the kernel hold less than a batch between two ends of TLS."""
+    near.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
+    far.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+
+def test_nothing_that_was_sent_needs_a_byte_behind_it(ends, spawn):
+    server, client = ends
+    narrow(server, client)
+    sending = spawn(server.sendall, LATE)
+    assert client.recv_exactly(len(LATE)) == LATE
+    sending.get()
+    assert not server.unsent
+
+
+def test_an_end_of_stream_that_waits_for_a_slow_reader_holds_up_nobody_else(ends, spawn):
+    server, client = ends
+    narrow(server, client)
+    sent = b""
+    while not server.unsent:
+        sent += LATE[: server.push(LATE)]
+    ending = spawn(server.shutdown_write)
+    gevent.idle()
+    assert not ending.ready()
+    assert read_to_end(client) == sent
+    ending.get()
+
+
+def test_a_dead_path_ends_a_connection_after_the_time_that_was_set(ends):
+    server, _ = ends
+    server.fail_when_unacknowledged(20)
+    assert server.stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
+
+
 @pytest.fixture
 def updating(no_leaks):
     """A server, its client, and what makes the client's demands for key updates."""
@@ -295,8 +329,7 @@ def test_a_key_update_that_comes_behind_our_end_breaks_nothing(updating, spawn):
 @pytest.mark.parametrize("read", ["recv", "peek"])
 def test_a_peer_that_demands_key_updates_and_reads_no_answers_is_cut_and_little_is_held(updating, read):
     near, far, updates = updating
-    near.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    far.stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    narrow(near, far, 4096)
     most = 0
     with pytest.raises(ConnectionAbortedError, match="key updates"):
         for _ in range(1000):
@@ -361,6 +394,12 @@ def test_a_peer_is_told_why_its_certificate_is_refused_whatever_it_has_sent(raw,
     telling.get()
 
 
+def test_a_peer_that_has_gone_need_not_be_told_why_its_certificate_is_refused(raw):
+    stream, stranger = raw
+    reset(stranger)
+    tls.tell(stream, CertificateRefused("it is bad", b"alert"), BOUND_S)
+
+
 def test_a_peer_that_does_not_end_is_not_told_for_ever_why_its_certificate_is_refused(raw):
     with bounded():
         tls.tell(raw[0], CertificateRefused("it is bad", b"alert"), 0.02)
@@ -382,6 +421,14 @@ def test_a_stalled_handshake_stops_no_other(raw, ends, spawn):
         server.sendall(b"ready")
         assert client.recv(10) == b"ready"
     assert not stalled.ready()
+
+
+def test_a_client_names_whom_it_calls(no_leaks, spawn):
+    near, far = stream_pair()
+    with bounded(), near, far:
+        accepting = spawn(tls.accept, near, presented().context)
+        tls.dial(far, replace(client_context("1.3"), sni=b"tunnel.example"))
+        assert accepting.get()._connection.get_servername() == b"tunnel.example"
 
 
 @pytest.mark.parametrize("ours", ["server", "client"])
