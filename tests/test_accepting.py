@@ -1,4 +1,5 @@
 import errno
+import os
 import select
 import socket
 from contextlib import ExitStack, closing
@@ -85,6 +86,12 @@ def test_who_waits_in_a_queue_at_the_end_is_accepted_although_there_was_no_memor
         assert len(accepted) == 2
 
 
+def test_who_waits_in_a_queue_at_the_end_is_given_up_where_no_descriptor_is_left(listener, accepted):
+    with dial(listener), out_of_descriptors():
+        accepting.serve_last(listener, accepted.append, no_rest)
+    assert not accepted
+
+
 def test_a_kernel_that_has_no_filters_loses_nobody_who_waits(listener, accepted, monkeypatch):
     monkeypatch.setattr(accepting, "_SO_ATTACH_FILTER", 9999)
     with dial(listener):
@@ -130,6 +137,7 @@ def test_whoever_connects_is_handed_on_with_its_address(listener, accepted, spaw
     with dial(listener) as user:
         wait_until(lambda: accepted)
         assert accepted[0].peer == user.getsockname()
+        assert not os.get_blocking(accepted[0].fileno())
         assert str(accepted[0]) == "{}:{}".format(*user.getsockname())
         user.sendall(b"hello")
         assert accepted[0].recv_exactly(5) == b"hello"

@@ -1,4 +1,5 @@
 import errno
+import os
 import select
 import socket
 from contextlib import closing
@@ -65,6 +66,13 @@ def test_a_name_that_does_not_resolve_is_a_connect_error(failure, monkeypatch):
         net.resolve(Address("no-such-name", 80))
 
 
+def test_a_resolver_that_does_not_answer_is_given_up(monkeypatch):
+    monkeypatch.setattr(net, "RESOLVE_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: Event().wait())
+    with bounded(), pytest.raises(ConnectError, match=r"resolve silent: resolve: timed out after 0\.02 s"):
+        net.resolve(Address("silent", 80))
+
+
 @pytest.mark.parametrize(
     ("host", "key"),
     [
@@ -120,6 +128,15 @@ def test_an_address_of_another_machine_is_refused_with_what_to_write():
     with pytest.raises(OSError, match="which is no address of this machine") as caught:
         net.listen(Address("192.0.2.1", 0), LIMITS)
     assert caught.value.errno == errno.EADDRNOTAVAIL
+
+
+def test_a_port_whose_last_connections_linger_in_the_kernel_is_bound_again(no_leaks):
+    with closing(net.listen(LOOPBACK, LIMITS)) as listener, dial(listener) as caller:
+        address = Address("127.0.0.1", listener.getsockname()[1])
+        wait_until(lambda: select.select([listener], [], [], 0)[0])
+        socket.close(listener._accept()[0])  # it ends first, and is remembered
+        assert caller.recv(1) == b""
+    net.listen(address, LIMITS).close()
 
 
 def test_an_address_in_use_is_named_in_the_error(listener):
@@ -245,6 +262,14 @@ def test_whoever_may_stay_silent_is_accepted_at_once(listener):
 def test_a_refused_connect_names_the_address_and_the_reason(no_leaks):
     endpoint = free_endpoint()
     with pytest.raises(ConnectError, match=rf"^connect {endpoint}: connection refused$"):
+        net.connect([endpoint], 5, LIMITS)
+
+
+def test_a_connect_to_where_no_way_leads_names_the_reason(no_leaks):
+    endpoint = net.Endpoint(socket.AF_INET, ("255.255.255.255", 9))
+    with closing(net.RawSocket(socket.AF_INET, socket.SOCK_STREAM)) as sock:
+        why = os.strerror(sock.connect_ex(endpoint.sockaddr)).lower()
+    with pytest.raises(ConnectError, match=f"^connect {endpoint}: {why}$"):
         net.connect([endpoint], 5, LIMITS)
 
 

@@ -174,6 +174,7 @@ def test_what_is_forgotten_is_looked_up_before_it_is_used_again(resolver):
     addresses.get()
     resolver.hosts = ["192.0.2.3"]
     addresses.forget()
+    addresses.prefer(("192.0.2.1", 80))  # by who had it before
     assert hosts(addresses.get()) == ["192.0.2.3"]
 
 

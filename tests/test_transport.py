@@ -123,6 +123,17 @@ def test_what_stands_behind_a_line_is_read_and_not_a_byte_more(pieces, pair, spa
         assert stream.recv(100) == b"xyz"
 
 
+@pytest.mark.parametrize("before", [b"", b"//43", b"//4321#1\n0a1"])
+def test_what_stands_behind_a_line_has_to_come_before_the_end(before, pair, spawn):
+    stream, peer = pair()
+    reading = spawn(stream.read_behind_line, 1024, 8)
+    gevent.sleep(0)
+    peer.sendall(before)
+    peer.close()
+    with pytest.raises(ConnectionAbortedError):
+        reading.get(timeout=5)
+
+
 @pytest.mark.parametrize("line", [b"a" * 16 + b"\n", b"a" * 20 + b"\n"])
 def test_what_stands_behind_a_line_over_the_limit_is_not_read(line, pair):
     stream, peer = pair()
