@@ -3,7 +3,7 @@ import time
 import gevent
 import pytest
 from gevent.event import Event
-from support import bounded
+from support import bounded, wait_until
 
 from nodepass_gevent import alarm as alarms
 from nodepass_gevent.alarm import TURN_S, Alarm, soon
@@ -47,6 +47,14 @@ def test_in_a_lull_nobody_waits_for_the_time():
             called.wait()
         called.clear()
         assert not alarm.is_set
+
+
+def test_in_a_lull_it_calls_once():
+    alarm, called = Alarm(FOREVER_S, in_lull=True), []
+    alarm.set(lambda: called.append(None))
+    wait_until(lambda: called)
+    gevent.sleep(SHORT_S)  # there is nothing else to do
+    assert len(called) == 1
 
 
 @pytest.mark.parametrize("in_lull", [False, True])

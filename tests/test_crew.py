@@ -254,6 +254,22 @@ def test_a_greenlet_that_has_nothing_to_do_gives_its_place_to_one_that_enters(sp
     spawn(crew.enter).get(timeout=5)
 
 
+def test_greenlets_that_enter_get_the_place_of_a_spare_one(spawn, said):
+    crew, entered = Crew(2), []
+
+    def enter():
+        crew.enter()
+        entered.append(True)
+        Event().wait()
+
+    crew.spawn(list)
+    gevent.idle()
+    for _ in range(2):
+        spawn(enter)
+    wait_until(lambda: len(entered) == 2)
+    crew.kill()
+
+
 def test_a_kill_waits_until_those_that_were_to_enter_have_been_told(spawn):
     crew, told = Crew(1), []
 

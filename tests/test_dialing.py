@@ -131,7 +131,7 @@ def test_what_follows_the_id_is_for_whoever_takes_the_connection(server, pool, s
             assert data.recv_exactly(9) == b"of a user"
 
 
-def test_a_launch_that_overtakes_its_id_costs_no_wake_up_per_byte_that_waits(server, pool, spawn):
+def test_a_launch_that_overtakes_its_id_costs_no_wake_up_per_byte_that_waits(server, pool, spawn, said):
     with server.accept() as peer:
         taking = spawn(pool.take, ID, 5)
         gevent.sleep(0)

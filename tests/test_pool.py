@@ -177,4 +177,5 @@ def test_a_connection_that_stays_idle_has_a_deadline_for_acknowledgements_until_
     accepting.add(b"00000001", stream)  # in a later round
     gevent.sleep(0.1)
     assert deadline_ms() == 0
+    wait_until(lambda: deadline_ms() == 20_000)
     accepting.close()

@@ -154,7 +154,7 @@ def test_where_launches_come_late_as_many_more_are_kept_ready_as_came_lately(dia
     assert pool.capacity == 4
 
 
-def test_what_was_launched_long_ago_keeps_no_more_ready(dialler, dialing):
+def test_what_was_launched_long_ago_keeps_no_more_ready(dialler, dialing, said):
     pool = dialing(4, lead_s=0.002)
     wait_until(lambda: len(pool) == 4)
     for number in range(8):
