@@ -224,7 +224,7 @@ def _say_first(stream: Stream, says: bytes) -> None:
     if sock.send(says) < len(says):
         stream.reset()
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
-    if sockaddr[1] in _ports_drawn():
+    if sockaddr[1] in ports_drawn():
         own = sock.getsockname()
         if own[1] == sockaddr[1] and own == sock.getpeername():
             # nobody listens, and of all ports the kernel has drawn that one
@@ -272,7 +272,7 @@ def _word(exc: OSError) -> str:
 
 
 @lru_cache(1)
-def _ports_drawn() -> range:
+def ports_drawn() -> range:
     """Give the ports of which the kernel draws those of connections, as it was told when the first one was made."""
     try:
         with open("/proc/sys/net/ipv4/ip_local_port_range") as setting:

@@ -300,7 +300,7 @@ def test_a_connection_that_would_reach_itself_is_refused(no_leaks, monkeypatch, 
 def test_the_ports_that_the_kernel_draws_are_known():
     with closing(socket.socket()) as drawn:
         drawn.bind(("127.0.0.1", 0))
-        assert drawn.getsockname()[1] in net._ports_drawn()
+        assert drawn.getsockname()[1] in net.ports_drawn()
 
 
 def test_a_connect_without_an_answer_times_out(no_leaks):

@@ -9,6 +9,7 @@ from support import BOUND_S, LOOPBACK, bounded, endpoint_of, wait_until
 
 from nodepass_gevent.config import Address
 from nodepass_gevent.frames import MAX_DATAGRAM
+from nodepass_gevent.net import ports_drawn
 from nodepass_gevent.udp import BATCH, MEMORY_PAUSE_S, REFUSALS, PublicSocket, TargetSocket
 
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
@@ -216,6 +217,20 @@ def test_a_closed_public_socket_frees_its_port(no_leaks):
     port = first.port
     first.close()
     PublicSocket(Address("127.0.0.1", port)).close()
+
+
+def test_a_port_that_was_left_lately_is_no_later_sockets_where_a_late_answer_would_come_to_another_user():
+    drawn = len(ports_drawn())
+    if drawn < 4000:
+        pytest.skip("the kernel draws from few ports")
+    with closing(user()) as target:
+        target.bind(("127.0.0.1", 0))
+        ports = []
+        for _ in range(min(drawn // 8, 2000)):  # by chance alone dozens would come twice
+            with TargetSocket(endpoint_of(target)) as sock:
+                sock.push(b"")
+            ports.append(target.recvfrom(1)[1][1])
+    assert len(set(ports)) == len(ports)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
