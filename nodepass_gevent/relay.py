@@ -8,6 +8,7 @@ bulky goes on by ``splice`` through a pipe of its own, so that its bytes never v
 """
 
 import errno
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -24,6 +25,8 @@ from .transport import WRITE, Stream, Transport
 BUFFER = 65536  # bytes; one read
 BULKY = 3  # full reads in a row that make a flow bulky
 SMALL, SMALL_IN_A_ROW = (16384, 16)  # bytes and moves after which a bulky flow gives its pipe back
+LOOK_S = 1.0  # between two looks at what nobody reads
+CLOSED = 7  # a state of TCP, the first byte of its info
 LOOKS = 4  # at the counters within the time that an exchange may be silent: bytes cost no timer
 
 _NEVER_LOOKED_AT = (None, 0)  # most exchanges end before the first look
@@ -72,6 +75,7 @@ class _Flow:
             self._go_on()
 
     def stop(self) -> None:
+        _unread.remove(self)
         if not self._ending:
             self.source.unwatch()
         if self._writer is not None:
@@ -102,6 +106,7 @@ class _Flow:
         if self._rest or not self.sink.flush():
             return False
         self._waits = False
+        _unread.remove(self)
         self._writer.stop()
         if self._ending:
             return self._end()
@@ -146,11 +151,20 @@ class _Flow:
     def _wait_for_sink(self) -> bool:
         """Read no more until the sink has what is kept: that is owed to it although the source may break meanwhile."""
         self._waits = True
+        _unread.add(self)
         self.source.unwatch()
         if self._writer is None:
             self._writer = gevent.get_hub().loop.io(self.sink.fileno(), WRITE)
         self._writer.start(self._go_on)
         return False
+
+    def look(self) -> bool:
+        """Whether the source was reset, which nobody is told who does not read: what is kept has its time then."""
+        stream: Any = getattr(self.source, "stream", self.source)
+        is_reset: bool = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == CLOSED
+        if is_reset:
+            self._done(None)
+        return is_reset
 
     def _end(self) -> bool:
         """Pass the end of stream on, after all bytes before it."""
@@ -198,6 +212,35 @@ class _Flow:
     def _drop_pipe(self, pipe: Pipe) -> None:
         self._pipe = None
         pipes.give_back(pipe)
+
+
+class _Unread:
+    """The flows that wait for their sink. One timer looks at the sources of all: a sink may take nothing for ever."""
+
+    def __init__(self) -> None:
+        self._flows: dict[_Flow, None] = {}
+        self._timer: Any = None
+
+    def add(self, flow: _Flow) -> None:
+        if self._timer is None:
+            self._timer = gevent.get_hub().loop.timer(LOOK_S, LOOK_S, ref=False)
+        if not self._timer.active:
+            self._timer.start(self._look)
+        self._flows[flow] = None
+
+    def remove(self, flow: _Flow) -> None:
+        self._flows.pop(flow, None)
+
+    def _look(self) -> None:
+        if not self._flows:
+            self._timer.stop()
+        for flow in list(self._flows):
+            with suppress(OSError):
+                if flow.look():
+                    self.remove(flow)
+
+
+_unread = _Unread()  # of this process
 
 
 class _Silences:

@@ -366,6 +366,19 @@ def test_a_reader_that_resets_while_bytes_wait_for_it_is_an_error(exchange):
     assert 0 < up <= sent and down == 0
 
 
+@pytest.mark.parametrize("direction", [0, 1])
+@pytest.mark.parametrize("kinds", KINDS, ids="-".join)
+def test_a_reset_by_who_waits_for_a_reader_that_takes_nothing_ends_what_would_last_for_ever(start, kinds, direction):
+    exchange = start(kinds, half_closed_timeout_s=0.1)
+    shrink_buffers(exchange.user, exchange.a, exchange.b, exchange.target)
+    breaking, _ = exchange.directions()[direction]
+    assert 0 < push_until_blocked(breaking, bytes(16 * MIB)) < 16 * MIB
+    breaking.reset()
+    *counts, error = exchange.outcome()
+    assert counts[direction] > 0
+    assert isinstance(error, OSError)  # a TimeoutError, or the reset where what is kept was taken
+
+
 @pytest.mark.parametrize("kinds", [("1.2", "plain"), ("1.3", "plain")], ids="-".join)
 def test_a_tls_stream_that_is_cut_off_is_an_error(start, kinds):
     exchange = start(kinds)
