@@ -10,6 +10,7 @@ from . import authentication, net, opening, tls, tunnel_key, wire
 from . import log as logs
 from .config import Config
 from .crew import Crew
+from .deadlines import deadline, shared_deadline
 from .dialing import PlainDial
 from .dialing_pool import DialingPool
 from .errors import Busy, CertificateRefused, KeyMismatch, NoPlace, PolicyError, ProtocolError, RefusedByPeer
@@ -22,7 +23,7 @@ from .opening import Data, FirstLine, Hello, Welcome
 from .session import Session
 from .state import Description, Peer, wall_clock
 from .tls_context import OFF, VERIFIED, ClientPolicy
-from .transport import Stream, Transport, deadline, shared_deadline
+from .transport import Stream, Transport
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail
 

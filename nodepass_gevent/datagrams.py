@@ -18,12 +18,13 @@ from . import log as logs
 from .access import AccessLog
 from .config import Config
 from .crew import Crew
+from .deadlines import shared_deadline
 from .errors import ConnectError, NotCarried, TunnelError
 from .launching import Launched, Launcher
 from .metrics import Counters, Traffic
 from .net import Endpoint
 from .target import TargetAddresses
-from .transport import Transport, reason, shared_deadline
+from .transport import Transport, reason
 from .udp import Entrance, PublicSocket, TargetSocket
 from .udp_relay import UDPRelay
 from .wire import Kind, Launch

@@ -2,9 +2,10 @@
 
 from . import net, opening, wire
 from .config import Limits
+from .deadlines import shared_deadline
 from .errors import ConnectError
 from .net import Endpoint
-from .transport import Stream, Transport, reason, shared_deadline
+from .transport import Stream, Transport, reason
 
 
 class PlainDial:

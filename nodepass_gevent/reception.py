@@ -19,6 +19,7 @@ from . import log as logs
 from .callers import Caller, Callers
 from .clients import Client, Clients, Signals
 from .config import Config
+from .deadlines import deadline
 from .errors import CertificateRefused, KeyMismatch, ProtocolError
 from .joining import Joining
 from .keyring import KeyRing
@@ -29,7 +30,7 @@ from .pool import AcceptingPool
 from .session import Session
 from .state import Ended
 from .tls_context import ServerCertificate
-from .transport import Stream, Transport, deadline, reason
+from .transport import Stream, Transport, reason
 from .tunnel_key import Handshake
 from .wire import Bye, Need
 
@@ -183,7 +184,7 @@ class Reception:
     def _refuse(self, who_and_why: str, level: int = logging.WARNING) -> None:
         self._counters.callers_refused += 1
         self.refused = Ended(f"refused {who_and_why}")
-        self._log.log(level, "%s", self.refused.why)
+        self._log.log(level, "refused %s", who_and_why)
 
     def _listen_to(
         self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack

@@ -13,9 +13,10 @@ import gevent
 from gevent.event import Event
 
 from .config import Process
+from .deadlines import deadline
 from .errors import ConfigError
 from .keyring import read_token
-from .transport import deadline, reason
+from .transport import reason
 from .values import printable
 
 ANSWER_S = 10.0  # a busy process lets others wait a little

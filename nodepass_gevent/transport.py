@@ -3,7 +3,7 @@
 A transport (Stream here, TLSStream in ``tls``) has blocking verbs for code that reads from top to bottom
 and, beneath them, a non-blocking engine for the relay's pump. Who opens a transport closes it, in
 ``with``; leaving the block by an exception resets the connection, so that a cut never looks like an end.
-The deadline of a wait stands at the call: ``with deadline(5, "TLS handshake"): ...``.
+The deadline of a wait stands at the call (``deadlines``).
 """
 
 import errno
@@ -13,11 +13,9 @@ import socket
 import struct
 import sys
 import termios
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +27,6 @@ from .config import Address
 from .errors import ProtocolError
 
 READ, WRITE = 1, 2  # libev's event masks
-LOOKS = 8  # at what waits within a shared deadline
 DISCARD = 65536  # bytes per read when what comes is thrown away
 
 _LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to 40 % of the rate
@@ -41,40 +38,6 @@ else:
     # The plain C socket, not gevent's: that one costs two watchers and some fcntl calls per connection, and
     # would block where the engine must not.
     RawSocket = monkey.get_original("socket", "SocketType")
-
-
-def deadline(seconds: float, what: str) -> gevent.Timeout:
-    """Bound the block: ``TimeoutError("<what>: timed out after <seconds> s")`` at its end."""
-    return gevent.Timeout(seconds, TimeoutError(f"{what}: timed out after {seconds:g} s"))
-
-
-class _SharedDeadline:
-    """One timer for all who wait for as long: what ends in time costs two lookups. A greenlet may be in it once."""
-
-    def __init__(self, seconds: float, what: str) -> None:
-        self._seconds, self._what = seconds, what
-        self._due: dict[gevent.Greenlet, float] = {}  # when the wait of each has to end
-        look_s = seconds / LOOKS
-        # of less priority than arrivals: what is here counts, also when we are late ourselves
-        self._timer = gevent.get_hub().loop.timer(look_s, look_s, ref=False, priority=-1)
-
-    def __enter__(self) -> None:
-        if not self._timer.active:
-            self._timer.start(self._look)
-        self._due[gevent.getcurrent()] = time.monotonic() + self._seconds
-
-    def __exit__(self, *_: object) -> None:
-        del self._due[gevent.getcurrent()]
-
-    def _look(self) -> None:
-        now = time.monotonic()
-        for waiting in [waiting for waiting, due in self._due.items() if due <= now]:
-            waiting.throw(TimeoutError(f"{self._what}: timed out after {self._seconds:g} s"))
-        if not self._due:
-            self._timer.stop()
-
-
-shared_deadline = lru_cache(64)(_SharedDeadline)  # as ``deadline``, for what is frequent; up to an eighth later
 
 
 def reason(exc: BaseException) -> str:

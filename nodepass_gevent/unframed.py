@@ -2,8 +2,9 @@
 
 import gevent
 
+from .deadlines import shared_deadline
 from .frames import MAX_DATAGRAM
-from .transport import Transport, shared_deadline
+from .transport import Transport
 
 ONE_SEGMENT = 512  # bytes; what is shorter fits IPv4's least TCP segment and was not cut in pieces
 END_OF_DATAGRAM_S = 0.02  # silence that ends a longer one, where the sender does not half-close

@@ -13,7 +13,7 @@ import nodepass_gevent
 
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
-    {"__init__", "alarm", "arrivals", "errors", "state"},
+    {"__init__", "alarm", "arrivals", "deadlines", "errors", "state"},
     {
         "callers",
         "certificates",
@@ -55,8 +55,8 @@ SANS_IO = {
     "wire",
 }  # fmt: skip
 KNOW_WATCHERS = {  # may use the loop
-    "accepting", "alarm", "arrivals", "dialing_pool", "net", "pool", "relay", "ripening", "tls", "transport", "udp",
-    "udp_relay",
+    "accepting", "alarm", "arrivals", "deadlines", "dialing_pool", "net", "pool", "relay", "ripening", "tls",
+    "transport", "udp", "udp_relay",
 }  # fmt: skip
 CATCH_ALL = {  # what is told to a greenlet; ends of exchanges, loop, requests
     "arrivals": 1, "relay": 1, "service": 1, "status_server": 2, "udp_relay": 1,

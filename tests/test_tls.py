@@ -16,8 +16,9 @@ from secure import client_context, handshake, key_updater, presented, stream_pai
 from support import BOUND_S, bounded, read_all, reset, segments_out, wait_until
 
 from nodepass_gevent import tls
+from nodepass_gevent.deadlines import deadline
 from nodepass_gevent.errors import CertificateRefused
-from nodepass_gevent.transport import Stream, deadline
+from nodepass_gevent.transport import Stream
 
 LATE = bytes(range(256)) * 1200  # about 300 KiB
 RECORD = 16384
@@ -426,7 +427,7 @@ def test_a_stalled_handshake_stops_no_other(raw, ends, spawn):
 def test_a_client_names_whom_it_calls(no_leaks, spawn):
     near, far = stream_pair()
     with bounded(), near, far:
-        accepting = spawn(tls.accept, near, presented().context)
+        accepting = spawn(tls.accept, near, presented().contexts[b""])
         tls.dial(far, replace(client_context("1.3"), sni=b"tunnel.example"))
         assert accepting.get()._connection.get_servername() == b"tunnel.example"
 
