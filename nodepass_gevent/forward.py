@@ -20,7 +20,8 @@ from .access import AccessLog
 from .alarm import soon
 from .config import Config
 from .crew import Crew
-from .datagrams import DatagramEgress, DatagramIngress
+from .datagrams import DatagramIngress
+from .datagrams_egress import DatagramEgress
 from .errors import GONE, ConnectError, LaunchFailed, NoDataConnection, NodePassError, ProtocolError, TunnelError
 from .launching import Launched, Launcher, Link
 from .metrics import Counters

@@ -15,7 +15,10 @@ import gevent
 from gevent.hub import Waiter
 
 from .arrivals import Crowd, turn
+from .config import Config
+from .crew import Crew
 from .frames import LENGTH, MAX_DATAGRAM, Frames, format_frame
+from .metrics import Counters
 from .transport import READ, WRITE, Transport, reason
 
 QUEUE = 262144  # bytes that wait for a data connection which is full: 200 datagrams as the Internet has them
@@ -24,6 +27,7 @@ WRITE_AT = 65536  # bytes; written at once, where less waits for more of the sam
 CHUNK = 16384  # bytes per read; as empty datagrams 8,192 of them, and then everybody else has a turn
 RECEIVE_BATCH = 64  # datagrams of a target per wake-up, then the same
 TICK_S = 0.5  # between two looks at the time that a session has been idle
+DRAINED_S = 1.0  # of silence that ends a session while the process is about to end
 LOST = frozenset((errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EMSGSIZE, errno.EPERM))  # one datagram alone
 
 ENDED = "ended"  # how a session ends in good order
@@ -40,6 +44,12 @@ class Target(Protocol):
 
     def pull(self) -> bytes:
         """Give a datagram that is there, or raise OSError: BlockingIOError when there is none."""
+
+
+def longest_silence_s(config: Config, exchanges: Crew) -> float:
+    """Say for how long a session may be silent now."""
+    timeout_s = config.limits.udp_session_timeout_s
+    return min(timeout_s, DRAINED_S) if exchanges.draining else timeout_s
 
 
 class UDPRelay:
@@ -123,6 +133,13 @@ class UDPRelay:
             self.how, self.failed = how, failed
             self._blocked = True
             self._loop.run_callback(self._end.switch, None)
+
+    def count_failures(self, counters: Counters) -> None:
+        """Count what has gone wrong, at the end."""
+        counters.exchanges_failed += self.failed
+        counters.datagrams_dropped_queue += self.dropped_queue
+        counters.datagrams_dropped_size += self.dropped_size
+        counters.datagrams_dropped_network += self.dropped_network
 
     def abort(self, error: Exception) -> bool:
         """End by the peer's word that the launch failed; False when it has answered, and then the session goes on."""

@@ -34,7 +34,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"configfile", "descriptors", "keyring", "opening", "penalties", "ports", "settings", "transport", "url"},
     {"command_line", "example", "idle", "launching", "net", "notify", "relay", "udp_relay", "unframed"},
     {"accepting", "access", "handover", "options", "status_client", "target", "udp", "verification"},
-    {"datagrams", "generate", "tls_context"},
+    {"datagrams", "datagrams_egress", "generate", "tls_context"},
     {"tls"},
     {"admission", "authentication", "dialing", "dialing_pool", "forward", "pool"},
     {"hearing", "ripening", "session"},
