@@ -3,6 +3,7 @@
 import errno
 import socket
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import lru_cache, partial
@@ -129,16 +130,16 @@ class _PortsLeft:
     """
 
     def __init__(self) -> None:
-        self._ports: dict[int, None] = {}  # the oldest first
+        self._ports: OrderedDict[int, None] = OrderedDict()  # the oldest first
 
     def __contains__(self, port: int) -> bool:
         return port in self._ports
 
     def add(self, port: int) -> None:
-        self._ports.pop(port, None)
         self._ports[port] = None
+        self._ports.move_to_end(port)
         if len(self._ports) > min(PORTS_LEFT, len(net.ports_drawn()) // 4):
-            del self._ports[next(iter(self._ports))]
+            self._ports.popitem(last=False)
 
 
 _ports_left = _PortsLeft()
@@ -156,16 +157,12 @@ class TargetSocket:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.on_refusal: Callable[[], object] = lambda: None
-        self._socket = _connect(endpoint)
+        self._socket, self._port = _connect(endpoint)
         for _ in range(PORTS_DRAWN - 1):
             if self._port not in _ports_left:
                 break
             self._socket.close()
-            self._socket = _connect(endpoint)
-
-    @property
-    def _port(self) -> int:
-        return self._socket.getsockname()[1]
+            self._socket, self._port = _connect(endpoint)
 
     def send(self, datagram: bytes) -> None:
         while True:
@@ -225,11 +222,12 @@ class TargetSocket:
         self._socket.close()
 
 
-def _connect(endpoint: Endpoint) -> RawSocket:
+def _connect(endpoint: Endpoint) -> tuple[RawSocket, int]:
+    """Give a socket, and its port."""
     sock = RawSocket(endpoint.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
         sock.connect(endpoint.sockaddr)
+        return sock, sock.getsockname()[1]
     except BaseException:
         sock.close()
         raise
-    return sock
