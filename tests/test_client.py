@@ -335,11 +335,11 @@ def test_over_tls_a_data_connection_that_stalls_or_has_no_id_is_reset_and_replac
     server.run(**{limit: 1.0}).greet(tls=1)
     with as_stream(server.take(server.data)) as broken, bounded(), contextlib.suppress(ConnectionError):
         if greeting is not None:
-            broken = tls.accept(broken, presented().context)
+            broken = tls.accept(broken, presented().contexts[b""])
             broken.sendall(greeting)
         while broken.recv(1000):
             pass
-    with tls.accept(as_stream(server.take(server.data)), presented().context) as data:
+    with tls.accept(as_stream(server.take(server.data)), presented().contexts[b""]) as data:
         data.sendall(b"0123abcd")
         server.say(b"//0123abcd#1\n")
         assert server.carries(data)
