@@ -8,7 +8,6 @@ bulky goes on by ``splice`` through a pipe of its own, so that its bytes never v
 """
 
 import errno
-import socket
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -25,8 +24,7 @@ from .transport import WRITE, Stream, Transport
 BUFFER = 65536  # bytes; one read
 BULKY = 3  # full reads in a row that make a flow bulky
 SMALL, SMALL_IN_A_ROW = (16384, 16)  # bytes and moves after which a bulky flow gives its pipe back
-LOOK_S = 1.0  # between two looks at what nobody reads
-CLOSED = 7  # a state of TCP, the first byte of its info
+LOOK_S = 1.0  # between two looks at the sources that are not read
 LOOKS = 4  # at the counters within the time that an exchange may be silent: bytes cost no timer
 
 _NEVER_LOOKED_AT = (None, 0)  # most exchanges end before the first look
@@ -75,7 +73,7 @@ class _Flow:
             self._go_on()
 
     def stop(self) -> None:
-        _unread.remove(self)
+        _waiting.remove(self)
         if not self._ending:
             self.source.unwatch()
         if self._writer is not None:
@@ -106,7 +104,7 @@ class _Flow:
         if self._rest or not self.sink.flush():
             return False
         self._waits = False
-        _unread.remove(self)
+        _waiting.remove(self)
         self._writer.stop()
         if self._ending:
             return self._end()
@@ -151,20 +149,19 @@ class _Flow:
     def _wait_for_sink(self) -> bool:
         """Read no more until the sink has what is kept: that is owed to it although the source may break meanwhile."""
         self._waits = True
-        _unread.add(self)
+        _waiting.add(self)
         self.source.unwatch()
         if self._writer is None:
             self._writer = gevent.get_hub().loop.io(self.sink.fileno(), WRITE)
         self._writer.start(self._go_on)
         return False
 
-    def look(self) -> bool:
-        """Whether the source was reset, which nobody is told who does not read: what is kept has its time then."""
-        stream: Any = getattr(self.source, "stream", self.source)
-        is_reset: bool = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == CLOSED
-        if is_reset:
+    def look_at_source(self) -> bool:
+        """Whether the source has ended, which a flow is not told that does not read: the exchange is half-closed."""
+        ended = self.source.peer_has_ended()
+        if ended:
             self._done(None)
-        return is_reset
+        return ended
 
     def _end(self) -> bool:
         """Pass the end of stream on, after all bytes before it."""
@@ -214,7 +211,7 @@ class _Flow:
         pipes.give_back(pipe)
 
 
-class _Unread:
+class _Waiting:
     """The flows that wait for their sink. One timer looks at the sources of all: a sink may take nothing for ever."""
 
     def __init__(self) -> None:
@@ -235,12 +232,11 @@ class _Unread:
         if not self._flows:
             self._timer.stop()
         for flow in list(self._flows):
-            with suppress(OSError):
-                if flow.look():
-                    self.remove(flow)
+            if flow.look_at_source():
+                self.remove(flow)
 
 
-_unread = _Unread()  # of this process
+_waiting = _Waiting()  # in this process
 
 
 class _Silences:

@@ -329,6 +329,9 @@ class TLSStream(Transport):
     def at_end(self) -> bool:
         return self._ended
 
+    def peer_has_ended(self) -> bool:
+        return self.stream.peer_has_ended()
+
     def close(self) -> None:
         self.stream.close()
 
