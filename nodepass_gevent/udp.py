@@ -24,8 +24,8 @@ BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
 MEMORY_PAUSE_S = 0.05  # after a receive that failed for lack of memory: the datagram waits, and so would a loop spin
 TARGET_BUFFER = 1 << 20  # the same for the replies of one target in a session
-PORTS_LEFT = 8192  # that are remembered; 16 s of 500 sockets a second
-PORTS_DRAWN = 8  # for one socket; of them all were left lately once in 65,000 times, or less
+PORTS_IN_VAIN = 8192  # from which was asked in vain that are remembered; 16 s of 500 sockets a second
+PORTS_DRAWN = 8  # for one socket; of them all are remembered once in 65,000 times, or less
 IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
 _ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
 
@@ -123,32 +123,36 @@ def _as_source(level: int, kind: int, data: bytes) -> tuple[int, int, bytes]:
     return level, kind, data
 
 
-class _PortsLeft:
-    """Ports of sockets that are closed, the last ones, and no more than a quarter of those that the kernel draws from.
+class _PortsInVain:
+    """Ports from which a target was asked, and had not answered when the socket was closed, the last ones.
 
-    An answer that is late comes to the port that was asked from, and must not find another user there.
+    Its answer, if it is only late, must not find another user there. Of the ports that the kernel draws from, no more
+    than a quarter is remembered.
     """
 
     def __init__(self) -> None:
         self._ports: OrderedDict[int, None] = OrderedDict()  # the oldest first
 
-    def __contains__(self, port: int) -> bool:
-        return port in self._ports
+    def has(self, sock: RawSocket) -> bool:
+        """Whether that of a socket is one of them."""
+        return bool(self._ports) and sock.getsockname()[1] in self._ports
 
-    def add(self, port: int) -> None:
+    def add(self, sock: RawSocket) -> None:
+        """Remember that of a socket."""
+        port = sock.getsockname()[1]
         self._ports[port] = None
         self._ports.move_to_end(port)
-        if len(self._ports) > min(PORTS_LEFT, len(net.ports_drawn()) // 4):
+        if len(self._ports) > min(PORTS_IN_VAIN, len(net.ports_drawn()) // 4):
             self._ports.popitem(last=False)
 
 
-_ports_left = _PortsLeft()
+_in_vain = _PortsInVain()
 
 
 class TargetSocket:
     """A fresh UDP socket, connected to the target: its answers only, and its ICMP refusals as OSError.
 
-    Its port is one that none before it has left lately.
+    Its port is none from which one before it has asked in vain, lately.
 
     ``send`` and ``recv`` wait, ``push`` and ``pull`` do not, and pass over refusals: a target that restarts refuses for
     a moment; ``on_refusal`` is called for each.
@@ -157,14 +161,16 @@ class TargetSocket:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.on_refusal: Callable[[], object] = lambda: None
-        self._socket, self._port = _connect(endpoint)
+        self._asked = False  # and not answered since
+        self._socket = _connect(endpoint)
         for _ in range(PORTS_DRAWN - 1):
-            if self._port not in _ports_left:
+            if not _in_vain.has(self._socket):
                 break
             self._socket.close()
-            self._socket, self._port = _connect(endpoint)
+            self._socket = _connect(endpoint)
 
     def send(self, datagram: bytes) -> None:
+        self._asked = True
         while True:
             try:
                 self._socket.send(datagram)
@@ -177,9 +183,11 @@ class TargetSocket:
         while True:
             wait_read(self._socket.fileno())  # first: it takes the target longer than one system call
             try:
-                return bytes(_buffer[: self._socket.recv_into(_buffer)])
+                count = self._socket.recv_into(_buffer)
             except BlockingIOError:
-                pass
+                continue
+            self._asked = False
+            return bytes(_buffer[:count])
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -190,6 +198,7 @@ class TargetSocket:
 
     def push(self, datagram: memoryview | bytes) -> None:
         """Send at once, or raise OSError; then it is lost."""
+        self._asked = True
         try:
             self._socket.send(datagram)
         except ConnectionRefusedError:
@@ -201,6 +210,7 @@ class TargetSocket:
             count = self._socket.recv_into(_buffer)
         except ConnectionRefusedError:
             count = self._pass_over(lambda: self._socket.recv_into(_buffer))
+        self._asked = False
         return bytes(_buffer[:count])
 
     def _pass_over(self, again: Callable[[], int]) -> int:
@@ -218,16 +228,16 @@ class TargetSocket:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        _ports_left.add(self._port)
+        if self._asked:
+            _in_vain.add(self._socket)
         self._socket.close()
 
 
-def _connect(endpoint: Endpoint) -> tuple[RawSocket, int]:
-    """Give a socket, and its port."""
+def _connect(endpoint: Endpoint) -> RawSocket:
     sock = RawSocket(endpoint.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     try:
         sock.connect(endpoint.sockaddr)
-        return sock, sock.getsockname()[1]
     except BaseException:
         sock.close()
         raise
+    return sock

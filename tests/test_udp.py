@@ -219,7 +219,7 @@ def test_a_closed_public_socket_frees_its_port(no_leaks):
     PublicSocket(Address("127.0.0.1", port)).close()
 
 
-def test_a_port_that_was_left_lately_is_no_later_sockets_where_a_late_answer_would_come_to_another_user():
+def test_a_port_from_which_was_asked_in_vain_is_no_later_sockets_where_a_late_answer_would_come_to_another_user():
     drawn = len(ports_drawn())
     if drawn < 4000:
         pytest.skip("the kernel draws from few ports")
