@@ -22,6 +22,7 @@ PER_USER = 2  # the user or the target, and the data connection
 LISTENERS, CONTROL = 4, 2  # tunnel, data, public twice; a control channel, and one that takes its place
 LEAST = {"semaphore_limit": 4, "max_pool_capacity": 4, "callers": 4}  # below that it would be no service
 WHOLE = 1000  # shares are per mille
+_HINT = "raise the hard limit (ulimit -Hn, LimitNOFILE)"
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,6 @@ def plan(configs: Sequence[Config], allowed: int, taken: int) -> Budget:
         warnings.insert(0, f"open files: {allowed} are allowed, and {wanted} would be needed; {_HINT}")
     left = room - need(share)
     return Budget(lowered, tuple(warnings), allowed - left, left // 2)
-
-
-_HINT = "raise the hard limit (ulimit -Hn, LimitNOFILE)"
 
 
 def _need(config: Config) -> int:

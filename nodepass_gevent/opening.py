@@ -229,6 +229,18 @@ def _binary(parts: Line, key: str, size: int) -> bytes:
     return data
 
 
+_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT ", b"PRI * HTTP/")
+_OPENINGS = (
+    (_METHODS, "HTTP: most often a browser or a scanner, perhaps a client of NodePass 1.13 or later"),
+    (b"\x16\x03", "TLS"),
+    (b"SSH-", "SSH"),
+    (b"//", "a later profile of this protocol"),
+)
+_BASE64_LINE = re.compile(  # of 7 bytes or more, where such a client sends 8 as a rule
+    rb"(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)\n?"
+)
+
+
 def recognise(opening: bytes) -> str:
     """Say what a caller speaks that speaks first, which no v1 client does, by its first bytes."""
     for start, name in _OPENINGS:
@@ -237,17 +249,6 @@ def recognise(opening: bytes) -> str:
     if _BASE64_LINE.fullmatch(opening):
         return "it sent one line of no known protocol; perhaps it is a client of NodePass 1.4 to 1.12"
     return "it speaks no known protocol"
-
-
-_OPENINGS = (
-    (b"GET ", "HTTP: most often a browser or a scanner, perhaps a client of NodePass 1.13 or later"),
-    (b"\x16\x03", "TLS"),
-    (b"SSH-", "SSH"),
-    (b"//", "a later profile of this protocol"),
-)
-_BASE64_LINE = re.compile(  # of 7 bytes or more, where such a client sends 8 as a rule
-    rb"(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{4}|[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)\n?"
-)
 
 
 def _capabilities(parts: Line) -> frozenset[bytes]:

@@ -126,6 +126,8 @@ OLD = "it sent one line of no known protocol; perhaps it is a client of NodePass
     ("said", "named"),
     [
         (b"GET / HTTP/1.1\r\n", HTTP),
+        (b"POST /api HTTP/1.1\r\n", HTTP),
+        (b"PRI * HTTP/2.0\r\n", HTTP),
         (b"\x16\x03\x01\x02\x00", "it speaks TLS"),
         (b"SSH-2.0-OpenSSH\r\n", "it speaks SSH"),
         (b"//1234?v=9#hello\n", "it speaks a later profile of this protocol"),
