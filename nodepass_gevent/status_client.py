@@ -17,7 +17,7 @@ from .deadlines import deadline
 from .errors import ConfigError
 from .keyring import read_token
 from .transport import reason
-from .values import printable
+from .values import escaped, printable
 
 ANSWER_S = 10.0  # a busy process lets others wait a little
 MAX_ANSWER = 1 << 24  # bytes
@@ -88,7 +88,8 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
             answer = connection.getresponse()
             if answer.status == http.client.NOT_FOUND or answer.headers.get_content_type() not in OURS:
                 return 0, f"{address}: {NOT_OURS}: {answer.status}"
-            body = _escaped(answer.read(MAX_ANSWER).decode("utf-8", "replace"))  # of whoever has that port now
+            text = answer.read(MAX_ANSWER).decode("utf-8", "replace")  # of whoever has that port now
+            body = "\n".join(map(escaped, text.split("\n")))
             if answer.status == http.client.UNAUTHORIZED:
                 why = "the token is wrong" if token else "a token is needed: give --status-token-file"
                 body = f"{address}: {why}"
@@ -101,10 +102,6 @@ def _ask(process: Process, path: str) -> tuple[int, str]:
         return 0, f"{address}: answers, but not in HTTP: is it the status address?"
     finally:
         connection.close()
-
-
-def _escaped(text: str) -> str:
-    return "\n".join(printable(line, MAX_ANSWER) for line in text.split("\n"))
 
 
 def _format(document: dict[str, Any]) -> str:

@@ -16,15 +16,18 @@ from .errors import ConfigError
 
 SHOWN = 120  # characters of foreign text in one error line
 
-
 _TUNNEL_KEY = re.compile(r"np1:[^@/?#,\s]+")
 
 
 def printable(text: str, most: int = SHOWN) -> str:
     """Escape what would break or disguise a line, hide a tunnel key that went astray, and cut what is long."""
-    text = _TUNNEL_KEY.sub("np1:***", text)
-    escaped = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: most + 1])
-    return escaped if len(escaped) <= most else escaped[: most - 3] + "..."
+    line = escaped(_TUNNEL_KEY.sub("np1:***", text)[: most + 1])
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def escaped(text: str) -> str:
+    """Escape what would break or disguise a line, and leave the rest as it is."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def shown(text: object) -> str:

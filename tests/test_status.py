@@ -1009,6 +1009,12 @@ def test_whoever_has_the_status_port_writes_no_escapes_to_the_terminal(liar, com
     assert said.strip().replace("\n", "").isprintable(), said
 
 
+def test_what_a_stranger_has_said_to_a_tunnel_breaks_no_json(liar, capsys):
+    body = json.dumps({"words": "refused caller: not a line of the tunnel protocol: 'np1:x'"})
+    assert liar(body.encode(), "status", "--json") == 0
+    assert capsys.readouterr().out == f"{body}\n"
+
+
 @pytest.mark.parametrize(
     "body",
     [
