@@ -4,8 +4,9 @@ import errno
 import ipaddress
 import os
 import random
+import resource
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
@@ -234,9 +235,13 @@ def _say_first(stream: Stream, says: bytes) -> None:
 
 def end_by_reset() -> None:
     """Let the end of this process reset its TCP connections: by itself the kernel ends them as if all had been said."""
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        numbers: Iterable[int] = map(int, os.listdir("/proc/self/fd"))
+    except OSError:  # no descriptor is left, or no /proc is there
+        numbers = range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    for number in numbers:
         with suppress(OSError):  # no socket, or the descriptor of the directory
-            sock = RawSocket(fileno=int(name))
+            sock = RawSocket(fileno=number)
             try:
                 if sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6):
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)

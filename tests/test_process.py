@@ -145,9 +145,11 @@ def test_a_second_signal_ends_at_once_and_says_which(number):
         assert running.wait() == 128 + number
 
 
-def test_exchanges_that_a_second_signal_cuts_end_by_a_reset():
+@pytest.mark.parametrize("most", [100, "user.fileno() + 1"], ids=["", "no descriptor is left"])
+def test_exchanges_that_a_second_signal_cuts_end_by_a_reset(most):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         code = f"import socket\nrole = Role()\nuser = socket.create_connection({listener.getsockname()})\n"
+        code += f"role.work = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, 100))\n"
         with script(f"{code}role.exchanges.spawn(gevent.sleep, 3600)") as running:
             user = listener.accept()[0]
             running.wait_for("run 1")
