@@ -37,7 +37,7 @@ def status(process: Process, flags: frozenset[str], write: Callable[[str], int])
     watched, stop = "watch" in flags, Event()
     for number in (signal.SIGINT, signal.SIGTERM) if watched else ():
         gevent.signal_handler(number, stop.set)  # a KeyboardInterrupt may come where nobody passes it on
-    on_screen = watched and sys.stdout.isatty()
+    on_screen = watched and bool(sys.stdout) and sys.stdout.isatty()  # None: it is closed
     while True:
         code, text = _look(process, as_json="json" in flags)
         known = code == http.client.OK

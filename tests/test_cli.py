@@ -347,3 +347,11 @@ def test_what_cannot_be_printed_ends_a_command_without_a_traceback(command, full
         done = subprocess.run(argv, stdout=to, stderr=subprocess.PIPE, text=True, timeout=60)
     said = "nodepass: error: standard output: no space left on device\n" if full else ""
     assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_a_watched_status_does_without_a_standard_output():
+    argv = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "nodepass_gevent"]
+    with subprocess.Popen([*argv, "status", "--watch", "--status=127.0.0.1:1"], stderr=subprocess.PIPE) as watching:
+        assert watching.stderr.readline().startswith(b"nodepass: error: 127.0.0.1:1: connection refused; ")
+        watching.terminate()
+        assert watching.wait(timeout=60) == 1
