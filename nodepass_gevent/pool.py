@@ -90,7 +90,7 @@ class AcceptingPool:
         if self._short == 1:
             soon(self._tell_shortage)
         try:
-            with gevent.Timeout(timeout_s, NoDataConnection(f"no data connection within {timeout_s:.3g} s")):
+            with gevent.Timeout(timeout_s, NoDataConnection(f"no data connection within {round(timeout_s, 3):g} s")):
                 return taker.get()
         except BaseException:
             self._give_up(taker)

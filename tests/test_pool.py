@@ -1,4 +1,5 @@
 import socket
+from functools import partial
 
 import gevent
 import pytest
@@ -90,10 +91,18 @@ def test_who_has_no_time_to_wait_is_told_at_once_and_nobody_is_asked_for_more(sp
 
 
 def test_who_waits_too_long_is_told_and_costs_nobody_a_connection(accepting, added):
-    with pytest.raises(NoDataConnection, match=r"no data connection within 0.01 s"):
+    with pytest.raises(NoDataConnection, match=r"^no data connection within 0\.01 s$"):
         accepting.take(0.01)
     added(b"0000000a")
     assert accepting.take(0)[0] == b"0000000a"
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.001, "0.001"), (9.99996, "10"), (1799.99996, "1800")])
+def test_how_long_was_waited_in_vain_is_told_as_it_was_set(accepting, monkeypatch, seconds, told):
+    told_at_once = partial(gevent.Timeout, 0.001)
+    monkeypatch.setattr(gevent, "Timeout", lambda _seconds, exception: told_at_once(exception))
+    with pytest.raises(NoDataConnection, match=rf"^no data connection within {told} s$"):
+        accepting.take(seconds)
 
 
 def test_a_connection_handed_to_somebody_who_just_gave_up_is_reset(accepting, pair, spawn):
