@@ -5,7 +5,7 @@
     │   └── TunnelsRefused      of some tunnels, while others are what their settings say
     ├── ProtocolError       a peer sent what the wire protocol does not allow
     ├── PolicyError         a peer is understood, and refused: TLS mode, certificate, name
-    │   ├── Busy                the server has another client
+    │   ├── Busy                the server takes no client now: as a rule it has one
     │   ├── CertificateRefused  by this side, within the TLS handshake
     │   ├── RefusedByPeer       the other way round; it is also the ConnectionError that it looks like
     │   └── KeyMismatch         its proof of the tunnel key is wrong
@@ -50,7 +50,7 @@ class PolicyError(NodePassError):
 
 
 class Busy(PolicyError):
-    """The server takes no client now, as it has one: asking sooner changes nothing, and yet it may mend itself."""
+    """The server takes no client now: asking sooner changes nothing, and yet it may mend itself."""
 
 
 class CertificateRefused(PolicyError):

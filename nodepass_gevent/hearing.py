@@ -35,7 +35,7 @@ class Signals:
         self._obeys_bye = obeys_bye  # a v1 server knows none
 
     def receive(self, data: bytes) -> None:
-        """Take what came on the control channel; ProtocolError for a line without end, PeerLeft at a bye."""
+        """Take what came on the control channel; ProtocolError for a line without end, PeerLeft or Busy at a bye."""
         self.obey(self._lines.feed(data))
 
     def obey(self, lines: list[bytes]) -> None:
@@ -81,7 +81,7 @@ class Silence:
 
 
 def refusal(bye: Bye) -> Busy:
-    """Say what a bye means to a client that has not been served."""
+    """Say why a server sends a client away."""
     if bye.why == wire.BUSY:
         return Busy("the server has another client, and takes one at a time")
     return Busy(f"the server takes no client now: {wire.printable(bye.why)}")

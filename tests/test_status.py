@@ -946,29 +946,14 @@ def test_who_asks_for_readiness_without_the_token_is_told_that_alone(ask, capsys
     assert capsys.readouterr().out == f"{said}\n"
 
 
-HTML, TEXT, JSON = (f"200 OK\r\nContent-Type: {kind}" for kind in ("text/html", "text/plain", "application/json"))
-NOT_FOUND = "404 Not Found\r\nContent-Type: text/plain"
-
-
-@pytest.mark.parametrize(
-    ("command", "answer", "body"),
-    [
-        ("status", HTML, "hello"),
-        ("health", HTML, "hello"),
-        ("status", NOT_FOUND, "hello"),
-        ("health", NOT_FOUND, "hello"),
-        ("status", TEXT, "hello"),
-        ("status", JSON, "{}"),
-        ("status", JSON, "[1]"),
-        ("status", JSON, '{"words": "", "pid": 1, "started": 1e30}'),
-    ],
-)
-def test_an_address_of_another_program_is_not_taken_for_a_status_address(command, answer, body, capsys, spawn):
+@pytest.mark.parametrize("answer", ["200 OK\r\nContent-Type: text/html", "404 Not Found\r\nContent-Type: text/plain"])
+@pytest.mark.parametrize("command", ["status", "health"])
+def test_an_address_of_another_program_is_not_taken_for_a_status_address(answer, command, capsys, spawn):
     def serve():
         caller, _ = listener.accept()
         with caller:
             caller.recv(1000)
-            caller.sendall(f"HTTP/1.1 {answer}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+            caller.sendall(f"HTTP/1.1 {answer}\r\nContent-Length: 5\r\n\r\nhello".encode())
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         spawn(serve)
@@ -1018,7 +1003,8 @@ def test_what_a_stranger_has_said_to_a_tunnel_breaks_no_json(liar, capsys):
 @pytest.mark.parametrize(
     "body",
     [
-        b"{}", b"[]", b"1e999", b"", b"no json", b'"\xff"', b"[" * 100_000, b'{"words": 1, "tunnels": 5, "events": 1}',
+        b"{}", b"[]", b"[1]", b"1e999", b"", b"no json", b'"\xff"', b"[" * 100_000,
+        b'{"words": 1, "tunnels": 5, "events": 1}',
         b'{"words": "", "pid": 1, "started": 1e300, "now": 1, "tunnels": [], "events": []}',
     ],
 )  # fmt: skip
