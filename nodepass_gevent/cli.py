@@ -103,7 +103,7 @@ def _write(text: str) -> int:
     """Print what was asked for, and give the exit code; a reader that has closed has what it wanted."""
     try:
         print(text, end="", flush=True)
-    except OSError as exc:
+    except (OSError, UnicodeEncodeError) as exc:
         if not isinstance(exc, BrokenPipeError):
             print(f"nodepass: error: standard output: {reason(exc)}", file=sys.stderr)
         with open(os.devnull, "w") as nowhere:  # or the interpreter, at its end, tries again and tells

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -355,3 +356,11 @@ def test_a_watched_status_does_without_a_standard_output():
         assert watching.stderr.readline().startswith(b"nodepass: error: 127.0.0.1:1: connection refused; ")
         watching.terminate()
         assert watching.wait(timeout=60) == 1
+
+
+def test_what_the_encoding_of_the_output_lacks_is_an_error_in_one_line():
+    argv = [sys.executable, "-m", "nodepass_gevent", "--show-config", URL, "--log-to=/tmp/\u2026"]
+    environ = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("nodepass: error: standard output: 'latin-1' codec can't encode .*\n", done.stderr)
