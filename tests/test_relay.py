@@ -368,7 +368,11 @@ def test_a_reader_that_resets_while_bytes_wait_for_it_is_an_error(exchange):
 
 @pytest.mark.parametrize("direction", [0, 1])
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
-def test_a_reset_by_who_waits_for_a_reader_that_takes_nothing_ends_what_would_last_for_ever(start, kinds, direction):
+def test_a_reset_by_who_waits_for_a_reader_that_takes_nothing_ends_what_would_last_for_ever(
+    start, kinds, direction, monkeypatch
+):
+    monkeypatch.setattr(relay, "LOOK_S", 0.02)
+    monkeypatch.setattr(relay, "_waiting", relay._Waiting())
     exchange = start(kinds, half_closed_timeout_s=0.1)
     shrink_buffers(exchange.user, exchange.a, exchange.b, exchange.target)
     breaking, _ = exchange.directions()[direction]
