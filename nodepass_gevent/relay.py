@@ -157,11 +157,14 @@ class _Flow:
         return False
 
     def look_at_source(self) -> bool:
-        """Whether the source has ended, which a flow is not told that does not read: the exchange is half-closed."""
-        ended = self.source.peer_has_ended()
-        if ended:
+        """Whether the source is dead, which a flow is not told that does not read: the exchange is half-closed then.
+
+        An end in order may stand there for as long as the sink likes.
+        """
+        dead = self.source.is_dead()
+        if dead:
             self._done(None)
-        return ended
+        return dead
 
     def _end(self) -> bool:
         """Pass the end of stream on, after all bytes before it."""

@@ -329,8 +329,8 @@ class TLSStream(Transport):
     def at_end(self) -> bool:
         return self._ended
 
-    def peer_has_ended(self) -> bool:
-        return self.stream.peer_has_ended()
+    def is_dead(self) -> bool:
+        return self.stream.is_dead()
 
     def close(self) -> None:
         self.stream.close()

@@ -31,7 +31,7 @@ DISCARD = 65536  # bytes per read when what comes is thrown away
 
 _LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to 40 % of the rate
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
-_PEER_MAY_SEND = frozenset((1, 4, 5))  # states of TCP: ESTABLISHED, FIN-WAIT-1, FIN-WAIT-2
+_CLOSED = 7  # a state of TCP
 
 if TYPE_CHECKING:
     from _socket import socket as RawSocket
@@ -92,8 +92,8 @@ class Transport(ABC):
         """Whether the end of stream is known to be all that there is to read."""
 
     @abstractmethod
-    def peer_has_ended(self) -> bool:
-        """Whether TCP knows of an end of stream or a reset, be it behind bytes that nobody reads."""
+    def is_dead(self) -> bool:
+        """Whether TCP has given it up, at a reset or for want of an answer, be it behind bytes that nobody reads."""
 
     @abstractmethod
     def watch(self, callback: Callable[..., None], *args: object) -> None:
@@ -280,8 +280,8 @@ class Stream(Transport):
     def at_end(self) -> bool:
         return self.peek() is False and self._broken is None
 
-    def peer_has_ended(self) -> bool:
-        return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] not in _PEER_MAY_SEND
+    def is_dead(self) -> bool:
+        return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSED
 
     def close(self) -> None:
         if self._reader is not None:  # before its descriptor goes, or libev ends the process

@@ -366,13 +366,27 @@ def test_a_reader_that_resets_while_bytes_wait_for_it_is_an_error(exchange):
     assert 0 < up <= sent and down == 0
 
 
+class OftenLooked(relay._Waiting):
+    looks = 0
+
+    def _look(self):
+        super()._look()
+        self.looks += 1
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """Give the flows that wait for their sinks, whose sources are looked at fifty times a second."""
+    monkeypatch.setattr(relay, "LOOK_S", 0.02)
+    monkeypatch.setattr(relay, "_waiting", OftenLooked())
+    return relay._waiting
+
+
 @pytest.mark.parametrize("direction", [0, 1])
 @pytest.mark.parametrize("kinds", KINDS, ids="-".join)
 def test_a_reset_by_who_waits_for_a_reader_that_takes_nothing_ends_what_would_last_for_ever(
-    start, kinds, direction, monkeypatch
+    waiting, start, kinds, direction
 ):
-    monkeypatch.setattr(relay, "LOOK_S", 0.02)
-    monkeypatch.setattr(relay, "_waiting", relay._Waiting())
     exchange = start(kinds, half_closed_timeout_s=0.1)
     shrink_buffers(exchange.user, exchange.a, exchange.b, exchange.target)
     breaking, _ = exchange.directions()[direction]
@@ -381,6 +395,32 @@ def test_a_reset_by_who_waits_for_a_reader_that_takes_nothing_ends_what_would_la
     *counts, error = exchange.outcome()
     assert counts[direction] > 0
     assert isinstance(error, OSError)  # a TimeoutError, or the reset where what is kept was taken
+
+
+def test_an_end_behind_bytes_that_wait_for_a_slow_reader_waits_with_them(waiting, pair, spawn):
+    class Stalled(Stream):
+        __slots__ = ("stalled",)
+
+        def push(self, data):
+            return 0 if self.stalled else super().push(data)
+
+    (source, user), (sink, target) = pair(), pair()
+    sink = Stalled(sink.socket)
+    sink.stalled = True
+    running = spawn(run_exchange, source, sink, 0.04)
+    user.sendall(b"first")
+    wait_until(lambda: waiting._flows)
+    user.sendall(b"last")
+    user.shutdown(socket.SHUT_WR)
+    wait_until(lambda: tcp_state(source) == "CLOSE-WAIT")
+    until = waiting.looks + 20
+    wait_until(lambda: waiting.looks > until)
+    assert not running.ready()
+    sink.stalled = False
+    target.shutdown(socket.SHUT_WR)
+    with bounded():
+        assert read_all(target) == b"firstlast"
+        assert running.get() == (9, 0, None)
 
 
 @pytest.mark.parametrize("kinds", [("1.2", "plain"), ("1.3", "plain")], ids="-".join)

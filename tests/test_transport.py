@@ -257,17 +257,16 @@ def test_a_reset_of_the_peer_is_seen_as_a_reset(pair):
         stream.recv(1)
 
 
-@pytest.mark.parametrize("end", [socket.socket.close, lambda peer: peer.shutdown(socket.SHUT_WR), reset])
 @pytest.mark.parametrize("half_closed", [False, True])
-def test_an_end_is_known_behind_bytes_that_nobody_reads(pair, half_closed, end):
+def test_a_reset_is_known_behind_bytes_that_nobody_reads_and_an_end_is_none(pair, half_closed):
     stream, peer = pair()
     peer.sendall(b"unread")
     if half_closed:
-        stream.finish()
-        assert peer.recv(1) == b""
-    assert not stream.peer_has_ended()
-    end(peer)
-    wait_until(stream.peer_has_ended)
+        peer.shutdown(socket.SHUT_WR)
+        assert stream.recv(6) == b"unread" and stream.peek() is False
+    assert not stream.is_dead()
+    reset(peer)
+    wait_until(stream.is_dead)
 
 
 def test_peek_tells_nothing_yet_from_bytes_and_from_an_end(pair):
