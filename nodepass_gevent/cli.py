@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print(parsed, argv)
         taken = descriptors.taken()
         plan = _plan(parsed, taken)
-        return process.run(plan, lambda: _plan(options.parse(argv, os.environ), taken), _make_role)
+        return process.run(plan, lambda: _plan(options.parse(argv, os.environ, again=True), taken), _make_role)
     except ConfigError as exc:
         print(f"nodepass: error: {exc}", file=sys.stderr)
         return USAGE_ERROR

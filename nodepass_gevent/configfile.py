@@ -51,11 +51,14 @@ class Sections(NamedTuple):
     open_to_others: list[Entry]  # from files that can be read by more than their owner and root
 
 
-def read(paths: Sequence[str]) -> Sections:
-    """Read config files, and every ``*.conf`` of directories by name, as if they were one; raise ConfigError."""
+def read(paths: Sequence[str], *, again: bool = False) -> Sections:
+    """Read config files, and every ``*.conf`` of directories by name, as if they were one; raise ConfigError.
+
+    They are not read ``again`` where they are no regular files: a pipe nobody writes to would block the whole process.
+    """
     whole, seen = Sections([], [], []), dict[str, str]()
     for path in _files(paths):
-        text, label, open_to_others = _read_one(path)
+        text, label, open_to_others = _read_one(path, again=again)
         _parse_into(whole, seen, text, label)
         if open_to_others:
             entries = whole.defaults + [entry for section in whole.tunnels for entry in section.entries]
@@ -77,12 +80,15 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
         yield from (os.path.join(path, name) for name in names)
 
 
-def _read_one(path: str) -> tuple[str, str, bool]:
+def _read_one(path: str, *, again: bool) -> tuple[str, str, bool]:
     """Give a file's text, what its entries are said to be from, and whether others can read it."""
     label = printable(path)
     try:
-        with open(path, "rb") as file:
-            open_to_others = bool(os.fstat(file.fileno()).st_mode & (stat.S_IRGRP | stat.S_IROTH))
+        with open(path, "rb", opener=_open_at_once if again else None) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if again and not stat.S_ISREG(mode):
+                raise ConfigError(f"config: only a regular file is read again, no pipe [from file {label}]")
+            open_to_others = bool(mode & (stat.S_IRGRP | stat.S_IROTH))
             data = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
         raise ConfigError(f"config: cannot read the file: {_reason(exc)} [from file {label}]") from exc
@@ -93,6 +99,10 @@ def _read_one(path: str) -> tuple[str, str, bool]:
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"config: the file is not UTF-8 text [from file {label}:{line}]") from exc
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _reason(exc: Exception) -> str:

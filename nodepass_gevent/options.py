@@ -55,10 +55,10 @@ def read_line(argv: Sequence[str]) -> Line:
     return command_line.read(build_parser(), argv)
 
 
-def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> Parsed:
+def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0, *, again: bool = False) -> Parsed:
     """Merge all sources into one Config per tunnel; raise ConfigError. A blank environment value is none.
 
-    ``number`` is that of a process, for commands that make several of one line.
+    ``number`` is that of a process, for commands that make several of one line; of ``again`` tells ``configfile.read``.
     """
     parser = build_parser()
     line = command_line.read(parser, argv)
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0) -> P
     environ = {name: value for name, value in environ.items() if value.strip()}
     _refuse_unknown_variables(environ)
     warnings: list[str] = []
-    defaults, tunnels = _read_sections(line, environ, warnings)
+    defaults, tunnels = _read_sections(line, environ, warnings, again=again)
     line_given = line.numbered(number)
     process_given: Mapping[str, Entry] = line_given
     configs = []
@@ -107,10 +107,10 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
 
 
 def _read_sections(
-    line: Line, environ: Mapping[str, str], warnings: list[str]
+    line: Line, environ: Mapping[str, str], warnings: list[str], *, again: bool
 ) -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
     """Return what the files say for all, and for each tunnel by its name; "" is the only one where none has a name."""
-    file = configfile.read(line.files)
+    file = configfile.read(line.files, again=again)
     for each in file.open_to_others:
         if each.key in ("tunnel-key", "tunnel_key") or _HAS_KEY.match(each.text):
             warnings.append(f"tunnel-key can be read by others: chmod 600 keeps them out [from {each.source}]")

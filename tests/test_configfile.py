@@ -1,4 +1,5 @@
 import io
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -135,6 +136,14 @@ def test_an_unreadable_file_is_refused_with_the_reason(tmp_path, name, why):
         read([f"{tmp_path}/{name}"])
     assert why in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def test_only_a_regular_file_is_read_again_and_a_pipe_without_a_writer_is_refused_at_once(tmp_path):
+    (tmp_path / "a.conf").write_text("x = 1\n")
+    assert read([str(tmp_path)], again=True).defaults[0].text == "1"
+    os.mkfifo(tmp_path / "b.conf")
+    with pytest.raises(ConfigError, match=r"only a regular file is read again, no pipe \[from file .*b\.conf\]"):
+        read([str(tmp_path)], again=True)
 
 
 def test_files_and_the_files_of_directories_are_read_as_one_in_the_order_of_their_names(tmp_path):

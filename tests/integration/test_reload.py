@@ -169,13 +169,28 @@ def test_a_signal_to_a_process_that_is_only_starting_does_not_end_it(number, tmp
     with Process([sys.executable, "-m", "nodepass_gevent", "--config", str(path)]) as process:
         with path.open("w") as pipe:  # it has opened the other end
             os.kill(process.pid, number)
+            (tmp_path / "file").write_text(settings)
+            (tmp_path / "file").rename(path)
             pipe.write(settings)
         if number == signal.SIGHUP:
             process.wait_for_line("SIGHUP: reading configuration")
-            path.write_text(settings)
             process.wait_for_line("configuration taken up; tunnels added, changed or removed: 0")
         process.wait_for_line("listening:")
         assert process.returncode is None
+
+
+def test_settings_of_a_pipe_are_read_at_the_start_and_a_hang_up_goes_on_with_them_and_blocks_nothing():
+    public = ("127.0.0.1", free_port("both"))
+    settings = f"url = server://127.0.0.1:{free_port()}/127.0.0.1:{public[1]}"
+    command = f"exec {sys.executable} -m nodepass_gevent --config <(echo '{settings}')"
+    with Process(["bash", "-c", command]) as process:
+        process.wait_for_line("listening:")
+        os.kill(process.pid, signal.SIGHUP)
+        process.wait_for_line("the old one goes on: config: only a regular file is read again, no pipe .*/dev/fd/")
+        socket.create_connection(public, timeout=5).close()
+        os.kill(process.pid, signal.SIGTERM)
+        assert wait_until(lambda: process.returncode is not None, 10, "end")
+        assert process.returncode == 0
 
 
 def test_a_level_changes_without_a_restart(site):
