@@ -118,6 +118,7 @@ class _Signals:
         self._status = Status(tunnels, logs.recent, logs.dropped)
         self._status_server: StatusServer | None = None
         self._served: tuple[Address | None, str | None] = (None, None)  # what it was made with
+        self._hang_up_waits = False  # for its turn
         self.changing = Semaphore()  # held while tunnels are started and stopped
 
     def listen(self) -> None:
@@ -159,8 +160,17 @@ class _Signals:
         self._stop.set()
 
     def _hang_up(self) -> None:
-        """Read the configuration again: a good one is followed, a bad one, or tunnel, changes nothing."""
+        """Read the configuration again: a good one is followed, a bad one, or tunnel, changes nothing.
+
+        Of those that come meanwhile one does for all, and none is waited for by the end.
+        """
+        if self._hang_up_waits:
+            return
+        self._hang_up_waits = True
         with self.changing:
+            self._hang_up_waits = False
+            if self._stop.is_set():
+                return
             self._notifier.reloading()
             log.info("SIGHUP: reading configuration, certificates and keys again")
             try:

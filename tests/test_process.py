@@ -176,6 +176,53 @@ role = Refused(cooldown_s=3600)
         assert "reloaded" in running.said
 
 
+SLOW_LOAD = """
+role = Role()
+def run(role):
+    plan = process.Plan(Process(), (role.config,))
+    def load():
+        wait_read(sys.stdin.fileno())
+        sys.stdin.buffer.raw.read(1)
+        return plan
+    return process.run(plan, load, lambda config, before: role)
+"""
+
+
+def hang_up_five_times_in_the_middle_of_a_hang_up(running):
+    running.wait_for("run 1")
+    running.kill(signal.SIGHUP)
+    running.wait_for("SIGHUP: reading")
+    for _ in range(5):
+        running.kill(signal.SIGHUP)
+        gevent.sleep(0.05)
+
+
+def test_hang_ups_in_the_middle_of_one_are_one_more():
+    with script(SLOW_LOAD) as running:
+        hang_up_five_times_in_the_middle_of_a_hang_up(running)
+        running.process.stdin.write(b"\n" * 9)
+        running.process.stdin.flush()
+        for _ in range(2):
+            running.said = ""
+            running.wait_for("configuration taken up")
+        running.said = ""
+        gevent.sleep(0.2)
+        running.kill(signal.SIGTERM)
+        assert running.wait() == 0
+        assert "SIGHUP" not in running.said
+
+
+def test_the_end_waits_for_no_hang_up_that_has_not_begun():
+    with script(SLOW_LOAD) as running:
+        hang_up_five_times_in_the_middle_of_a_hang_up(running)
+        running.kill(signal.SIGTERM)
+        gevent.sleep(0.05)
+        running.process.stdin.write(b"\n" * 9)
+        running.process.stdin.close()
+        assert running.wait() == 0
+        assert running.said.count("SIGHUP: reading") == 1
+
+
 def test_a_file_that_goes_bad_behind_its_check_is_a_configuration_refused_and_the_old_tunnel_goes_on():
     code = """
 role, changed = Role(), Role(cooldown_s=6.0)
