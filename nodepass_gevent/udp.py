@@ -124,7 +124,7 @@ def _as_source(level: int, kind: int, data: bytes) -> tuple[int, int, bytes]:
 
 
 class _PortsInVain:
-    """Ports from which a target was asked, and had not answered when the socket was closed, the last ones.
+    """Ports from which a target was asked more often than it had answered when the socket was closed, the last ones.
 
     Its answer, if it is only late, must not find another user there. Of the ports that the kernel draws from, no more
     than a quarter is remembered.
@@ -161,7 +161,7 @@ class TargetSocket:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.on_refusal: Callable[[], object] = lambda: None
-        self._asked = False  # and not answered since
+        self._asked = 0  # datagrams that no answer has come for
         self._socket = _connect(endpoint)
         for _ in range(PORTS_DRAWN - 1):
             if not _in_vain.has(self._socket):
@@ -170,7 +170,7 @@ class TargetSocket:
             self._socket = _connect(endpoint)
 
     def send(self, datagram: bytes) -> None:
-        self._asked = True
+        self._asked += 1
         while True:
             try:
                 self._socket.send(datagram)
@@ -186,7 +186,7 @@ class TargetSocket:
                 count = self._socket.recv_into(_buffer)
             except BlockingIOError:
                 continue
-            self._asked = False
+            self._asked = max(self._asked - 1, 0)  # some questions have several answers
             return bytes(_buffer[:count])
 
     def fileno(self) -> int:
@@ -198,7 +198,7 @@ class TargetSocket:
 
     def push(self, datagram: memoryview | bytes) -> None:
         """Send at once, or raise OSError; then it is lost."""
-        self._asked = True
+        self._asked += 1
         try:
             self._socket.send(datagram)
         except ConnectionRefusedError:
@@ -210,7 +210,7 @@ class TargetSocket:
             count = self._socket.recv_into(_buffer)
         except ConnectionRefusedError:
             count = self._pass_over(lambda: self._socket.recv_into(_buffer))
-        self._asked = False
+        self._asked = max(self._asked - 1, 0)
         return bytes(_buffer[:count])
 
     def _pass_over(self, again: Callable[[], int]) -> int:
