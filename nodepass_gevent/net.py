@@ -4,7 +4,6 @@ import errno
 import ipaddress
 import os
 import random
-import resource
 import socket
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from .values import unmapped
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 RESOLVE_TIMEOUT_S = 5.0
+DESCRIPTORS = 65536  # that are looked at where nothing tells which there are: a tenth of a second
 LASTS_S = 1.0  # who is there then, or a moment later, is no short request any more
 
 _BIND_HINTS = {
@@ -238,7 +238,7 @@ def end_by_reset() -> None:
     try:
         numbers: Iterable[int] = map(int, os.listdir("/proc/self/fd"))
     except OSError:  # no descriptor is left, or no /proc is there
-        numbers = range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        numbers = range(DESCRIPTORS)
     for number in numbers:
         with suppress(OSError):  # no socket, or the descriptor of the directory
             sock = RawSocket(fileno=number)
