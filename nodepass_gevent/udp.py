@@ -186,7 +186,7 @@ class TargetSocket:
                 count = self._socket.recv_into(_buffer)
             except BlockingIOError:
                 continue
-            self._asked = max(self._asked - 1, 0)  # some questions have several answers
+            self._answered()
             return bytes(_buffer[:count])
 
     def fileno(self) -> int:
@@ -210,8 +210,12 @@ class TargetSocket:
             count = self._socket.recv_into(_buffer)
         except ConnectionRefusedError:
             count = self._pass_over(lambda: self._socket.recv_into(_buffer))
-        self._asked = max(self._asked - 1, 0)
+        self._answered()
         return bytes(_buffer[:count])
+
+    def _answered(self) -> None:
+        if self._asked:  # some questions have several answers
+            self._asked -= 1
 
     def _pass_over(self, again: Callable[[], int]) -> int:
         """Do again what was refused: the kernel tells of an earlier datagram, and has done nothing."""
