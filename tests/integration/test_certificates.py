@@ -56,12 +56,13 @@ def test_both_sides_are_known_by_certificates_that_are_replaced_while_the_tunnel
             "client://127.0.0.1:1/127.0.0.1:2?ca=/nonexistent",
             "ca: cannot read '/nonexistent': no such file or directory",
         ),
-        ("client://127.0.0.1:1/127.0.0.1:2?ca=/dev/null", "ca: '/dev/null' is not a certificate in PEM form"),
+        ("client://127.0.0.1:1/127.0.0.1:2?ca=setup.cfg", "ca: 'setup.cfg' is not a certificate in PEM form"),
         (
-            "client://127.0.0.1:1/127.0.0.1:2?crt=/dev/null&key=/dev/null",
-            "crt: '/dev/null' is not a certificate in PEM",
+            "client://127.0.0.1:1/127.0.0.1:2?crt=setup.cfg&key=setup.cfg",
+            "crt: 'setup.cfg' is not a certificate in PEM",
         ),
-        ("server://127.0.0.1:1/127.0.0.1:2?tls=1&ca=/dev/null", "ca: '/dev/null' is not a certificate in PEM form"),
+        ("server://127.0.0.1:1/127.0.0.1:2?tls=1&ca=setup.cfg", "ca: 'setup.cfg' is not a certificate in PEM form"),
+        ("server://127.0.0.1:1/127.0.0.1:2?tls=1&ca=/dev/null", "ca: '/dev/null' is not a regular file"),
         ("server://127.0.0.1:1/127.0.0.1:2?ca=/dev/null", "ca: '/dev/null' demands certificates of clients, and needs"),
     ],
 )
