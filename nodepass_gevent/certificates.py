@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .errors import ConfigError
+from .files import open_at_once
 
 log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -150,7 +151,7 @@ def _load_certificates(setting: str, path: str) -> tuple[x509.Certificate, ...]:
 
 def _read(setting: str, path: str) -> bytes:
     try:
-        with open(path, "rb", opener=_open) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError(f"{setting}: {path!r} is not a regular file")
             data = file.read(MAX_FILE + 1)
@@ -160,10 +161,6 @@ def _read(setting: str, path: str) -> bytes:
     if len(data) > MAX_FILE:
         raise ConfigError(f"{setting}: {path!r} is larger than {MAX_FILE} bytes")
     return data
-
-
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would block until somebody writes, and all tunnels
 
 
 def make_certificate() -> Certificate:

@@ -14,6 +14,7 @@ from typing import NamedTuple, TextIO
 import configargparse
 
 from .errors import ConfigError
+from .files import open_at_once
 from .values import did_you_mean, printable, shown
 
 MAX_FILE = 1 << 20  # bytes; a thousand tunnels have about 300 KiB
@@ -84,7 +85,7 @@ def _read_one(path: str, *, again: bool) -> tuple[str, str, bool]:
     """Give a file's text, what its entries are said to be from, and whether others can read it."""
     label = printable(path)
     try:
-        with open(path, "rb", opener=_open_at_once if again else None) as file:
+        with open(path, "rb", opener=open_at_once if again else None) as file:
             mode = os.fstat(file.fileno()).st_mode
             if again and not stat.S_ISREG(mode):
                 raise ConfigError(f"config: only a regular file is read again, no pipe [from file {label}]")
@@ -99,10 +100,6 @@ def _read_one(path: str, *, again: bool) -> tuple[str, str, bool]:
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"config: the file is not UTF-8 text [from file {label}:{line}]") from exc
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _reason(exc: Exception) -> str:

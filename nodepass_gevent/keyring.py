@@ -14,6 +14,7 @@ from gevent.threadpool import ThreadPool
 from . import log as logs
 from .config import Config, Process
 from .errors import ConfigError
+from .files import open_at_once
 from .tunnel_key import Root, TunnelKey, derive, parse_key
 from .values import shown_path
 
@@ -67,7 +68,7 @@ def read_keys(config: Config) -> tuple[TunnelKey, ...]:
 def read_private(path: str) -> str:
     """Read a file of secrets; ConfigError, which begins with a verb, when it is not one that nobody else can read."""
     try:
-        with open(path, "rb", opener=_open) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ConfigError("is not a regular file")
@@ -107,10 +108,6 @@ def read_token(process: Process) -> str | None:
     except ConfigError as exc:
         source = process.source("status-token-file")
         raise ConfigError(f"status-token-file: {shown_path(path)} {exc} [from {source}]") from exc
-
-
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would block until somebody writes
 
 
 def _parse(text: str) -> tuple[TunnelKey, ...]:

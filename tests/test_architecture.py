@@ -13,7 +13,7 @@ import nodepass_gevent
 
 PACKAGE = Path(nodepass_gevent.__file__).parent
 LAYERS = (  # imports point downward only; modules of one layer never import each other
-    {"__init__", "alarm", "arrivals", "deadlines", "errors", "state"},
+    {"__init__", "alarm", "arrivals", "deadlines", "errors", "files", "state"},
     {
         "callers",
         "certificates",
