@@ -123,6 +123,7 @@ class Client:
                 self._run_v1(control, first)
 
     def _first_line(self, control: Stream) -> tuple[bytes, FirstLine]:
+        """Give the server's first line, as it came and read."""
         try:
             with deadline(self.config.limits.first_line_timeout_s, "first line"):
                 line = control.read_line(opening.MAX_FIRST_LINE)
