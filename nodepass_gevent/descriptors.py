@@ -9,7 +9,7 @@ import fcntl
 import os
 import resource
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,7 @@ from .config import Config, setting_name
 from .errors import ConfigError
 
 EVENT_LOOP = 4  # epoll, and how it is woken
+LOOKED_AT = 1024  # where nothing tells which are open: at a start they are the lowest ones
 PER_USER = 2  # the user or the target, and the data connection
 LISTENERS, CONTROL = 4, 2  # tunnel, data, public twice; a control channel, and one that takes its place
 LEAST = {"semaphore_limit": 4, "max_pool_capacity": 4, "callers": 4}  # below that it would be no service
@@ -45,7 +46,19 @@ def allowed() -> int:
 def taken() -> int:
     """Count the descriptors that are open already, and those that the event loop takes."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sum(int(name) < most for name in os.listdir("/proc/self/fd")) + EVENT_LOOP  # higher ones do not count
+    try:
+        numbers: Iterable[int] = map(int, os.listdir("/proc/self/fd"))
+    except OSError:  # no /proc is there
+        numbers = filter(_is_open, range(LOOKED_AT))
+    return sum(number < most for number in numbers) + EVENT_LOOP  # higher ones do not count
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 def make_room(count: int) -> None:

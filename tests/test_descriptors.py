@@ -150,6 +150,15 @@ def test_open_descriptors_are_counted_up_to_the_limit():
         os.close(each)
 
 
+def test_open_descriptors_are_counted_without_proc_too(monkeypatch):
+    def no_proc(path):
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    told = descriptors.taken()
+    monkeypatch.setattr(os, "listdir", no_proc)
+    assert descriptors.taken() == told - 1  # the one of the listing itself
+
+
 def test_the_soft_limit_is_raised_to_the_hard_one():
     code = """
 import resource
