@@ -3,6 +3,7 @@
 Defaults and allowed values are those of Config, its Limits, and Process; a new setting is a field there and a row here.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -11,7 +12,7 @@ from typing import Any
 from .config import Config, Limits, Process, setting_name, setting_text
 from .errors import ConfigError
 from .tunnel_key import parse_key
-from .values import Address, Networks, Pins, parse_duration, parse_seconds, shown
+from .values import Address, Networks, Pins, parse_duration, parse_seconds, shown, shown_path
 
 
 def parse_integer(text: str) -> int:
@@ -19,6 +20,16 @@ def parse_integer(text: str) -> int:
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise ConfigError(f"{shown(text)} is not a whole number")
     return int(text)
+
+
+def parse_path(text: str) -> str:
+    """Take a file's name; raise ConfigError for letters that names of files cannot have here."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as exc:
+        where = f"in this locale, whose encoding is {exc.encoding}; LC_ALL=C.UTF-8 has all letters"
+        raise ConfigError(f"{shown_path(text)} is no name of a file {where}") from exc
+    return text
 
 
 def parse_choice(text: str) -> int | str:
@@ -94,13 +105,13 @@ SETTINGS = (
             "server: 1 lets several processes share the tunnel port and the public port"),
     Setting("tls", "NODEPASS_TLS", parse_choice, "", _TLS,
             "0 plain, 1 encrypted, 2 with a certificate that is verified; client: the least it accepts"),
-    Setting("crt", "NODEPASS_CRT", str, "FILE", _TLS, "own certificate and its chain, PEM"),
-    Setting("key", "NODEPASS_KEY", str, "FILE", _TLS, "the private key that fits it, PEM"),
-    Setting("ca", "NODEPASS_CA", str, "FILE", _TLS,
+    Setting("crt", "NODEPASS_CRT", parse_path, "FILE", _TLS, "own certificate and its chain, PEM"),
+    Setting("key", "NODEPASS_KEY", parse_path, "FILE", _TLS, "the private key that fits it, PEM"),
+    Setting("ca", "NODEPASS_CA", parse_path, "FILE", _TLS,
             "authorities, PEM; client: in place of the system's; server: clients need a certificate of theirs"),
     Setting("sni", "NODEPASS_SNI", str, "NAME", _TLS, "client: name in the certificate, unless that of the URL"),
     Setting("pin", "NODEPASS_PIN", Pins.parse, "SHA256,...", _TLS, "client: digests of public keys, one the server's"),
-    Setting("tunnel_key_file", "NODEPASS_TUNNEL_KEY_FILE", str, "FILE", _TLS,
+    Setting("tunnel_key_file", "NODEPASS_TUNNEL_KEY_FILE", parse_path, "FILE", _TLS,
             "file of the key that both sides must have; two lines while it is changed"),
     Setting("tunnel_key", "TUNNEL_KEY", parse_key, "KEY", _TLS,
             "the key itself; as an option or in the URL it is visible in ps", secret=True),
@@ -119,14 +130,14 @@ SETTINGS = (
     Setting("shutdown_timeout_s", "SHUTDOWN_TIMEOUT", parse_duration, "TIME", _TIMING, "for users to end at shutdown"),
     Setting("log", "NODEPASS_LOG", str, "", _LOGS, "least level that is logged"),
     Setting("access_log", "NODEPASS_ACCESS_LOG", str, "", _LOGS, "level of the line about each exchange"),
-    Setting("log_to", "NODEPASS_LOG_TO", str, "stdout|stderr|FILE", _LOGS, "where log lines go"),
+    Setting("log_to", "NODEPASS_LOG_TO", parse_path, "stdout|stderr|FILE", _LOGS, "where log lines go"),
     Setting("log_format", "NODEPASS_LOG_FORMAT", str, "", _LOGS, "form of log lines"),
     Setting("log_rate", "NODEPASS_LOG_RATE", parse_integer, "N", _LOGS,
             "lines per second of one kind, over 10 s; 0: no limit"),
     Setting("status", "NODEPASS_STATUS", Address.parse, "HOST:PORT", _STATUS,
             "where /metrics, /healthz, /readyz, /status.json and a page are served; a loopback address needs no token",
             unset="nowhere"),
-    Setting("status_token_file", "NODEPASS_STATUS_TOKEN_FILE", str, "FILE", _STATUS,
+    Setting("status_token_file", "NODEPASS_STATUS_TOKEN_FILE", parse_path, "FILE", _STATUS,
             "file of the token that who asks has to give; nobody else may read it"),
     Setting("allow_users", "NODEPASS_ALLOW_USERS", Networks.parse, "NETWORKS", _ACCESS,
             "server: networks of users, comma-separated; all others are kept out", unset="all"),

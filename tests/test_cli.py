@@ -364,3 +364,18 @@ def test_what_the_encoding_of_the_output_lacks_is_an_error_in_one_line():
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch("nodepass: error: standard output: 'latin-1' codec can't encode .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("key", ["log-to", "crt", "tunnel-key-file", "status-token-file"])
+def test_a_file_whose_name_the_locale_cannot_write_is_an_error_in_one_line(tmp_path, key):
+    config = tmp_path / "nodepass.conf"
+    config.write_text(f"url = {URL}\n{key} = /tmp/h\u00f6me/file\n", encoding="utf-8")
+    environ = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    argv = [sys.executable, "-m", "nodepass_gevent", f"--config={config}"]
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        2,
+        "",
+        f"nodepass: error: {key}: '/tmp/h\\xf6me/file' is no name of a file in this locale, whose encoding is ascii; "
+        f"LC_ALL=C.UTF-8 has all letters [from file {config}:2]\n",
+    )
