@@ -29,7 +29,7 @@ _REFUSALS = {  # of a certificate, as alerts of TLS name them
     "certificate revoked": "it is revoked",
     "certificate expired": "it has expired, or is not yet valid",
     "certificate unknown": "it does not fit what is expected there",
-    "unknown ca": "it is of no authority that is known there",
+    "unknown ca": "it is of no authority that is known there, or of another key than is pinned there",
     "access denied": "it is not allowed there",
 }
 _NO_CERTIFICATE = "peer did not return a certificate"

@@ -207,7 +207,8 @@ def test_a_client_that_a_server_does_not_accept_is_refused_and_told(
     assert isinstance(ended, PolicyError)
     told = {
         "nobody": "the peer demands a certificate of this side: set crt and key",
-        "stranger": "the peer refuses the certificate of this side: it is of no authority that is known there",
+        "stranger": "the peer refuses the certificate of this side: it is of no authority that is known there, or of "
+        "another key than is pinned there",
         "expired": "the peer refuses the certificate of this side: it has expired, or is not yet valid",
     }
     assert str(ended) == told[who]
