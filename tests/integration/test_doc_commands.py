@@ -34,7 +34,8 @@ READY_S = 30.0
 EXCEPTIONS = {  # beginnings of commands that are not run, and why
     "scripts/": "takes minutes, and has tests of its own",
     "python3 -m venv": "installs from a package index",
-    "/usr/bin/python3 -m venv": "installs from a package index",
+    "umask 022 && /usr/bin/python3 -m venv": "installs from a package index",
+    "umask 022 && python3 -m venv": "installs from a package index",
     ". ~/nodepass/bin/activate": "belongs to that environment",
     "pip install": "installs from a package index",
     "/opt/nodepass/bin/pip": "installs from a package index; tests/integration/test_packages.py has wheel and sdist",
