@@ -214,7 +214,8 @@ def check(to: str) -> None:
     place = to if os.path.exists(to) else os.path.join(os.path.dirname(to), ".")
     os.stat(place)
     if not os.access(place, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        why = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(why, os.strerror(why))
 
 
 def _open(to: str) -> int:

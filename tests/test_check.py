@@ -2,6 +2,7 @@ import datetime
 import json
 import os
 import socket
+from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -73,6 +74,14 @@ def test_a_log_file_that_cannot_be_opened_is_found_and_none_is_made(ports, tmp_p
     assert finding.level == ERROR and finding.text.startswith("log-to: ") and "cannot be opened: " in finding.text
     assert not worst(check([server, "--log-to", str(tmp_path / "x.log")], {}))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("flags", "why"), [(os.ST_RDONLY, "read-only file system"), (0, "permission denied")])
+def test_a_log_file_that_cannot_be_written_is_found_for_its_reason(ports, tmp_path, monkeypatch, flags, why):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flags))
+    (finding,) = worst(check([SERVER.format(*ports), "--log-to", str(tmp_path / "x.log")], {}))
+    assert finding.level == ERROR and f"cannot be opened: {why} [from " in finding.text
 
 
 def test_a_token_of_the_status_that_cannot_be_used_is_found(ports, tmp_path):
