@@ -154,9 +154,10 @@ def systemd(parsed: Parsed, command: Command) -> str:
         )
     if parsed.process.log_to not in ("stdout", "stderr"):
         raise parsed.process.fault("log_to", "cannot be written by the unit; its log goes to the journal")
-    for path in map(os.path.abspath, parsed.line.files):
+    read = [("config", os.path.abspath(path), SOURCE) for path in parsed.line.files]
+    for setting, path, source in [*read, *_files(parsed)] if read else ():  # without a file they become credentials
         if path.startswith(HOMES):
-            raise ConfigError(f"config: {shown_path(path)}: homes are hidden from the unit [from {SOURCE}]")
+            raise ConfigError(f"{setting}: {shown_path(path)}: homes are hidden from the unit [from {source}]")
     credentials, extra = [], []
     if parsed.line.files:
         paths = dict.fromkeys(path for _, path, _ in _files(parsed))

@@ -279,6 +279,14 @@ def test_a_config_file_in_a_home_is_refused_as_the_unit_cannot_see_it():
         generate.systemd(dataclasses.replace(parsed, line=line), COMMAND)
 
 
+@pytest.mark.parametrize("key", ["tunnel-key-file", "status-token-file", "ca"])
+def test_what_a_config_file_names_in_a_home_is_refused_as_the_unit_cannot_see_it(tmp_path, key):
+    path = tmp_path / "n.conf"
+    path.write_text(f"tls = 1\n{key} = /root/x\nurl = {SERVER}\n")
+    why = f"{key}: '/root/x': homes are hidden from the unit [from file {path}:2]"
+    assert refusal(systemd, "web", "--config", str(path)) == why
+
+
 def test_a_log_file_is_refused_as_the_unit_cannot_write_it():
     assert "its log goes to the journal" in refusal(systemd, "web", SERVER, "--log-to=/var/log/x")
 
