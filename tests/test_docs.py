@@ -111,6 +111,8 @@ def messages():
                 yield literal(node.args[0])
             elif called == "log" and len(node.args) > 1:
                 yield literal(node.args[1])
+            elif called == "append" and getattr(node.func.value, "id", "") == "warnings":  # of settings
+                yield literal(node.args[0])
 
 
 MESSAGES = sorted(set(filter(None, messages())))
@@ -122,7 +124,7 @@ def test_the_messages_are_found():
 
 @pytest.mark.parametrize("message", [message for message in MESSAGES if message not in SAID_ELSEWHERE])
 def test_each_warning_and_error_stands_on_the_page_about_trouble(message):
-    pieces = re.split(r"%(?:\.\d)?[a-z]", message)
+    pieces = re.split(r"%(?:\.\d)?[a-z]| \[from ", message)
     assert max(pieces, key=len).strip(" :;,()") in TROUBLE
 
 
