@@ -73,6 +73,8 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> "Address":
         """Parse ``host:port``, ``:port`` or ``[ipv6]:port``; raise ConfigError."""
+        if "://" in text:
+            raise ConfigError(f"{shown(text)} is a URL; an address is host:port alone")
         host, colon, port = text.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
         if ":" in host and "[" not in text:

@@ -113,6 +113,7 @@ def test_an_address_is_parsed_and_printed_back(text, address):
         ("localhost:\u0661", "the port is not a number"),
         ("localhost:http", "the port is not a number"),
         ("localhost:1 ", "the port is not a number"),
+        ("http://127.0.0.1:80/", "'http://127.0.0.1:80/' is a URL; an address is host:port alone"),
         ("::1:80", "written in brackets: [::1]:80"),
         ("::1", "written in brackets"),
         ("::", "written in brackets"),
