@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 OFF, SELF_SIGNED, VERIFIED = 0, 1, 2  # the modes, as they stand in the first line
 ALPNS = (b"", opening.ALPN_CONTROL, opening.ALPN_DATA)  # v1 data connections have none
 EXPIRY_WARNING_DAYS = 14
+Standing = tuple[int, str]  # a level of the log, and how a certificate stands today
+NOTHING_TOLD: Standing = (logging.NOTSET, "")
 _WORDS = {"ee key too small": "its key is too short; RSA wants 2048 bits at least"}  # for what OpenSSL says
 
 
@@ -61,6 +63,7 @@ class ServerCertificate:
         self._made: Certificate | None = None if self._files else (before and before._made) or make_certificate()
         self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
         self._ca = ca
+        self._told = NOTHING_TOLD
         self._announce(certificate=True, authorities=True)
         self._build()
 
@@ -68,8 +71,8 @@ class ServerCertificate:
         """Read the files again if they changed; keep what was there, and say so, if they are bad."""
         certificate = bool(self._files and self._files.reload())
         authorities = bool(self._authorities and self._authorities.reload())
+        self._announce(certificate=certificate, authorities=authorities)
         if certificate or authorities:
-            self._announce(certificate=certificate, authorities=authorities)
             self._build()
 
     @property
@@ -84,10 +87,10 @@ class ServerCertificate:
         return _describe(self.certificate)
 
     def _announce(self, *, certificate: bool, authorities: bool) -> None:
-        """Log what is new: the certificate, the authorities, or both."""
-        if certificate:
+        """Log what is new: the certificate, or that its end is near, the authorities, or all."""
+        if certificate or _standing(self.certificate) != self._told:
             found = doubts(self.certificate, self._key, "server", self._mode)
-            _announce_certificate(self._log, "certificate", self.certificate, found)
+            self._told = _announce_certificate(self._log, "certificate", self.certificate, found)
         if self._ca and self._authorities and authorities:
             _announce_authorities(self._log, "clients need a certificate of", self._ca, self._authorities.value)
 
@@ -149,6 +152,7 @@ class ClientPolicy:
         self._certificate = FromFiles(_load_usable, crt, key, log=log) if crt and key else None
         self._authorities = FromFiles(load_authorities, ca, log=log) if ca else None
         self._contexts: dict[tuple[int, bytes], ClientContext] = {}
+        self._told = NOTHING_TOLD
         self._announce(certificate=True, authorities=True)
 
     def reload(self) -> None:
@@ -171,10 +175,10 @@ class ClientPolicy:
         return _describe(self._certificate.value) if self._certificate else None
 
     def _announce(self, *, certificate: bool, authorities: bool) -> None:
-        """Log what is new: the certificate, the authorities, or both."""
-        if self._certificate and certificate:
+        """Log what is new: the certificate, or that its end is near, the authorities, or all."""
+        if self._certificate and (certificate or _standing(self._certificate.value) != self._told):
             found = doubts(self._certificate.value, self._key, "client", SELF_SIGNED)
-            _announce_certificate(self._log, "client certificate", self._certificate.value, found)
+            self._told = _announce_certificate(self._log, "client certificate", self._certificate.value, found)
         if self._ca and self._authorities and authorities:
             _announce_authorities(self._log, "the server needs a certificate of", self._ca, self._authorities.value)
 
@@ -258,19 +262,24 @@ def _describe(certificate: Certificate) -> Presented:
     return Presented(certificate.fingerprint, format_pin(certificate.key_digest), certificate.expires.timestamp())
 
 
-def _announce_certificate(log: logging.Logger, which: str, certificate: Certificate, found: Sequence[str]) -> None:
+def _standing(certificate: Certificate) -> Standing:
+    """Say whether a certificate is valid and what day counts, as a warning near its end or out of its time."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    soon = now + datetime.timedelta(days=EXPIRY_WARNING_DAYS)
-    words, date = "valid until" if certificate.expires > now else "expired on", certificate.expires.date()
     if certificate.begins > now:
-        words, date = "not valid before", certificate.begins.date()
-    log.log(
-        logging.WARNING if certificate.expires < soon or certificate.begins > now else logging.INFO,
-        "%s %s, pin %s, %s %s",
-        which, certificate.fingerprint, format_pin(certificate.key_digest), words, date,
-    )  # fmt: skip
+        return logging.WARNING, f"not valid before {certificate.begins.date()}"
+    if certificate.expires <= now:
+        return logging.WARNING, f"expired on {certificate.expires.date()}"
+    soon = now + datetime.timedelta(days=EXPIRY_WARNING_DAYS)
+    return logging.WARNING if certificate.expires < soon else logging.INFO, f"valid until {certificate.expires.date()}"
+
+
+def _announce_certificate(log: logging.Logger, which: str, certificate: Certificate, found: Sequence[str]) -> Standing:
+    """Log what a certificate is, and what is wrong; give how it stands."""
+    level, words = standing = _standing(certificate)
+    log.log(level, "%s %s, pin %s, %s", which, certificate.fingerprint, format_pin(certificate.key_digest), words)
     for doubt in found:
         log.warning("%s", doubt)
+    return standing
 
 
 def _announce_authorities(log: logging.Logger, demand: str, path: str, authorities: Sequence[x509.Certificate]) -> None:

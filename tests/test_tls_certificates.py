@@ -20,11 +20,11 @@ from OpenSSL import crypto
 from secure import client_context, stream_pair
 from support import bounded
 
-from nodepass_gevent import tls
+from nodepass_gevent import tls, tls_context
 from nodepass_gevent.certificates import load_certificate, make_certificate
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.errors import ConfigError, PolicyError
-from nodepass_gevent.tls_context import SELF_SIGNED, VERIFIED, ServerCertificate, check_files
+from nodepass_gevent.tls_context import SELF_SIGNED, VERIFIED, ClientPolicy, ServerCertificate, check_files
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 DAY = datetime.timedelta(days=1)
@@ -415,6 +415,20 @@ def test_a_made_certificate_outlives_a_reload():
     old = server.certificate
     server.reload()
     assert server.certificate is old
+
+
+@pytest.mark.parametrize("make", [ServerCertificate, lambda crt, key: ClientPolicy("h", crt=crt, key=key)])
+def test_that_the_end_of_a_certificate_has_come_near_is_a_warning_once_though_no_file_changed(
+    make, authority, tmp_path, log, monkeypatch
+):
+    side = make(*write(authority.issue_cert("localhost", not_after=NOW + 20 * DAY), tmp_path))
+    monkeypatch.setattr(tls_context, "EXPIRY_WARNING_DAYS", 30)  # it is later, as it were
+    os.unlink(tmp_path / "key.pem")
+    for _ in range(2):
+        side.reload()
+    told = [(record.levelname, record.getMessage().rpartition(", ")[2]) for record in log.records]
+    words = f"valid until {(NOW + 20 * DAY).date()}"
+    assert [each for each in told if each[1].startswith("valid")] == [("INFO", words), ("WARNING", words)]
 
 
 def test_a_reload_leaves_connections_as_they_are(authority, dial, files, tmp_path):
