@@ -177,6 +177,7 @@ class Client:
         least, timeout_s = min(self.config.min_pool_capacity, most), self.config.limits.tcp_user_timeout_s
         pool = DialingPool(dial, least, most, log=self._log, user_timeout_s=timeout_s, at_once=plain)
         can &= welcome.capabilities
+        interval_s = welcome.ping_interval_s
 
         def fail(id: bytes, why: str) -> bool:
             return opening.FAIL in can and session.send(wire.format_fail(Fail(id, why.encode())))
@@ -187,13 +188,12 @@ class Client:
         egress = Egress(pool, self.exchanges, self.config, self.counters, fail, told_users=opening.FROM in can)
         lines.limit = wire.MAX_LINE  # the welcome alone may be longer
         signals = Signals(egress, self.counters, self._log, lines, answer_ping, pool.dial_more, obeys_bye=True)
-        silence_s = self.config.limits.dead_intervals * welcome.ping_interval_s
         session = Session(
             transport,
             pool,
             signals.receive,
-            silence_s=lambda: silence_s,
-            leave_s=self.config.leave_s if opening.BYE in can else None,
+            silence_s=lambda: self.config.limits.dead_intervals * interval_s,
+            leave_s=lambda: self.config.leave_s if opening.BYE in can else None,
             begin=partial(signals.obey, early),
         )
         if opening.FROM not in can:

@@ -49,7 +49,7 @@ class Joining:
         self._counters = counters
         self._on_wrong_tag = on_wrong_tag
         self._running = 0
-        self._ripening = Ripening(config.limits.id_timeout_s, self._refused)
+        self._ripening = Ripening(config.limits, self._refused)
 
     def close(self) -> None:
         """Reset what waits here without a greenlet."""

@@ -279,7 +279,7 @@ class Reception:
             signals.receive,
             ping_interval_s=self._config.report_interval_s,
             silence_s=lambda: self._limits.dead_intervals * interval_s,
-            leave_s=self._config.leave_s if opening.BYE in agreed else None,
+            leave_s=lambda: self._config.leave_s if opening.BYE in agreed else None,
         )
         id = secrets.token_bytes(opening.SESSION_LENGTH)
         session_keys = handshake.session_keys(id) if handshake else None

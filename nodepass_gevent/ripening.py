@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import gevent
 
+from .config import Limits
 from .errors import PoolClosed
 from .pool import AcceptingPool
 from .transport import Stream, Transport
@@ -33,8 +34,8 @@ class _Entry(NamedTuple):
 class Ripening:
     """Owns what waits in it. ``on_refused(stream, why)`` is told of each that does not reach its pool."""
 
-    def __init__(self, id_timeout_s: float, on_refused: Callable[[Stream, str], None]) -> None:
-        self._id_timeout_s = id_timeout_s
+    def __init__(self, limits: Limits, on_refused: Callable[[Stream, str], None]) -> None:
+        self._limits = limits
         self._on_refused = on_refused
         self._entries: list[_Entry] = []  # a heap
         self._timer: Any = None  # runs while anything waits
@@ -47,7 +48,7 @@ class Ripening:
         """Bring a connection whose id is sent into its pool when it is ripe."""
         now = time.monotonic()
         pause_s = ACK_POLL_S if stream.unacknowledged() else 0
-        too_late = now + self._id_timeout_s
+        too_late = now + self._limits.id_timeout_s
         heappush(self._entries, _Entry(now + (pause_s or RIPEN_S), id, stream, data, pool, pause_s, too_late))
         if self._timer is None or self._waits_until > self._entries[0].due + GATHER_S:
             self._wait(now)
@@ -94,7 +95,7 @@ class Ripening:
         elif entry.stream.peek() is False:  # a reset connection never acknowledges
             self._refuse(entry, "it closed before its id was acknowledged")
         elif now >= entry.too_late:
-            self._refuse(entry, f"acknowledgement of the id: timed out after {self._id_timeout_s:g} s")
+            self._refuse(entry, f"acknowledgement of the id: timed out after {self._limits.id_timeout_s:g} s")
         else:
             pause_s = min(entry.pause_s * 2, ACK_POLL_MAX_S)
             heappush(self._entries, entry._replace(due=now + pause_s, pause_s=pause_s))

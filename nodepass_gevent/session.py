@@ -49,7 +49,7 @@ class Session:
 
     ``receive(data)`` takes what the peer sends and raises ProtocolError when it may not, PeerLeft or PolicyError at its
     bye; ``silence_s()`` is how long the peer may stay silent (None: for ever); ``ping_interval_s`` None sends no
-    keep-alives; ``leave_s`` is how long an orderly end may take (None: the peer knows no bye). ``begin()`` is called
+    keep-alives; ``leave_s()`` is how long an orderly end may take (None: the peer knows no bye). ``begin()`` is called
     before anything is read, and may raise what ``receive`` may.
     """
 
@@ -61,7 +61,7 @@ class Session:
         *,
         ping_interval_s: float | None = None,
         silence_s: Callable[[], float | None] = lambda: None,
-        leave_s: float | None = None,
+        leave_s: Callable[[], float | None] = lambda: None,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
         self.control = control
@@ -140,9 +140,10 @@ class Session:
 
     def _leave(self, reader: gevent.Greenlet, writer: gevent.Greenlet, pool: gevent.Greenlet) -> None:
         """End in good order: the peer sees an end, and no reset; where it knows it, after a bye each way."""
-        with suppress(OSError), gevent.Timeout(self._leave_s, False):
+        leave_s = self._leave_s()
+        with suppress(OSError), gevent.Timeout(leave_s, False):
             self.pool.leave()
-            if self._leave_s is None or self._ending:
+            if leave_s is None or self._ending:
                 gevent.killall([reader, writer])
             else:
                 self.send(wire.format_bye(Bye()))
@@ -150,7 +151,7 @@ class Session:
                 self._wake.set()
                 gevent.joinall([reader, writer])
                 self.pool.settle()
-                self.control.linger(self._leave_s)
+                self.control.linger(leave_s)
             self.control.finish()
         gevent.killall([reader, writer, pool])
         self.control.close()

@@ -9,6 +9,7 @@ import resource
 import socket
 import struct
 import time
+from dataclasses import replace
 
 import gevent
 import pytest
@@ -28,6 +29,12 @@ def wait_until(condition, timeout_s=BOUND_S):
     while not condition():
         assert time.monotonic() < end, "the condition did not come true in time"
         gevent.sleep(0.001)
+
+
+def reload(role, **changes):
+    """Change times and levels of a running role, by the names of Config's and Limits' fields, as a SIGHUP does."""
+    limits = {name: changes.pop(name) for name in list(changes) if hasattr(role.config.limits, name)}
+    assert role.config.adopt(replace(role.config, limits=replace(role.config.limits, **limits), **changes))
 
 
 def bounded(timeout_s=BOUND_S):

@@ -6,7 +6,7 @@ import socket
 
 import gevent
 import pytest
-from support import BOUND_S, LIMITS, is_reset, read_all, read_exactly, reset, wait_until
+from support import BOUND_S, LIMITS, is_reset, read_all, read_exactly, reload, reset, wait_until
 from test_client import port_of, server  # noqa: F401  the fixture
 from test_v2_client import OFFER, SESSION, Offering
 
@@ -201,8 +201,9 @@ def test_a_client_that_stops_says_bye_and_obeys_until_the_servers_own(v2, spawn)
 
 
 def test_a_client_that_stops_does_not_wait_for_a_server_that_says_nothing(v2, spawn):
-    v2 = v2(drain_linger_s=0.05)
+    v2 = v2(drain_linger_s=60, shutdown_timeout_s=60)
     v2.join(ID)
+    reload(v2.server.client, drain_linger_s=0.05)
     stopping = spawn(v2.server.running.kill)
     assert v2.line() == b"//#bye\n"
     stopping.join(5)

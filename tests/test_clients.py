@@ -5,7 +5,7 @@ import socket
 
 import gevent
 import pytest
-from support import BOUND_S, is_reset, read_all, read_exactly, reset, wait_until
+from support import BOUND_S, is_reset, read_all, read_exactly, reload, reset, wait_until
 from test_v2_server import call, closed  # noqa: F401  the fixture
 from tunnel import is_served, quiet, read_line
 
@@ -333,7 +333,8 @@ def test_a_server_that_stops_says_bye_behind_its_launches_and_closes_without_a_r
 
 
 def test_a_server_that_stops_does_not_wait_for_a_client_that_says_nothing(client, spawn):
-    client = client(1, drain_linger_s=0.05)
+    client = client(1, drain_linger_s=60, shutdown_timeout_s=60)
+    reload(client.running.server, drain_linger_s=0.05)
     stopping = spawn(client.running.greenlet.kill)
     assert client.signal() == b"//#bye"
     stopping.join(BOUND_S)

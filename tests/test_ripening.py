@@ -6,6 +6,7 @@ import gevent
 import pytest
 from support import is_reset, read_exactly, reset, wait_until
 
+from nodepass_gevent.config import Limits
 from nodepass_gevent.pool import AcceptingPool
 from nodepass_gevent.ripening import RIPEN_S, Ripening
 from nodepass_gevent.transport import Stream
@@ -20,7 +21,8 @@ class Waiting:
     def __init__(self, id_timeout_s):
         self.refused = []
         self.pool = AcceptingPool(capacity=4)
-        self.ripening = Ripening(id_timeout_s, lambda stream, why: self.refused.append((stream, why)))
+        self.limits = Limits(id_timeout_s=id_timeout_s)
+        self.ripening = Ripening(self.limits, lambda stream, why: self.refused.append((stream, why)))
 
     def add(self, stream, id=ID):
         self.ripening.add(id, stream, stream, self.pool)
@@ -105,7 +107,8 @@ def test_an_id_that_is_not_acknowledged_keeps_its_connection_waiting_and_no_othe
 
 
 def test_an_id_that_is_never_acknowledged_ends_its_connection(waiting, stuffed):
-    side, (stream, peer, _sent) = waiting(id_timeout_s=0.02), stuffed()
+    side, (stream, peer, _sent) = waiting(), stuffed()
+    object.__setattr__(side.limits, "id_timeout_s", 0.02)  # as a SIGHUP does
     side.add(stream)
     wait_until(lambda: side.refused)
     assert side.refused == [(stream, "acknowledgement of the id: timed out after 0.02 s")]

@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import gevent
 import pytest
-from support import read_exactly, wait_until
+from support import read_exactly, reload, wait_until
 from test_client import port_of, server  # noqa: F401  the fixture
 
 from nodepass_gevent.client import CALLS
@@ -99,6 +99,12 @@ def test_a_server_without_pings_is_declared_dead_after_three_intervals(v2):
 def test_a_server_without_pings_is_given_as_many_intervals_as_are_set(v2):
     v2.run(dead_intervals=1).welcome(interval_s=1)
     assert "silent for 1 s" in str(v2.server.ended())
+
+
+def test_the_number_of_intervals_may_change_while_it_is_connected(v2):
+    v2.run(dead_intervals=3).welcome(interval_s=1).join(b"0123abcd")
+    reload(v2.server.client, dead_intervals=2)
+    assert "silent for 2 s" in str(v2.server.ended())
 
 
 def test_need_makes_it_dial_beyond_its_capacity_at_once(v2):
