@@ -57,14 +57,17 @@ def all_words(tunnels: tuple[Tunnel, ...], now: float) -> str:
         return tunnels[0].words
     missing = [tunnel for tunnel in tunnels if tunnel.condition != "serving"]
     exchanges = _count(sum(tunnel.exchanges for tunnel in tunnels), "exchange")
+    ends = _first([f"{tunnel.name}: {said}" for tunnel in tunnels for said in _certificate(tunnel, now)])
+    ends = f"; {ends}" if ends else ""
     if not missing:
         said_of = {tunnel.name: [*_full(tunnel), *_last_minute(tunnel, now)] for tunnel in tunnels}
         wrong = [f"{name}: {', '.join(said)}" for name, said in said_of.items() if said]
-        return f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {_first(wrong) or NOTHING_WRONG}."
+        how = _first(wrong) or NOTHING_WRONG
+        return f"Serving: {len(tunnels)} tunnels, each with its peer, {exchanges}; {how}{ends}."
     share = f"Only {len(tunnels) - len(missing)}" if len(missing) < len(tunnels) else "None"
     why = _first([f"{tunnel.name}: {', '.join([_why(tunnel), *_refusal(tunnel, now)])}" for tunnel in missing])
     sums = {key: sum(tunnel.wrong[key] for tunnel in tunnels) for key in WRONG}
-    return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {'; '.join([why, *_wrong_words(sums)])}."
+    return f"{share} of {len(tunnels)} tunnels serving, {exchanges}; {'; '.join([why, *_wrong_words(sums)])}{ends}."
 
 
 def process_words(worst_lag_s: float, lost: int, dropped: Dropped) -> list[str]:
@@ -87,12 +90,7 @@ def tunnel_words(tunnel: Tunnel, now: float) -> str:
     parts = [_condition_words(tunnel, now), *_full(tunnel), *_last_minute(tunnel, now)]
     if len(parts) == 1 and tunnel.condition != "failing":
         parts.append(NOTHING_WRONG)
-    certificate = tunnel.description.certificate
-    if certificate and certificate.expires - now < EXPIRY_WARNING_DAYS * DAY_S:
-        days = int((certificate.expires - now) // DAY_S)
-        ends = f"expires in {_count(days, 'day')}" if days >= 0 else "has expired"
-        parts.append(f"the certificate {ends}")
-    return "; ".join(parts) + "."
+    return "; ".join([*parts, *_certificate(tunnel, now)]) + "."
 
 
 def _why(tunnel: Tunnel) -> str:
@@ -123,6 +121,16 @@ def _condition_words(tunnel: Tunnel, now: float) -> str:
 def _full(tunnel: Tunnel) -> list[str]:
     """Say that users have to wait, where they have."""
     return ["all places are taken (semaphore-limit), further users wait"] if tunnel.full else []
+
+
+def _certificate(tunnel: Tunnel, now: float) -> list[str]:
+    """Say that the certificate of this side ends soon, or has."""
+    certificate = tunnel.description.certificate
+    if not certificate or certificate.expires - now >= EXPIRY_WARNING_DAYS * DAY_S:
+        return []
+    days = int((certificate.expires - now) // DAY_S)
+    ends = f"expires in {_count(days, 'day')}" if days >= 0 else "has expired"
+    return [f"the certificate {ends}"]
 
 
 def _last_minute(tunnel: Tunnel, now: float) -> list[str]:

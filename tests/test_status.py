@@ -285,6 +285,15 @@ def test_a_certificate_that_expires_soon_is_told(days, told):
     assert told in words(each)
 
 
+def test_of_several_tunnels_those_whose_certificate_expires_soon_are_named():
+    a, b = service(name="a"), service(name="b")
+    a.role.description = Description((PEER,), Presented("AB", "sha256:ab", time.time() + 1.5 * 86400))
+    end = "; a: the certificate expires in 1 day."
+    assert state(a, b).snapshot().words.endswith(f"no exchanges; nothing wrong in the last minute{end}")
+    b.role.description = Description((), None)
+    assert state(a, b).snapshot().words.endswith(f"; b: no client is connected{end}")
+
+
 def test_a_process_that_was_held_up_says_so():
     status = state(service())
     status.sample(0.7)
