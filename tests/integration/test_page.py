@@ -42,17 +42,25 @@ def test_numbers_move_under_load(here, browser):
         "Serving: 2 tunnels, each with its peer, "
     )
     assert page.ask("document.getElementById('words').className") == "good"
-    assert page.ask("tone({...last, log_lines_lost_in_last_minute: 1})") == "warn"
+    for trouble in ("log_lines_lost_in_last_minute: 1", "configuration_refused: {why: 'tls', at: 1}"):
+        assert page.ask(f"tone({{...last, {trouble}}})") == "warn"
     drawn = page.ask("document.querySelector('#plots path.down').getAttribute('d')")
     with crowd(list(here.public.values())):
         page.wait_for("document.getElementById('throughput-bytes_down').textContent.match(/[1-9].* [kM]B/)")
         page.wait_for("+document.getElementById('exchanges-begun').textContent > 0")
         page.wait_for("document.getElementById('first-byte-first_byte_mean_s').textContent.match(/[1-9].* m?s/)")
         page.wait_for("document.querySelector('.tunnel dl').textContent.match(/carried[0-9.]+ [kM]B down/)")
+        page.wait_for(
+            "document.querySelector('.tunnel dl').textContent.match(/pool[1-9][0-9]* data connections? ready/)"
+        )
+        page.wait_for("document.querySelector('.tunnel .gauge rect').getAttribute('width') > 0")
         count = page.ask("rows.length")
         page.wait_for(f"rows.length > {count}")
     assert page.ask("document.querySelector('#plots path.down').getAttribute('d')") != drawn
     assert page.ask("document.getElementById('errors-errors').textContent") == "0"
+    until = r"/certificateuntil 20\d\d-\d\d-\d\d, 36[45] days leftSHA-256 ([0-9A-F]{2}:){31}[0-9A-F]{2}/"
+    assert page.ask(f"{until}.test(document.querySelector('.tunnel dl').textContent)")
+    assert page.ask("document.querySelectorAll('#events .message').length > 0")
     assert page.complaints == []
     page.close()
 
