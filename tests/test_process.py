@@ -1,5 +1,6 @@
 import contextlib
 import http.client
+import json
 import os
 import re
 import signal
@@ -293,6 +294,53 @@ role = Role()
         running.said = ""
         running.wait_for("status: http://127.0.0.1:")
         assert [ask("old"), ask("new")] == [401, 200]
+
+
+def test_a_configuration_that_is_refused_stands_in_the_status_until_one_is_taken_up():
+    code = """
+role = Role()
+refusals = ["tls: it is wrong", ""]
+def run(role):
+    plan = process.Plan(Process(status=Address("127.0.0.1", 0)), (role.config,))
+    def load():
+        if why := refusals.pop(0):
+            raise ConfigError(why)
+        return plan
+    return process.run(plan, load, lambda config, before: role)
+"""
+
+    def refused():
+        port = int(re.search(r"status: http://127\.0\.0\.1:(\d+)/", running.said)[1])
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+            connection.request("GET", "/status.json")
+            return json.loads(connection.getresponse().read())["configuration_refused"]
+
+    with script(code) as running:
+        running.wait_for("status: http://127.0.0.1:")
+        assert refused() is None
+        running.kill(signal.SIGHUP)
+        running.wait_for("reloaded")
+        assert refused()["why"] == "tls: it is wrong"
+        running.kill(signal.SIGHUP)
+        running.wait_for("configuration taken up")
+        assert refused() is None
+
+
+def test_sigusr2_logs_what_each_tunnel_does_and_has_done():
+    code = """
+roles = [Role("a"), Role("b")]
+roles[1].exchanges, roles[1].counters = Crew(), Counters(launches_lost=2)
+role = None
+def run(role):
+    plan = process.Plan(Process(), tuple(role.config for role in roles))
+    return process.run(plan, lambda: plan, lambda config, before: roles[config.name == "b"])
+roles[1].exchanges.spawn(exchange_until_told)
+"""
+    with script(code) as running:
+        running.wait_for("run 1")
+        running.kill(signal.SIGUSR2)
+        running.wait_for("  INFO  [a] role: exchanges 0; since the start: nothing yet\n")
+        running.wait_for("  INFO  [b] role: exchanges 1; since the start: launches_lost 2\n")
 
 
 def test_the_service_manager_is_told_ready_when_the_tunnels_have_begun_and_not_before(tmp_path, monkeypatch):
