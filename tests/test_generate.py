@@ -217,6 +217,7 @@ def test_a_unit_is_told_by_the_process_how_it_is_and_restarts_it_unless_its_sett
         "Restart": "on-failure",
         "RestartPreventExitStatus": "2",
         "TimeoutStopSec": "65s",
+        "LimitNOFILE": "65536",
         "DynamicUser": "yes",
         "CapabilityBoundingSet": "",
     }
@@ -239,6 +240,12 @@ def test_a_unit_is_told_by_the_process_how_it_is_and_restarts_it_unless_its_sett
 )
 def test_only_ports_below_1024_bring_a_capability(words, low):
     assert ("AmbientCapabilities=CAP_NET_BIND_SERVICE" in systemd("web", *words)) is low
+
+
+def test_the_template_takes_a_file_by_the_name_of_the_instance_and_variables_if_there_are_some():
+    unit = unit_of(generate.systemd_template(COMMAND))
+    assert unit["ExecStart"] == f"{COMMAND.words[0]} --config=/etc/nodepass/%i.conf"
+    assert unit["EnvironmentFile"] == "-/etc/nodepass/%i.env"
 
 
 def test_secret_files_come_as_credentials():
