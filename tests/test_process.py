@@ -146,6 +146,31 @@ def test_a_second_signal_ends_at_once_and_says_which(number):
         assert running.wait() == 128 + number
 
 
+def test_all_that_is_logged_is_written_before_a_second_signal_ends_the_process():
+    code = """
+role = Role()
+def exchange():
+    wait_read(sys.stdin.fileno())
+    for number in range(1500):
+        log.info("%s line %d", 300 * "a", number)  # in all more than a pipe holds
+    process.signal.raise_signal(process.signal.SIGTERM)
+    gevent.sleep(3600)
+role.exchanges.spawn(exchange)
+def run(role):
+    plan = process.Plan(Process(log_rate=0), (role.config,))
+    return process.run(plan, lambda: plan, lambda config, before: role)
+"""
+    with script(code) as running:
+        running.wait_for("run 1")
+        running.kill(signal.SIGTERM)
+        running.wait_for("stopping")
+        running.process.stdin.write(b"\n")
+        running.process.stdin.flush()
+        assert running.wait() == 128 + signal.SIGTERM
+        assert "line 1499\n" in running.said
+        assert running.said.endswith("  WARN  second signal: ending at once, exchanges cut: 1\n")
+
+
 @pytest.mark.parametrize("most", [100, "user.fileno() + 1"], ids=["", "no descriptor is left"])
 def test_exchanges_that_a_second_signal_cuts_end_by_a_reset(most):
     with socket.create_server(("127.0.0.1", 0)) as listener:
