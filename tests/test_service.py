@@ -239,3 +239,14 @@ def test_a_reload_cuts_the_pause_short(spawn, caplog):
     service.reload()
     assert role.works.wait(5)
     assert role.reloads == 1
+
+
+def test_a_reload_cuts_one_pause_short_and_not_the_next(spawn):
+    role = Failing(PolicyError("no"), PolicyError("no"), cooldown_s=3600)
+    service = Service(role)
+    spawn(service.run)
+    gevent.sleep(0)
+    service.reload()
+    wait_until(lambda: not role.ends)
+    gevent.sleep(0.01)
+    assert not role.works.is_set() and service.next_try_at is not None
