@@ -110,6 +110,7 @@ def test_a_server_without_a_client_waits_and_says_when_the_last_one_left():
     each = service()
     each.role.description = Description((), None, Ended("client 192.0.2.7:1 left", time.time() - 5))
     assert words(each) == "Waiting: no client is connected, no exchanges; 5 s ago: client 192.0.2.7:1 left."
+    assert [state(one).document()["ready"] for one in (each, service())] == [False, True]
 
 
 def test_a_client_that_cannot_connect_says_why_and_when_it_tries_again():
