@@ -1,10 +1,12 @@
 """A server that comes in the place of another one, with other settings: what it takes over."""
 
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 from support import is_reset, read_exactly, wait_until
 from test_public_port import free_address
+from test_v2_server import V2Client, datagram_user
 from tunnel import ELSEWHERE, connect, is_served, said, serve  # noqa: F401  fixtures
 
 from nodepass_gevent.server import Server
@@ -99,3 +101,24 @@ def test_who_is_kept_out_for_wrong_proofs_stays_out(serve):  # noqa: F811
         before.server.penalties.report(ELSEWHERE)
     after = serve(before, semaphore_limit=7)
     assert after.server.penalties.keeps_out(ELSEWHERE)
+
+
+def test_udp_sessions_end_and_the_next_datagram_begins_one_there(serve):  # noqa: F811
+    before = serve(network="udp")
+    with datagram_user(before) as user:
+
+        def asks(running):
+            """Be a client with UDP, whom the user's datagram comes to; give what it came by."""
+            client = V2Client(running, b"//?v=2&c=udp#hello\n").join()
+            user.send(b"question")
+            data, _ = client.launched()
+            assert read_exactly(data, 10) == b"\0\x08question"
+            return client, data
+
+        client, data = asks(before)
+        with closing(client), data:
+            after = serve(before, network="udp", semaphore_limit=7)
+            wait_until(lambda: not len(before.server.exchanges))
+        client, data = asks(after)
+        with closing(client), data:
+            assert len(after.server.exchanges) == 1
