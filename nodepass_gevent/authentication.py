@@ -74,12 +74,12 @@ def _read_line(transport: TLSStream) -> bytes:
     """Wait for one line, behind which nothing may come before it is answered."""
     data = b""
     while b"\n" not in data:
+        if len(data) >= opening.MAX_FIRST_LINE:
+            raise ProtocolError(f"a line of more than {opening.MAX_FIRST_LINE} bytes")
         piece = transport.recv(opening.MAX_FIRST_LINE - len(data))
         if not piece:
             raise ConnectionAbortedError("it closed without a proof of the tunnel key")
         data += piece
-        if len(data) >= opening.MAX_FIRST_LINE:
-            raise ProtocolError(f"a line of more than {opening.MAX_FIRST_LINE} bytes")
     line, _, rest = data.partition(b"\n")
     if rest:
         raise ProtocolError("bytes behind the proof of the tunnel key")

@@ -225,6 +225,15 @@ def test_bytes_behind_a_proof_are_refused(keyed, call):
     assert fate(client.control) == RESET
 
 
+@pytest.mark.parametrize(("size", "is_welcome"), [(1024, True), (1025, False)])
+def test_a_proof_may_be_as_long_as_a_line_may(keyed, call, size, is_welcome):
+    """The newline counts."""
+    client = call(keyed())
+    proof = client.proof().replace(b"#c", b"&later=#c")
+    client.control.sendall(proof.replace(b"later=", b"later=" + b"x" * (size - len(proof))))
+    assert client.line().startswith(b"//auth?s=") if is_welcome else fate(client.control) == RESET
+
+
 def test_a_replayed_proof_opens_nothing(keyed, call):
     """Even on the very next connection, with the very same nonce: FIRST and the exporter are others."""
     running = keyed()
