@@ -30,7 +30,7 @@ from urllib.parse import quote, unquote_to_bytes
 
 from . import tunnel_key
 from .errors import ProtocolError
-from .wire import NUMBER, Bye, Line, parse_line, printable
+from .wire import MAX_LINE, NUMBER, Bye, Line, parse_line, printable
 
 MAX_FIRST_LINE = 1024  # bytes; room for the offers of later profiles
 TLS_MODES = (0, 1, 2)  # off, self-signed, verified
@@ -144,6 +144,8 @@ def parse_opening(line: bytes) -> Hello | Data:
     if parts.query.get("v") != VERSION:
         raise ProtocolError(f"not an opening of version 2: {printable(line)}")
     if parts.fragment == b"data":
+        if len(line) >= MAX_LINE:
+            raise ProtocolError(f"a line of more than {MAX_LINE} bytes")
         return Data(_parse_session(parts.host))
     if parts.fragment == b"hello":
         return Hello(unquote_to_bytes(parts.host).decode("utf-8", "replace"), _capabilities(parts))

@@ -225,6 +225,14 @@ def test_a_malformed_opening_is_refused(line):
         opening.parse_opening(line)
 
 
+def test_the_opening_of_a_data_connection_is_as_short_as_a_signal():
+    """255 bytes, and the newline."""
+    line = b"//0123456789abcdef?v=2&later=%b#data"
+    assert opening.parse_opening(line % (b"x" * (255 - len(line % b"")))) == Data(SESSION)
+    with pytest.raises(ProtocolError, match="more than 256 bytes"):
+        opening.parse_opening(line % (b"x" * (256 - len(line % b""))))
+
+
 @pytest.mark.parametrize(
     "line", [b"//x#need", b"//-1#need", b"//#need", b"//1234567890#need", b"//?x#bye", b"//1#fail"]
 )
