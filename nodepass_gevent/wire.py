@@ -109,6 +109,8 @@ class Unknown:
 
 def parse_line(line: bytes) -> Line:
     """Split one line that is not empty into its parts."""
+    if line == b"//?#bye":  # a query without keys, which no other line has
+        return Line(b"", MappingProxyType({}), b"bye")
     match = _LINE.fullmatch(line)
     if not match or _BAD_PERCENT.search(line):
         raise ProtocolError(f"not a line of the tunnel protocol: {printable(line)}")
@@ -126,8 +128,6 @@ def parse_signal(line: bytes) -> Ping | Launch | Fail | Need | Bye | Unknown:
         return Launch(match[1], _KINDS[match[2]])
     if not line:
         return Ping()
-    if line == b"//?#bye":  # a query without keys, which no other line has
-        return Bye()
     parts = parse_line(line)
     if parts.fragment == b"bye":
         return Bye(parts.query.get("why", b""))

@@ -54,7 +54,9 @@ def test_a_signal_is_read_and_written(line, signal):
 
 
 def test_a_bye_may_have_an_empty_query():
-    assert wire.parse_signal(b"//?#bye") == Bye()
+    """In place of a welcome, too."""
+    for parse in (wire.parse_signal, opening.parse_welcome, opening.parse_server_proof):
+        assert parse(b"//?#bye") == Bye()
 
 
 @pytest.mark.parametrize(
