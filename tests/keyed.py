@@ -10,7 +10,10 @@ from tunnel import HERE, dial
 from nodepass_gevent import opening, tls
 from nodepass_gevent.opening import ClientProof
 from nodepass_gevent.tls_context import SELF_SIGNED, ClientPolicy
-from nodepass_gevent.tunnel_key import EXPORTER_LABEL, Handshake, derive, format_key, parse_key
+from nodepass_gevent.tunnel_key import Handshake, derive, format_key, parse_key
+
+ALPN_CONTROL, ALPN_DATA = b"nodepass-ctl/2", b"nodepass-data/2"  # as the wire has them, whatever the product says
+EXPORTER_LABEL = b"EXPORTER-Channel-Binding"
 
 KEY, OTHER_KEY = parse_key(format_key(b"k" * 32)), parse_key(format_key(b"o" * 32))
 HELLO = b"//?v=2#hello"
@@ -35,7 +38,7 @@ class KeyedClient:
         assert FIRST.fullmatch(self.first)
         stream.sendall(hello + b"\n")
         with bounded():
-            self.control = tls.dial(stream, context(opening.ALPN_CONTROL))
+            self.control = tls.dial(stream, context(ALPN_CONTROL))
         self.lines = b""
 
     def handshake(self, root=None, **other):
@@ -81,7 +84,7 @@ class KeyedClient:
         self.opened.append(stream)
         line = b"//%b?v=2#data\n" % (session or self.session).hex().encode()
         with bounded():
-            return tls.dial(stream, context(opening.ALPN_DATA), line)
+            return tls.dial(stream, context(ALPN_DATA), line)
 
     def tag(self, data, keys=None):
         """Give what proves a data connection: the session's id and the tag."""
