@@ -1,5 +1,6 @@
 """Protocol v2 at the client: it takes up an offer, and what a server may then say; tls 0, plain sockets."""
 
+import socket
 from contextlib import suppress
 
 import gevent
@@ -8,6 +9,7 @@ from support import read_exactly, reload, wait_until
 from test_client import port_of, server  # noqa: F401  the fixture
 
 from nodepass_gevent.client import CALLS
+from nodepass_gevent.config import Address
 from nodepass_gevent.errors import NoPlace, PolicyError, ProtocolError, SessionEnded, SessionLost
 
 OFFER = b"?v=2,3&n=AAECAwQFBgcICQoLDA0ODw&later=1"
@@ -138,6 +140,16 @@ def test_data_connections_go_to_the_port_that_the_first_line_names(v2):
     assert v2.server.carries(data)
 
 
+def test_data_connections_come_to_the_address_that_the_control_channel_reached(v2, monkeypatch):
+    """A name may have moved meanwhile; the session has not."""
+    answers = [socket.getaddrinfo("127.0.0.1", port_of(v2.server.tunnel), type=socket.SOCK_STREAM)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_arguments, **_options: answers.pop())
+    v2.run(tunnel=Address("tunnel.example", port_of(v2.server.tunnel))).welcome()
+    data = v2.join(b"0123abcd")
+    v2.server.say(b"//0123abcd#1\n")
+    assert v2.server.carries(data)
+
+
 @pytest.mark.parametrize("port", [b"0", b"65536", b"x", b"-1", b""])
 def test_a_port_for_data_connections_that_is_none_is_an_error(v2, port):
     v2.server.run()
@@ -169,6 +181,24 @@ def test_bytes_behind_the_first_line_are_refused(v2):
     v2.run(tail=b"\n")
     ended = v2.server.ended()
     assert isinstance(ended, ProtocolError) and "behind its first line" in str(ended)
+
+
+@pytest.mark.parametrize(("size", "is_taken"), [(1024, True), (1025, False)])
+def test_the_first_line_and_the_welcome_have_at_most_1024_bytes(v2, size, is_taken):
+    """The newline counts."""
+    first, welcome = b"//off?v=2&n=AAECAwQFBgcICQoLDA0ODw&x=%b#0\n", b"//%b?c=&i=5&p=9&x=%%b#welcome\n" % SESSION
+    long_first, long_welcome = (line % (b"x" * (size - len(line % b""))) for line in (first, welcome))
+    v2.server.run()
+    v2.server.say(long_first)
+    if not is_taken:
+        assert "a line of more than 1024 bytes" in str(v2.server.ended())
+        v2.run()
+    v2.line()
+    v2.server.say(long_welcome)
+    if is_taken:
+        assert v2.join(b"0123abcd")
+    else:
+        assert "a line of more than 1024 bytes" in str(v2.server.ended())
 
 
 @pytest.mark.parametrize("answer", [b"\n", b"//x#welcome\n", b"//0123456789abcdef?c=need#welcome\n", b"//1#1\n"])

@@ -326,6 +326,7 @@ def test_unknown_signals_are_counted_and_passed_over(serve, connect, call):
     [
         b"//?v=2#nothing\n", b"//?v=3#hello\n", b"//#hello\n", b"//?v=2&v=2#hello\n", b"//a b?v=2#hello\n",
         b"//?v=2#hello\r\n", b"//" + b"a" * 1024, b"///?v=2#hello\n",
+        b"//?v=2&x=" + b"x" * (1025 - 16) + b"#hello\n",
     ],
 )  # fmt: skip
 def test_a_malformed_opening_is_refused(serve, connect, said, opening):
@@ -334,6 +335,12 @@ def test_a_malformed_opening_is_refused(serve, connect, said, opening):
     read_line(caller)
     assert closed(caller)
     wait_until(lambda: said.find(r"WARNING refused caller 127\.0\.0\.1:\d+: "))
+
+
+def test_a_hello_may_have_1024_bytes(serve, call):
+    """The newline counts; one byte more is a line too long."""
+    hello = b"//?v=2&x=%b#hello\n"
+    assert call(serve(), hello % (b"x" * (1024 - len(hello % b"")))).session
 
 
 def test_an_opening_that_does_not_end_is_cut_off_at_its_deadline(serve, connect, said):
