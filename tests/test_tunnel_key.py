@@ -1,5 +1,6 @@
 """The derivations and proofs of psk1: recorded vectors, and a second computation with the openssl command line."""
 
+import hmac
 import json
 import shutil
 import subprocess
@@ -192,6 +193,13 @@ def test_tags_are_compared_whole():
     tag = bytes(range(32))
     assert same(tag, bytes(range(32)))
     assert not same(tag, tag[:31]) and not same(tag, b"") and not same(tag, bytes(32))
+
+
+def test_tags_are_compared_in_a_time_that_tells_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda *tags: asked.append(tags))
+    same(b"a", b"b")
+    assert asked == [(b"a", b"b")]
 
 
 @settings(max_examples=300, deadline=None, database=None)
