@@ -313,6 +313,7 @@ DATA_TAGS = {
         client.session + client.keys.server_tag(client.session, data.exporter(EXPORTER_LABEL, 32), bytes(32))
     ),
     "of the control channel": lambda client, data: client.session + client.handshake().client_tag,
+    "behind the name of another session": lambda client, data: b"12345678" + client.tag(data)[8:],
     "that is nothing": lambda client, data: bytes(40),
 }
 
