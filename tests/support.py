@@ -210,6 +210,11 @@ def segments_out(transport):
     return struct.unpack_from("=I", tcp_info(transport), 136)[0]
 
 
+def data_segments_in(sock):
+    """Read tcpi_data_segs_in of a peer's socket."""
+    return struct.unpack_from("=I", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 160), 152)[0]
+
+
 def tcp_state(transport):
     """Name the state of a connection, as RFC 9293 does; <net/tcp_states.h> numbers them."""
     return {1: "ESTABLISHED", 7: "CLOSED", 8: "CLOSE-WAIT"}[tcp_info(transport)[0]]

@@ -4,8 +4,8 @@ from contextlib import closing
 
 import gevent
 import pytest
-from support import bounded, is_reset, read_exactly, reset, wait_until
-from tunnel import ELSEWHERE, HERE, closed, is_served, quiet, read_line, without_offer
+from support import bounded, data_segments_in, is_reset, read_exactly, reset, wait_until
+from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line, without_offer
 
 from nodepass_gevent import net
 
@@ -26,6 +26,20 @@ def test_a_caller_whose_data_connection_completes_is_the_client(serve, connect, 
     assert without_offer(client.first_line) == b"//%d#%d" % (running.data, mode)
     assert said.find(r"INFO client 127\.0\.0\.1:\d+ connected")
     assert is_served(connect(running, "user"), client)
+
+
+def test_the_data_port_is_drawn_where_the_original_draws_it(serve):
+    assert 1024 <= serve().data <= 8191
+
+
+@pytest.mark.parametrize("mode", [0, 1])
+def test_an_id_comes_in_one_send(serve, connect, mode):
+    """The original's client reads it with one read."""
+    running = serve(tls=mode)
+    client = connect(running)
+    with client.secure(dial(running.data)) as data:
+        assert len(read_exactly(data, 8) if mode == 0 else data.recv(100)) == 8
+        assert mode or data_segments_in(data) == 1
 
 
 def test_the_client_is_pinged_at_once_and_then_at_every_interval(serve, connect):
