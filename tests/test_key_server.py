@@ -389,6 +389,22 @@ def test_nothing_is_answered_to_a_data_connection_before_its_tag(keyed, call):
     assert data.peek() is None
 
 
+def record_sizes(wire):
+    """Give the sizes of TLS records as their headers have them."""
+    sizes = []
+    while len(wire) >= 5:
+        sizes.append(int.from_bytes(wire[3:5], "big"))
+        wire = wire[5 + sizes[-1] :]
+    return sizes
+
+
+def test_an_id_and_its_tag_come_in_one_write(keyed, call):
+    client = call(keyed()).authenticate()
+    data = client.open()
+    data.sendall(client.tag(data))
+    wait_until(lambda: 8 + 32 + 17 in record_sizes(data.stream.seen(65536)))  # RFC 8446, 5.2: 17 bytes more
+
+
 def test_an_unknown_session_is_refused_before_tls_and_not_counted_as_wrong(keyed, call):
     running = keyed()
     client = call(running).authenticate()
