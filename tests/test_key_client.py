@@ -14,7 +14,7 @@ from nodepass_gevent.errors import KeyMismatch, PolicyError, ProtocolError
 from nodepass_gevent.opening import ServerProof, Welcome
 from nodepass_gevent.tunnel_key import EXPORTER_LABEL, Handshake, derive, format_key, parse_key
 
-OFFER = b"?v=2&n=AAECAwQFBgcICQoLDA0ODw"
+OFFER = b"?v=2&n=AAECAwQFBgcICQoLDA0ODw&later=1"  # what is unknown is proven, too
 FIRST = b"//off" + OFFER + b"&a=psk1#1"
 SESSION = b"\x01\x23\x45\x67\x89\xab\xcd\xef"
 WELCOME = Welcome(SESSION, frozenset((b"need",)), 5, 100)

@@ -13,7 +13,7 @@ import pages
 import pytest
 from OpenSSL import SSL
 from secure import client_context, handshake, key_updater, presented, stream_pair
-from support import BOUND_S, bounded, read_all, reset, segments_out, wait_until
+from support import BOUND_S, bounded, data_segments_in, read_all, read_exactly, reset, segments_out, wait_until
 
 from nodepass_gevent import tls
 from nodepass_gevent.deadlines import deadline
@@ -422,6 +422,15 @@ def test_a_stalled_handshake_stops_no_other(raw, ends, spawn):
         server.sendall(b"ready")
         assert client.recv(10) == b"ready"
     assert not stalled.ready()
+
+
+def test_an_opening_and_the_client_hello_go_out_in_one_segment(raw, spawn):
+    stream, stranger = raw
+    dialling = spawn(swallow, tls.dial, stream, client_context("1.3"), b"//opening\n")
+    assert read_exactly(stranger, 12) == b"//opening\n\x16\x03"
+    assert data_segments_in(stranger) == 1
+    reset(stranger)
+    assert isinstance(dialling.get(), ConnectionError)
 
 
 def test_a_client_names_whom_it_calls(no_leaks, spawn):
