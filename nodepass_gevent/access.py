@@ -16,9 +16,9 @@ import gevent
 from . import log as logs
 from . import udp_relay
 from .config import Address, Config
-from .errors import LaunchFailed
+from .errors import LaunchFailed, reason
 from .metrics import Traffic
-from .transport import Transport, reason
+from .transport import Transport
 from .udp_relay import UDPRelay
 
 LEVELS = {"off": 0, "debug": logging.DEBUG, "info": logging.INFO}

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from .errors import ConfigError
+from .errors import ConfigError, reason
 from .files import open_at_once
 
 log = logging.getLogger(__name__)
@@ -156,8 +156,7 @@ def _read(setting: str, path: str) -> bytes:
                 raise ConfigError(f"{setting}: {path!r} is not a regular file")
             data = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
-        why = (isinstance(exc, OSError) and exc.strerror) or str(exc)
-        raise ConfigError(f"{setting}: cannot read {path!r}: {why.lower()}") from exc
+        raise ConfigError(f"{setting}: cannot read {path!r}: {reason(exc)}") from exc
     if len(data) > MAX_FILE:
         raise ConfigError(f"{setting}: {path!r} is larger than {MAX_FILE} bytes")
     return data

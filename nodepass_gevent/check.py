@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass
 from . import configfile, descriptors, log_writer, net, options, ports, status_server
 from .certificates import expired, load_authorities, load_certificate
 from .config import Address, Config, Process
-from .errors import ConfigError, ConnectError
+from .errors import ConfigError, ConnectError, reason
 from .keyring import read_keys, read_token
 from .tls_context import EXPIRY_WARNING_DAYS, check_files, doubts
-from .transport import reason
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 

@@ -16,11 +16,10 @@ from . import __version__, check, descriptors, example, generate, options, ports
 from .client import Client
 from .command_line import Line, build_parser
 from .config import Config
-from .errors import ConfigError
+from .errors import ConfigError, reason
 from .keyring import OTHERS, read_token
 from .server import Server
 from .service import Role
-from .transport import reason
 from .tunnel_key import SIZE, format_key
 from .usage import USAGE
 from .values import printable

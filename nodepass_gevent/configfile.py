@@ -13,7 +13,7 @@ from typing import NamedTuple, TextIO
 
 import configargparse
 
-from .errors import ConfigError
+from .errors import ConfigError, reason
 from .files import open_at_once
 from .values import did_you_mean, printable, shown
 
@@ -75,7 +75,7 @@ def _files(paths: Sequence[str]) -> Iterator[str]:
         try:
             names = sorted(name for name in os.listdir(path) if name.endswith(".conf") and not name.startswith("."))
         except OSError as exc:
-            raise ConfigError(f"config: cannot read the directory: {_reason(exc)} [from {printable(path)}]") from exc
+            raise ConfigError(f"config: cannot read the directory: {reason(exc)} [from {printable(path)}]") from exc
         if not names:
             raise ConfigError(f"config: no file in the directory ends in .conf [from {printable(path)}]")
         yield from (os.path.join(path, name) for name in names)
@@ -92,7 +92,7 @@ def _read_one(path: str, *, again: bool) -> tuple[str, str, bool]:
             open_to_others = bool(mode & (stat.S_IRGRP | stat.S_IROTH))
             data = file.read(MAX_FILE + 1)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the path
-        raise ConfigError(f"config: cannot read the file: {_reason(exc)} [from file {label}]") from exc
+        raise ConfigError(f"config: cannot read the file: {reason(exc)} [from file {label}]") from exc
     if len(data) > MAX_FILE:
         raise ConfigError(f"config: the file is larger than {MAX_FILE} bytes [from file {label}]")
     try:
@@ -100,10 +100,6 @@ def _read_one(path: str, *, again: bool) -> tuple[str, str, bool]:
     except UnicodeDecodeError as exc:
         line = data.count(b"\n", 0, exc.start) + 1
         raise ConfigError(f"config: the file is not UTF-8 text [from file {label}:{line}]") from exc
-
-
-def _reason(exc: Exception) -> str:
-    return str(exc.strerror if isinstance(exc, OSError) else exc).lower()
 
 
 def parse(text: str, label: str) -> Sections:

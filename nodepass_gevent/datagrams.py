@@ -18,10 +18,10 @@ from .access import AccessLog
 from .config import Config
 from .crew import Crew
 from .deadlines import shared_deadline
-from .errors import NotCarried, TunnelError
+from .errors import NotCarried, TunnelError, reason
 from .launching import Launched, Launcher
 from .metrics import Counters, Traffic
-from .transport import Transport, reason
+from .transport import Transport
 from .udp import Entrance, PublicSocket
 from .udp_relay import UDPRelay, longest_silence_s
 from .wire import Kind

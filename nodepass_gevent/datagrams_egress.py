@@ -11,11 +11,11 @@ from .access import AccessLog
 from .config import Config
 from .crew import Crew
 from .deadlines import shared_deadline
-from .errors import ConnectError
+from .errors import ConnectError, reason
 from .metrics import Counters, Traffic
 from .net import Endpoint
 from .target import TargetAddresses
-from .transport import Transport, reason
+from .transport import Transport
 from .udp import TargetSocket
 from .udp_relay import UDPRelay, longest_silence_s
 from .wire import Launch

@@ -3,9 +3,9 @@
 from . import net, opening, wire
 from .config import Limits
 from .deadlines import shared_deadline
-from .errors import ConnectError
+from .errors import ConnectError, reason
 from .net import Endpoint
-from .transport import Stream, Transport, reason
+from .transport import Stream, Transport
 
 
 class PlainDial:

@@ -15,9 +15,9 @@ from gevent.event import AsyncResult
 
 from .alarm import Alarm, soon
 from .crew import Crew
-from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError
+from .errors import NoDataConnection, NodePassError, PolicyError, PoolClosed, ProtocolError, reason
 from .idle import ROUND_S, Idle
-from .transport import Stream, Transport, reason
+from .transport import Stream, Transport
 
 log = logging.getLogger(__name__)
 

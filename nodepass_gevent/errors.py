@@ -21,7 +21,7 @@
         ├── NoPlace             one of several processes has its client already
         └── NotCarried          the peer that has come lacks a capability
 
-Errors of a socket stay ``OSError``; a peer that closed early is a ``ConnectionError``.
+Errors of a socket stay ``OSError``; a peer that closed early is a ``ConnectionError``. ``reason`` words any of them.
 """
 
 
@@ -136,3 +136,10 @@ class NoPlace(TunnelError):
 
 class NotCarried(TunnelError):
     """The peer cannot carry what was to be launched."""
+
+
+def reason(exc: BaseException) -> str:
+    """Say why, in a few words: the text of an errno, which begins in lower case, or the exception's own."""
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror[0].lower() + exc.strerror[1:]
+    return str(exc) or type(exc).__name__

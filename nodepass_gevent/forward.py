@@ -22,13 +22,22 @@ from .config import Config
 from .crew import Crew
 from .datagrams import DatagramIngress
 from .datagrams_egress import DatagramEgress
-from .errors import GONE, ConnectError, LaunchFailed, NoDataConnection, NodePassError, ProtocolError, TunnelError
+from .errors import (
+    GONE,
+    ConnectError,
+    LaunchFailed,
+    NoDataConnection,
+    NodePassError,
+    ProtocolError,
+    TunnelError,
+    reason,
+)
 from .launching import Launched, Launcher, Link
 from .metrics import Counters
 from .net import connect
 from .relay import Exchange
 from .target import TargetAddresses
-from .transport import Stream, Transport, reason
+from .transport import Stream, Transport
 from .udp import Entrance
 from .wire import Kind, Launch
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from . import net
 from .config import Address
-from .transport import RawSocket, reason
+from .errors import reason
+from .transport import RawSocket
 
 PUBLIC = "public"
 

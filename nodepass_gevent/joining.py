@@ -17,13 +17,13 @@ from .callers import Caller, Callers, most_candidates
 from .clients import Client, Clients
 from .config import Config
 from .deadlines import deadline
-from .errors import CertificateRefused, KeyMismatch, PoolClosed, ProtocolError
+from .errors import CertificateRefused, KeyMismatch, PoolClosed, ProtocolError, reason
 from .metrics import Counters
 from .opening import Data
 from .pool import AcceptingPool
 from .ripening import Ripening
 from .tls_context import ServerCertificate
-from .transport import Stream, Transport, reason
+from .transport import Stream, Transport
 
 REFUSALS_PER_WARNING = 60  # an original without a certificate calls again and again
 

@@ -13,7 +13,7 @@ from gevent.threadpool import ThreadPool
 
 from . import log as logs
 from .config import Config, Process
-from .errors import ConfigError
+from .errors import ConfigError, reason
 from .files import open_at_once
 from .tunnel_key import Root, TunnelKey, derive, parse_key
 from .values import shown_path
@@ -82,7 +82,7 @@ def read_private(path: str) -> str:
             raise ConfigError(f"is larger than {MAX_FILE} bytes")
         return data.decode("utf-8-sig")
     except OSError as exc:
-        raise ConfigError(f"cannot be read: {(exc.strerror or str(exc)).lower()}") from exc
+        raise ConfigError(f"cannot be read: {reason(exc)}") from exc
     except UnicodeDecodeError:
         raise ConfigError("is not UTF-8 text") from None  # whose message would quote a byte of it
 

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 
+from .errors import reason
 from .log_forms import TUNNEL, make_formatter
 from .log_writer import Dropped, Event, Writer
 from .values import shown_path
@@ -76,11 +77,7 @@ def reopen() -> None:
         try:
             writer.reopen()
         except OSError as exc:
-            log.error(
-                "cannot open %s again, the old file stays in use: %s",
-                shown_path(writer.to),
-                (exc.strerror or str(exc)).lower(),
-            )
+            log.error("cannot open %s again, the old file stays in use: %s", shown_path(writer.to), reason(exc))
 
 
 def flush() -> None:

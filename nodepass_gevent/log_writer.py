@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from gevent import monkey
 
+from .errors import reason
 from .log_forms import place
 from .log_limit import Limit
 from .state import wall_clock
@@ -186,7 +187,7 @@ class Writer(logging.Handler):
             except BlockingIOError:
                 monkey.get_original("time", "sleep")(RETRY_S)
             except OSError as exc:  # the tunnel goes on
-                self._failing, self._why = True, (exc.strerror or str(exc)).lower()
+                self._failing, self._why = True, reason(exc)
                 self._lose(self._why)
                 return self._count_missing(encoded, len(whole) - len(left))
         self._failing = self._torn = False

@@ -15,8 +15,8 @@ from gevent.socket import wait_write
 from .alarm import Alarm
 from .config import Address, Limits
 from .deadlines import deadline
-from .errors import ConnectError
-from .transport import RESET, RawSocket, Stream, reason
+from .errors import ConnectError, reason
+from .transport import RESET, RawSocket, Stream
 from .values import unmapped
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached

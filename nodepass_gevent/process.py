@@ -16,14 +16,13 @@ from gevent.pool import Group
 from . import log as logs
 from .config import LOG_LEVELS, Address, Config, Process
 from .descriptors import make_room
-from .errors import ConfigError, TunnelsRefused
+from .errors import ConfigError, TunnelsRefused, reason
 from .net import end_by_reset
 from .notify import Notifier
 from .pipes import pipes
 from .state import Ended
 from .status import Status
 from .status_server import StatusServer
-from .transport import reason
 from .tunnels import MakeRole, Tunnels
 
 log = logging.getLogger(__name__)

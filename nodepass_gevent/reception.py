@@ -20,7 +20,7 @@ from .callers import Caller, Callers
 from .clients import Client, Clients, Signals
 from .config import Config
 from .deadlines import deadline
-from .errors import CertificateRefused, KeyMismatch, ProtocolError
+from .errors import CertificateRefused, KeyMismatch, ProtocolError, reason
 from .joining import Joining
 from .keyring import KeyRing
 from .metrics import Counters
@@ -30,7 +30,7 @@ from .pool import AcceptingPool
 from .session import Session
 from .state import Ended
 from .tls_context import ServerCertificate
-from .transport import Stream, Transport, reason
+from .transport import Stream, Transport
 from .tunnel_key import Handshake
 from .wire import Bye, Need
 

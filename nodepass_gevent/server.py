@@ -25,6 +25,7 @@ from .admission import Admission
 from .clients import Clients
 from .config import Address, Config
 from .crew import Crew
+from .errors import reason
 from .forward import Ingress
 from .handover import Bound, Sockets, bound
 from .keyring import KeyRing
@@ -34,7 +35,7 @@ from .public_port import PublicPort
 from .reception import Reception
 from .state import Description
 from .tls_context import ServerCertificate
-from .transport import RawSocket, Stream, reason
+from .transport import RawSocket, Stream
 
 DATA_PORTS = range(1024, 8192)  # where the original draws its data port
 PORT_DRAWS = 100  # tries to find a free one

@@ -13,10 +13,9 @@ from gevent.pool import Group
 from . import log as logs
 from .config import Config
 from .crew import Crew
-from .errors import Busy, NodePassError, PolicyError, SessionEnded, SessionLost
+from .errors import Busy, NodePassError, PolicyError, SessionEnded, SessionLost, reason
 from .metrics import Counters
 from .state import Description, Ended, wall_clock
-from .transport import reason
 
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
 REPEAT_S = 60.0  # a reason that stays the same is logged that often

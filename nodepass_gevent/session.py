@@ -17,8 +17,8 @@ from gevent.event import Event
 from . import wire
 from .alarm import soon
 from .arrivals import Arrivals, turn
-from .errors import NodePassError, PeerLeft, PeerSilent, PolicyError, ProtocolError, SessionEnded, SessionLost
-from .transport import Transport, reason
+from .errors import NodePassError, PeerLeft, PeerSilent, PolicyError, ProtocolError, SessionEnded, SessionLost, reason
+from .transport import Transport
 from .wire import Bye
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory

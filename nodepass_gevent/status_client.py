@@ -14,9 +14,8 @@ from gevent.event import Event
 
 from .config import Process
 from .deadlines import deadline
-from .errors import ConfigError
+from .errors import ConfigError, reason
 from .keyring import read_token
-from .transport import reason
 from .values import escaped, printable
 
 ANSWER_S = 10.0  # a busy process lets others wait a little

@@ -26,10 +26,9 @@ from gevent.pool import Group, Pool
 
 from . import net
 from .config import Address, Limits
-from .errors import ConnectError
+from .errors import ConnectError, reason
 from .exposition import CONTENT_TYPE, expose
 from .status import Status
-from .transport import reason
 
 log = logging.getLogger(__name__)
 

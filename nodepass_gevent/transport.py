@@ -41,13 +41,6 @@ else:
     RawSocket = monkey.get_original("socket", "SocketType")
 
 
-def reason(exc: BaseException) -> str:
-    """Say why, in a few words: the text of an errno, which begins in lower case, or the exception's own."""
-    if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror[0].lower() + exc.strerror[1:]
-    return str(exc) or type(exc).__name__
-
-
 class Transport(ABC):
     """One connection. The verbs block; the engine under them never does.
 

@@ -8,9 +8,8 @@ from gevent.pool import Group
 
 from . import log as logs
 from .config import Address, Config, setting_name
-from .errors import ConfigError, TunnelsRefused
+from .errors import ConfigError, TunnelsRefused, reason
 from .service import Role, Service
-from .transport import reason
 
 BEGUN_POLL_S = 0.5  # another role may come in the place of one that has not begun
 

@@ -17,9 +17,10 @@ from gevent.hub import Waiter
 from .arrivals import Crowd, turn
 from .config import Config
 from .crew import Crew
+from .errors import reason
 from .frames import LENGTH, MAX_DATAGRAM, Frames, format_frame
 from .metrics import Counters
-from .transport import READ, WRITE, Transport, reason
+from .transport import READ, WRITE, Transport
 
 QUEUE = 262144  # bytes that wait for a data connection which is full: 200 datagrams as the Internet has them
 QUEUE_DATAGRAMS = 4096  # so that many tiny ones do not take more memory than that

@@ -10,7 +10,7 @@ from gevent.socket import wait_read
 from support import Flooded, bounded, is_reset, read_all, read_exactly, reset, segments_out, wait_until
 
 from nodepass_gevent.errors import ProtocolError
-from nodepass_gevent.transport import Stream, reason
+from nodepass_gevent.transport import Stream
 
 SHORT_S = 0.05
 
@@ -330,17 +330,3 @@ def test_an_arrival_is_told_until_nobody_watches(pair):
     told.clear()
     gevent.sleep(0.001)
     assert not told
-
-
-@pytest.mark.parametrize(
-    ("exc", "text"),
-    [
-        (OSError(errno.EACCES, "Permission denied: A:80, it needs CAP_NET_BIND_SERVICE"),
-         "permission denied: A:80, it needs CAP_NET_BIND_SERVICE"),
-        (OSError("No errno"), "No errno"),
-        (ProtocolError("A line"), "A line"),
-        (TimeoutError(), "TimeoutError"),
-    ],
-)  # fmt: skip
-def test_why_is_the_text_of_an_errno_with_its_names_as_they_are_or_the_exceptions_own(exc, text):
-    assert reason(exc) == text
