@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .errors import ConfigError, reason
-from .files import open_at_once
+from .files import open_at_once, stamps
 
 log = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -33,31 +33,21 @@ class FromFiles(Generic[Value]):
 
     def __init__(self, read: Callable[..., Value], *paths: str, log: logging.Logger = log) -> None:
         self._read, self._paths, self._log = read, paths, log
-        self._seen = self._stamp()
+        self._seen = stamps(*paths)
         self.value = read(*paths)
 
     def reload(self) -> bool:
         """Read the files again if they changed; keep what was there, and say so, if they are bad."""
-        stamp = self._stamp()
-        if stamp == self._seen:
+        seen = stamps(*self._paths)
+        if seen == self._seen:
             return False
-        self._seen = stamp
+        self._seen = seen
         try:
             self.value = self._read(*self._paths)
         except ConfigError as exc:
             self._log.error("not reloaded, the old one stays in use: %s", exc)
             return False
         return True
-
-    def _stamp(self) -> tuple:
-        def one(path: str) -> tuple:
-            try:
-                status = os.stat(path)
-            except (OSError, ValueError):
-                return ()
-            return status.st_ino, status.st_mtime_ns, status.st_size
-
-        return tuple(map(one, self._paths))
 
 
 @dataclass(frozen=True)

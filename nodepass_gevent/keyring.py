@@ -14,7 +14,7 @@ from gevent.threadpool import ThreadPool
 from . import log as logs
 from .config import Config, Process
 from .errors import ConfigError, reason
-from .files import open_at_once
+from .files import open_at_once, stamps
 from .tunnel_key import Root, TunnelKey, derive, parse_key
 from .values import shown_path
 
@@ -30,22 +30,22 @@ class KeyRing:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._log = logs.of(config.name)
-        self._seen = _stamp(config.tunnel_key_file)
+        self._seen = stamps(config.tunnel_key_file)
         self.roots = _derive_aside(config, read_keys(config))
 
     def reload(self) -> None:
         """Read the file again if it changed; keep the old keys, and say so, if it is bad."""
-        stamp = _stamp(self._config.tunnel_key_file)
-        if stamp == self._seen:
+        seen = stamps(self._config.tunnel_key_file)
+        if seen == self._seen:
             return
-        self._seen = stamp
+        self._seen = seen
         try:
             keys = read_keys(self._config)
         except ConfigError as exc:
             self._log.error("tunnel key not reloaded, the old one stays in use: %s", exc)
             return
         roots = _derive_aside(self._config, keys)
-        if self._seen == stamp:  # it may have changed once more meanwhile
+        if self._seen == seen:  # it may have changed once more meanwhile
             self.roots = roots
             self._log.info("tunnel key: %d read from %s", len(keys), shown_path(self._config.tunnel_key_file))
 
@@ -139,14 +139,3 @@ def _thread() -> ThreadPool:
 
 def _derive(config: Config, keys: tuple[TunnelKey, ...]) -> tuple[Root, ...]:
     return tuple(derive(key, config.tunnel_name or "") for key in keys)
-
-
-def _stamp(path: str | None) -> tuple:
-    """Tell a file's content and permissions from those it had before, without reading it."""
-    if path is None:
-        return ()
-    try:
-        status = os.stat(path)
-    except OSError:
-        return ()
-    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size

@@ -378,6 +378,14 @@ def test_unchanged_files_are_not_read_again(files, log):
     assert not log.records
 
 
+def test_files_whose_permissions_were_changed_are_read_again(files):
+    server = ServerCertificate(*files)
+    before = server.contexts[b""]
+    os.chmod(files[1], 0o400)
+    server.reload()
+    assert server.contexts[b""] is not before
+
+
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("bad", [b"", b"half a certificate", None])
 def test_a_bad_new_file_keeps_the_old_one_and_says_so_once(dial, files, log, bad):
