@@ -15,11 +15,12 @@ import gevent
 
 from . import log as logs
 from . import udp_relay
-from .config import Address, Config
+from .config import Config
 from .errors import LaunchFailed, reason
 from .metrics import Traffic
 from .transport import Transport
 from .udp_relay import UDPRelay
+from .values import Address
 
 LEVELS = {"off": 0, "debug": logging.DEBUG, "info": logging.INFO}
 CLOSED = 7  # a state of TCP, the first byte of its info: reset, or given up

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 
 from . import configfile, descriptors, log_writer, net, options, ports, status_server
 from .certificates import expired, load_authorities, load_certificate
-from .config import Address, Config, Process
+from .config import Config, Process
 from .errors import ConfigError, ConnectError, reason
 from .keyring import read_keys, read_token
 from .tls_context import EXPIRY_WARNING_DAYS, check_files, doubts
+from .values import Address
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from . import net
-from .config import Address
 from .errors import reason
 from .transport import RawSocket
+from .values import Address
 
 PUBLIC = "public"
 

@@ -13,11 +13,11 @@ from typing import NamedTuple
 from gevent.socket import wait_write
 
 from .alarm import Alarm
-from .config import Address, Limits
+from .config import Limits
 from .deadlines import deadline
 from .errors import ConnectError, reason
 from .transport import RESET, RawSocket, Stream
-from .values import unmapped
+from .values import Address, unmapped
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 RESOLVE_TIMEOUT_S = 5.0

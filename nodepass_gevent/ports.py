@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 
-from .config import Address, Config, Process
+from .config import Config, Process
 from .errors import ConfigError
-from .values import unmapped
+from .values import Address, unmapped
 
 _ANY, _ANY_V4 = "", IPv4Address("0.0.0.0")
 

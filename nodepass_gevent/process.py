@@ -14,7 +14,7 @@ from gevent.lock import Semaphore
 from gevent.pool import Group
 
 from . import log as logs
-from .config import LOG_LEVELS, Address, Config, Process
+from .config import LOG_LEVELS, Config, Process
 from .descriptors import make_room
 from .errors import ConfigError, TunnelsRefused, reason
 from .net import end_by_reset
@@ -24,6 +24,7 @@ from .state import Ended
 from .status import Status
 from .status_server import StatusServer
 from .tunnels import MakeRole, Tunnels
+from .values import Address
 
 log = logging.getLogger(__name__)
 

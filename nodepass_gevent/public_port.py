@@ -15,12 +15,13 @@ from . import accepting, net
 from . import log as logs
 from .admission import Admission
 from .clients import Clients
-from .config import Address, Config
+from .config import Config
 from .errors import NoDataConnection
 from .forward import Ingress
 from .handover import PUBLIC, Sockets, bound, named
 from .transport import RawSocket
 from .udp import PublicSocket
+from .values import Address
 
 DIVERTED_S = 0.2  # who is in the middle of a TCP handshake is through by then, unless a round trip takes longer
 RETURN_S = 2.0  # a client that was told bye, for new settings, is back by then

@@ -23,7 +23,7 @@ from . import accepting, net
 from . import log as logs
 from .admission import Admission
 from .clients import Clients
-from .config import Address, Config
+from .config import Config
 from .crew import Crew
 from .errors import reason
 from .forward import Ingress
@@ -36,6 +36,7 @@ from .reception import Reception
 from .state import Description
 from .tls_context import ServerCertificate
 from .transport import RawSocket, Stream
+from .values import Address
 
 DATA_PORTS = range(1024, 8192)  # where the original draws its data port
 PORT_DRAWS = 100  # tries to find a free one

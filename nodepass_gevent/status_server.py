@@ -25,10 +25,11 @@ from gevent.lock import Semaphore
 from gevent.pool import Group, Pool
 
 from . import net
-from .config import Address, Limits
+from .config import Limits
 from .errors import ConnectError, reason
 from .exposition import CONTENT_TYPE, expose
 from .status import Status
+from .values import Address
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import time
 
 import gevent
 
-from .config import Address
 from .errors import ConnectError
 from .net import Endpoint, is_literal, resolve
+from .values import Address
 
 RENEW_S = 30.0  # as long as the name servers of moving services let their answers live
 STALE_S = 300.0  # behind that: an address so old may be another machine's, and who comes waits for the look-up

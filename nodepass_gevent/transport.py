@@ -23,8 +23,8 @@ import gevent
 from gevent import monkey
 from gevent.socket import wait_write
 
-from .config import Address
 from .errors import ProtocolError
+from .values import Address
 
 READ, WRITE = 1, 2  # libev's event masks
 DISCARD = 65536  # bytes per read when what comes is thrown away

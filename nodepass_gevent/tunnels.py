@@ -7,9 +7,10 @@ import gevent
 from gevent.pool import Group
 
 from . import log as logs
-from .config import Address, Config, setting_name
+from .config import Config, setting_name
 from .errors import ConfigError, TunnelsRefused, reason
 from .service import Role, Service
+from .values import Address
 
 BEGUN_POLL_S = 0.5  # another role may come in the place of one that has not begun
 

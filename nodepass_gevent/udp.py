@@ -14,9 +14,9 @@ from gevent.socket import wait_read, wait_write
 
 from . import net
 from .arrivals import Arrivals, Crowd
-from .config import Address
 from .net import Endpoint
 from .transport import READ, RawSocket
+from .values import Address
 
 USERS = 1024  # whose replies are kept
 REFUSALS = 64  # passed over in a row; from another machine they come at any time, also meanwhile
