@@ -6,7 +6,6 @@ its message, and in fields of their own beside it.
 
 import errno
 import logging
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,6 @@ from .udp_relay import UDPRelay
 from .values import Address
 
 LEVELS = {"off": 0, "debug": logging.DEBUG, "info": logging.INFO}
-CLOSED = 7  # a state of TCP, the first byte of its info: reset, or given up
 
 PUBLIC, TARGET = "public", "target"  # where an exchange leaves the tunnel: at its ingress, at its egress
 
@@ -104,7 +102,8 @@ class AccessLog:
         if isinstance(error, TimeoutError) and error.errno is None:
             return TIMEOUT, str(error)
         for name, side in zip(self._sides, sides, strict=True):
-            if isinstance(error, OSError) and _is_closed(side):
+            # an end in good order leaves the connection in another state than a break does
+            if isinstance(error, OSError) and side.fileno() >= 0 and side.is_dead():
                 return (TIMEOUT, name) if error.errno == errno.ETIMEDOUT else (f"reset by {name}", "")
         return FAILED, reason(error)
 
@@ -153,13 +152,6 @@ def _amounts(counts: dict[str, int]) -> str:
     if counts.get("datagrams_dropped"):
         text += f", {counts['datagrams_dropped']} dropped"
     return text
-
-
-def _is_closed(side: Transport) -> bool:
-    """Whether the connection broke on this side: an end in good order leaves it in another state."""
-    stream: Any = getattr(side, "stream", side)
-    sock = stream.socket
-    return sock.fileno() >= 0 and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == CLOSED
 
 
 def _end_of_session(id: bytes, session: UDPRelay) -> End:

@@ -31,7 +31,7 @@ DISCARD = 65536  # bytes per read when what comes is thrown away
 
 _LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to 40 % of the rate
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
-_CLOSED = 7  # a state of TCP
+_CLOSED = 7  # a state of TCP, the first byte of its info: reset, or given up
 
 if TYPE_CHECKING:
     from _socket import socket as RawSocket
