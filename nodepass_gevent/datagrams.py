@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from functools import partial
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import gevent
 
@@ -22,24 +22,13 @@ from .errors import NotCarried, TunnelError, reason
 from .launching import Launched, Launcher
 from .metrics import Counters, Traffic
 from .transport import Transport
-from .udp import Entrance, PublicSocket
+from .udp import Entrance, PublicSocket, Reply
 from .udp_relay import UDPRelay, longest_silence_s
 from .wire import Kind
 
 EVICTABLE_S = 1.0  # of silence: a session gives its place to a newcomer when all places are taken
 EVICTION_TRIES = 8  # sessions that are looked at for a newcomer
 REFUSED_S = 1.0  # what a user sends is dropped for that long after its peer has said that its launch failed
-
-
-class Reply(Protocol):
-    """Answers one user; equal and hashed alike for the same user."""
-
-    @property
-    def sender(self) -> tuple:
-        """The user's address."""
-
-    def __call__(self, datagram: memoryview | bytes) -> object:
-        """Send a datagram, or raise OSError."""
 
 
 class DatagramIngress:
@@ -134,7 +123,7 @@ class DatagramIngress:
             self._drop_busy()
             return
         try:
-            session = self._sessions[reply] = UDPRelay(reply)
+            session = self._sessions[reply] = UDPRelay(reply.__call__)  # as a method: looked up once
             session.send(datagram)
             self._exchanges.spawn(self._run_session, session, reply)
         except MemoryError:

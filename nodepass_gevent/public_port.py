@@ -105,7 +105,7 @@ class PublicPort:
             self._datagrams = self._sockets.open(
                 PUBLIC, target, socket.SOCK_DGRAM, lambda: net.bind(target, socket.SOCK_DGRAM, shared=shared)
             )
-            datagrams = PublicSocket(target, self._admits_datagram, self._datagrams)  # closed after its last session
+            datagrams = PublicSocket(self._datagrams, self._admits_datagram)  # closed after its last session
             target = replace(target, port=datagrams.port)
             self._receivers.append(gevent.spawn(self._ingress.udp.serve, datagrams))
         if self._listener:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import gevent
 from gevent.socket import wait_read, wait_write
@@ -22,8 +22,8 @@ USERS = 1024  # whose replies are kept
 REFUSALS = 64  # passed over in a row; from another machine they come at any time, also meanwhile
 BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
-MEMORY_PAUSE_S = 0.05  # after a receive that failed for lack of memory: the datagram waits, and so would a loop spin
 TARGET_BUFFER = 1 << 20  # the same for the replies of one target in a session
+MEMORY_PAUSE_S = 0.05  # after a receive that failed for lack of memory: the datagram waits, and so would a loop spin
 PORTS_IN_VAIN = 8192  # of those from which was asked in vain the last ones are remembered, so many at most
 PORTS_DRAWN = 8  # for one socket; of them all are remembered once in 65,000 times, or less
 IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
@@ -43,16 +43,14 @@ class Entrance(Protocol):
 
 
 class PublicSocket:
-    """The bound UDP socket; on a wildcard address it remembers where each datagram was sent to.
+    """The public UDP socket, which is bound; on a wildcard address it remembers where each datagram was sent to.
 
     What comes from a host that ``admits`` does not take is dropped.
     """
 
-    def __init__(
-        self, address: Address, admits: Callable[[str], bool] = lambda host: True, bound: RawSocket | None = None
-    ) -> None:
+    def __init__(self, bound: RawSocket, admits: Callable[[str], bool] = lambda host: True) -> None:
+        self._socket = bound
         self._admits = admits
-        self._socket = bound or net.bind(address, socket.SOCK_DGRAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         self._reply = lru_cache(USERS)(partial(Reply, self._socket))  # who comes again costs no new one
         self._ancillary = 0
@@ -67,7 +65,7 @@ class PublicSocket:
     def port(self) -> int:
         return self._socket.getsockname()[1]
 
-    def serve(self, handle: Callable[[bytes, Any], None]) -> None:
+    def serve(self, handle: Callable[[bytes, "Reply"], None]) -> None:
         """Receive for ever: ``handle(datagram, reply)`` must not block; ``reply(bytes)`` answers the sender."""
         crowd = Crowd()
 

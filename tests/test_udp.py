@@ -5,11 +5,11 @@ from contextlib import closing
 
 import gevent
 import pytest
-from support import BOUND_S, LOOPBACK, bounded, endpoint_of, wait_until
+from support import BOUND_S, bounded, endpoint_of, wait_until
 
 from nodepass_gevent.config import Address
 from nodepass_gevent.frames import MAX_DATAGRAM
-from nodepass_gevent.net import ports_drawn
+from nodepass_gevent.net import bind, ports_drawn
 from nodepass_gevent.udp import BATCH, MEMORY_PAUSE_S, REFUSALS, PublicSocket, TargetSocket
 
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
@@ -25,13 +25,17 @@ def echo(datagram, reply):
     reply(datagram)
 
 
+def public_socket(host, port=0):
+    return PublicSocket(bind(Address(host, port), socket.SOCK_DGRAM))
+
+
 @pytest.fixture
 def serve(spawn):
     """Serve a public socket; give it."""
     opened = []
 
     def start(host, handle=echo):
-        public = PublicSocket(Address(host, 0))
+        public = public_socket(host)
         opened.append((public, spawn(public.serve, handle)))
         return public
 
@@ -172,7 +176,7 @@ class WithoutMemory:
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "out of memory"), MemoryError()])
 def test_without_memory_it_receives_with_pauses_and_goes_on_when_there_is_some(spawn, error):
-    public = PublicSocket(Address("127.0.0.1", 0))
+    public = public_socket("127.0.0.1")
     poor = public._socket = WithoutMemory(public._socket, error)
     with user() as sock, closing(public):
         sock.sendto(b"x", ("127.0.0.1", public.port))
@@ -208,15 +212,15 @@ def test_a_flood_of_datagrams_lets_others_have_their_turn(serve):
 def test_an_address_in_use_is_named_in_the_error(serve):
     port = serve("127.0.0.1").port
     with pytest.raises(OSError, match=f"127.0.0.1:{port}") as caught:
-        PublicSocket(Address("127.0.0.1", port))
+        public_socket("127.0.0.1", port)
     assert caught.value.errno == errno.EADDRINUSE
 
 
 def test_a_closed_public_socket_frees_its_port(no_leaks):
-    first = PublicSocket(LOOPBACK)
+    first = public_socket("127.0.0.1")
     port = first.port
     first.close()
-    PublicSocket(Address("127.0.0.1", port)).close()
+    public_socket("127.0.0.1", port).close()
 
 
 @pytest.mark.parametrize(("asked", "answered"), [(1, 0), (2, 1)])
