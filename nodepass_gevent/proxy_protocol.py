@@ -57,17 +57,10 @@ def _addresses(user: tuple[str, int], target: tuple) -> tuple[_Address, _Address
 
 def introduced(push: Callable[[memoryview | bytes], object], header: bytes) -> Callable[[memoryview | bytes], object]:
     """Give ``push`` with ``header``, if there is one, before the first datagram that it takes."""
-    return _Introduced(push, header) if header else push
 
+    def push_behind(datagram: memoryview | bytes) -> None:
+        nonlocal header
+        push(header + datagram if header else datagram)
+        header = b""
 
-class _Introduced:
-    __slots__ = ("_header", "_push")
-
-    def __init__(self, push: Callable[[memoryview | bytes], object], header: bytes) -> None:
-        self._push, self._header = push, header
-
-    def __call__(self, datagram: memoryview | bytes) -> None:
-        if self._header:
-            datagram = self._header + datagram
-        self._push(datagram)
-        self._header = b""
+    return push_behind if header else push
