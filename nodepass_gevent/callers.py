@@ -60,14 +60,18 @@ class Callers:
         return evicted
 
     @contextmanager
-    def noted(self, caller: Caller) -> Iterator[None]:
-        """Keep a caller here while it is unknown; one that must go for it is interrupted."""
+    def noted(self, key: str, connection: Any) -> Iterator[Caller]:
+        """Keep who calls from ``key`` here while it is unknown, and is served by this greenlet.
+
+        One that must go for it is interrupted by ConnectionAbortedError.
+        """
+        caller = Caller(key, connection, gevent.getcurrent())
         evicted = self.add(caller)
         if evicted:
             why = ConnectionAbortedError("too many callers, and most of them from its address")
             gevent.kill(evicted.greenlet, why)
         try:
-            yield
+            yield caller
         finally:
             self.remove(caller)
 

@@ -13,7 +13,7 @@ import gevent
 
 from . import authentication, net, opening, tls, wire
 from . import log as logs
-from .callers import Caller, Callers, most_candidates
+from .callers import Callers, most_candidates
 from .clients import Client, Clients
 from .config import Config
 from .deadlines import deadline
@@ -154,8 +154,7 @@ class Joining:
                 why, alert = "no client is expected there, or its pool is full", b""
                 try:
                     if candidate or (client and self.has_room(client)):
-                        caller = Caller(key, stream, gevent.getcurrent())
-                        with self.counted() if client else self._candidates.noted(caller):
+                        with self.counted() if client else self._candidates.noted(key, stream):
                             data = self.secure(stream)
                             client = whose(key)
                         if client and self.has_room(client):
@@ -183,7 +182,7 @@ class Joining:
 
     def _hold(self, stream: Stream, key: str, why: str) -> None:
         self._counters.data_connections_refused += 1
-        with suppress(ConnectionAbortedError), self._held.noted(Caller(key, stream, gevent.getcurrent())):
+        with suppress(ConnectionAbortedError), self._held.noted(key, stream):
             gevent.sleep(self._limits.tls_handshake_timeout_s)
         self._log.debug("data connection from %s refused: %s", key, why)
 

@@ -113,8 +113,7 @@ class Reception:
 
     def join_stranger(self, stream: Stream, data: Data) -> None:
         """Do as ``join_session``, in the bounded table: until its tag is verified it may be anybody's."""
-        caller = Caller(net.peer_key(stream.peer[0]), stream, gevent.getcurrent())
-        with suppress(ConnectionAbortedError), self._callers.noted(caller):
+        with suppress(ConnectionAbortedError), self._callers.noted(net.peer_key(stream.peer[0]), stream):
             self.join_session(stream, data)
 
     def greet(self, stream: Stream) -> None:
@@ -144,7 +143,7 @@ class Reception:
                     return
                 unknown.close()
                 if self.is_stranger(stream):
-                    unknown.enter_context(self._callers.noted(Caller(key, stream, gevent.getcurrent())))
+                    unknown.enter_context(self._callers.noted(key, stream))
                 if self._joining.join_session(stream, key, said):
                     owned.pop_all()  # it is the pool's now
         except (OSError, ProtocolError, CertificateRefused, KeyMismatch) as exc:
@@ -200,8 +199,7 @@ class Reception:
                 if not stream.seen(1):
                     stream.wait_for_arrival()
             return SPEAKS
-        caller = Caller(key, stream, gevent.getcurrent())
-        unknown.enter_context((self._held if port is None else self._callers).noted(caller))
+        caller = unknown.enter_context((self._held if port is None else self._callers).noted(key, stream))
         verdict = self._wait_for_verdict(caller)
         if port is None and verdict is not SPEAKS and neighbour:
             return f"a second client, while {neighbour.stream} is connected"
@@ -253,7 +251,7 @@ class Reception:
         if self._config.keyed and hello.capabilities:
             raise ProtocolError("it has no tunnel key, and this server asks for one")
         unknown.close()
-        unknown.enter_context(self._callers.noted(Caller(key, stream, gevent.getcurrent())))
+        unknown.enter_context(self._callers.noted(key, stream))
         control = self._joining.secure(stream, opening.ALPN_CONTROL)
         handshake, capabilities = self._authenticate(control, clear, hello)
         if handshake:
