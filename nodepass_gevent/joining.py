@@ -194,9 +194,8 @@ def _nothing(_id: bytes) -> bytes:
 def _send_id(
     data: Transport, pool: AcceptingPool, before: bytes = b"", behind: Callable[[bytes], bytes] = _nothing
 ) -> bytes:
-    id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
-    while id in pool:
-        id = os.urandom(wire.ID_LENGTH // 2).hex().encode()
+    while (id := os.urandom(wire.ID_LENGTH // 2).hex().encode()) in pool:
+        pass
     send = data.say if isinstance(data, Stream) else data.sendall  # in clear nobody may wait: it is accepted just now
     send(before + id + behind(id))  # in one write: the original's client reads it with one read
     return id
