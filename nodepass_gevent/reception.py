@@ -35,7 +35,6 @@ from .tunnel_key import Handshake
 from .wire import Bye, Need
 
 CAPABILITIES = frozenset((opening.NEED, opening.FAIL, opening.BYE, opening.FROM, opening.UDP))
-SPEAKS = "it speaks"  # the verdict on a caller that is not silent
 
 
 class Reception:
@@ -133,7 +132,7 @@ class Reception:
                     unknown.close()
                     self._clients.serve(verdict)
                     return
-                if verdict is not SPEAKS:
+                if verdict:
                     self._refuse(f"caller {stream}: {verdict}{self._lacking}")
                     return
                 line = self._read_opening(stream)
@@ -188,7 +187,7 @@ class Reception:
     def _listen_to(
         self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack
     ) -> Client | str:
-        """Wait for what a caller says: SPEAKS, the v1 client that a silent one proved to be, or why it must go."""
+        """Wait until a caller speaks, and give ""; else the v1 client that it proved to be, or why it must go."""
         if neighbour and neighbour.profile == 2 and neighbour.pool.room > self._awaited:
             self._awaited += 1  # an honest client dials hundreds at once: they count in a budget of their own
             unknown.callback(self._heard)
@@ -198,10 +197,10 @@ class Reception:
             with gevent.Timeout(seconds, TimeoutError(why)):
                 if not stream.seen(1):
                     stream.wait_for_arrival()
-            return SPEAKS
+            return ""
         caller = unknown.enter_context((self._held if port is None else self._callers).noted(key, stream))
         verdict = self._wait_for_verdict(caller)
-        if port is None and verdict is not SPEAKS and neighbour:
+        if port is None and verdict and neighbour:
             return f"a second client, while {neighbour.stream} is connected"
         return verdict
 
@@ -210,11 +209,11 @@ class Reception:
         self._awaited -= 1
 
     def _wait_for_verdict(self, caller: Caller) -> Client | str:
-        """Give the Client that a caller proved to be, SPEAKS when it says something, or why it must go."""
+        """Give the Client that a caller proved to be, "" when it says something, or why it must go."""
         stream, timeout_s = caller.connection, self._limits.caller_timeout_s
 
         def arrived() -> None:
-            caller.decide("it closed" if stream.peek() is False else SPEAKS)
+            caller.decide("it closed" if stream.peek() is False else "")
 
         stream.watch(arrived)
         try:
@@ -247,7 +246,7 @@ class Reception:
         hurry: gevent.Timeout,
         clear: tuple[bytes, bytes],
     ) -> None:
-        """Serve a client to its end; ``clear`` are the two lines that went over the wire before TLS."""
+        """Find out whether a client may stay, and serve it; ``clear`` are the two lines that went ahead of TLS."""
         if self._config.keyed and hello.capabilities:
             raise ProtocolError("it has no tunnel key, and this server asks for one")
         unknown.close()
@@ -262,7 +261,12 @@ class Reception:
             self._send_away(control, stream, current)
             return
         unknown.close()
-        agreed = capabilities & CAPABILITIES
+        self._serve_v2(control, stream, key, capabilities & CAPABILITIES, handshake)
+
+    def _serve_v2(
+        self, control: Transport, stream: Stream, key: str, agreed: frozenset[bytes], handshake: Handshake | None
+    ) -> None:
+        """Make a client of a caller that may stay, welcome it, and serve it to its end."""
         interval_s = math.ceil(self._config.report_interval_s)
 
         def on_shortage(users: int) -> object:
