@@ -4,7 +4,6 @@ A v2 connection names its session. A v1 connection belongs to the client at its 
 data port is held to a deadline and then closed: closing it at once would make an old client dial without pause.
 """
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,8 +24,6 @@ from .ripening import Ripening
 from .tls_context import ServerCertificate
 from .transport import Stream, Transport
 
-REFUSALS_PER_WARNING = 60  # an original without a certificate calls again and again
-
 
 class Joining:
     """What is between accept and pool; never more than a client's pool has room for."""
@@ -41,6 +38,7 @@ class Joining:
         on_wrong_tag: Callable[[str], None],
     ) -> None:
         self._log = logs.of(config.name)
+        self._refusals = logs.Seldom(self._log)  # an original without a certificate calls again and again
         self._limits = config.limits
         self._certificate = certificate
         self._clients = clients
@@ -163,9 +161,7 @@ class Joining:
                             return
                 except CertificateRefused as exc:
                     why, alert = str(exc), exc.alert
-                    warn = self._counters.certificates_refused % REFUSALS_PER_WARNING == 1
-                    level = logging.WARNING if warn else logging.DEBUG
-                    self._log.log(level, "refused data connection from %s: %s", key, why)
+                    self._refusals.warning("refused data connection from %s: %s", key, why)
                 self._hold(stream, key, why)
                 if alert:
                     stream.push(alert)

@@ -6,7 +6,6 @@ becomes of a caller is decided in ``reception``, when users may come in ``public
 """
 
 import errno
-import logging
 import random
 import socket
 import time
@@ -40,7 +39,6 @@ from .values import Address
 
 DATA_PORTS = range(1024, 8192)  # where the original draws its data port
 PORT_DRAWS = 100  # tries to find a free one
-PAUSES_PER_WARNING = 60  # at most one a second: a warning a minute
 LAST_LAUNCHES_S = 1.0  # at the end, for users who have come: a data connection that they wait for takes round trips
 
 
@@ -53,6 +51,7 @@ class Server:
         self.exchanges = Crew(config.semaphore_limit)
         self.begun = Event()
         self._log = logs.of(config.name)
+        self._pauses = logs.Seldom(self._log)
         made = before._certificate if before else None
         self._certificate: ServerCertificate | None = (
             ServerCertificate(config.crt, config.key, config.ca, self._log, config.tls, made) if config.tls else None
@@ -209,9 +208,8 @@ class Server:
         raise OSError(errno.EADDRINUSE, f"no free data port in {DATA_PORTS.start}-{DATA_PORTS.stop - 1}")
 
     def _paused(self, exc: Exception) -> None:
-        warn = self.counters.accept_pauses % PAUSES_PER_WARNING == 0
         self.counters.accept_pauses += 1
-        self._log.log(logging.WARNING if warn else logging.DEBUG, "accepting pauses: %s", reason(exc))
+        self._pauses.warning("accepting pauses: %s", reason(exc))
 
 
 def _let_them_begin() -> None:
