@@ -37,26 +37,26 @@ _LOST = re.compile(r"[ \t][;#]|[ \t\\]$")  # a comment of supervisord's, what en
 
 
 @dataclass(frozen=True)
-class Command:
+class OwnCommand:
     """How this program is run again: absolute, and where from."""
 
     words: tuple[str, ...]
     directory: str | None = None
 
 
-def own_command(script: str, python: str) -> Command:
+def own_command(script: str, python: str) -> OwnCommand:
     """Tell how to run this program again, by its script or else as a module, from the place that has it."""
     script = os.path.abspath(script)
     if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):
-        return Command((script,))
+        return OwnCommand((script,))
     package = os.path.dirname(os.path.abspath(__file__))
-    return Command((os.path.abspath(python), "-m", os.path.basename(package)), os.path.dirname(package))
+    return OwnCommand((os.path.abspath(python), "-m", os.path.basename(package)), os.path.dirname(package))
 
 
 # supervisord
 
 
-def supervisor(parsed: Parsed, argv: Sequence[str], command: Command) -> str:
+def supervisor(parsed: Parsed, argv: Sequence[str], command: OwnCommand) -> str:
     """Give the program section for the tunnels of a command line; ConfigError."""
     line = parsed.line
     name, count = _name(line), _number_of_processes(line)
@@ -143,7 +143,7 @@ def _are_shared(of_each: Sequence[set[Address]]) -> bool:
 # systemd
 
 
-def systemd(parsed: Parsed, command: Command) -> str:
+def systemd(parsed: Parsed, command: OwnCommand) -> str:
     """Give the unit for the tunnels of a command line; ConfigError."""
     name = _name(parsed.line)
     _check(parsed)
@@ -175,7 +175,7 @@ def systemd(parsed: Parsed, command: Command) -> str:
     return _unit(name, start, _stop_s(parsed.configs), command, extra, low)
 
 
-def systemd_template(command: Command) -> str:
+def systemd_template(command: OwnCommand) -> str:
     """Give the template unit nodepass@.service, whose instance NAME has the file /etc/nodepass/NAME.conf."""
     start = " ".join([*map(systemd_word, command.words), "--config=/etc/nodepass/%i.conf"])
     extra = ["EnvironmentFile=-/etc/nodepass/%i.env"]
@@ -190,7 +190,7 @@ def systemd_word(word: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _unit(name: str, start: str, stop_s: int, command: Command, extra: Iterable[str], low_ports: bool) -> str:
+def _unit(name: str, start: str, stop_s: int, command: OwnCommand, extra: Iterable[str], low_ports: bool) -> str:
     if start.lstrip('"').startswith(HOMES):
         why = "homes are hidden from the unit; install it elsewhere, such as in /opt/nodepass"
         raise ConfigError(f"the command is {shown(start.split()[0])}, and {why}")
@@ -199,7 +199,7 @@ def _unit(name: str, start: str, stop_s: int, command: Command, extra: Iterable[
     return _UNIT.format(name=name, start=start, stop_s=stop_s, first=first, ports=ports, filters=_FILTERS)
 
 
-def _directory(command: Command) -> str:
+def _directory(command: OwnCommand) -> str:
     return f"WorkingDirectory={_path(command.directory)}\n" if command.directory else ""
 
 

@@ -14,11 +14,11 @@ from integration.programs import require
 
 from nodepass_gevent import generate, options
 from nodepass_gevent.errors import ConfigError
-from nodepass_gevent.generate import Command, own_command, supervisor_word, systemd_word
+from nodepass_gevent.generate import OwnCommand, own_command, supervisor_word, systemd_word
 
 SERVER, CLIENT = "server://0.0.0.0:10101/0.0.0.0:8080", "client://server.example.com:10101/127.0.0.1:80"
 EACH_ITS_PORTS = "server://0.0.0.0:101%(process_num)02d/0.0.0.0:80%(process_num)02d?tls=1"
-COMMAND = Command(("/opt/nodepass/bin/nodepass",))
+COMMAND = OwnCommand(("/opt/nodepass/bin/nodepass",))
 PRINTABLE = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF).filter(str.isprintable))
 MOST_EXPOSED = 2.0  # as docs/operations.rst has it; 10 is the worst
 
@@ -300,7 +300,7 @@ def test_a_log_file_is_refused_as_the_unit_cannot_write_it():
 
 @pytest.mark.parametrize("home", ["/root", "/home/me"])
 def test_a_command_in_a_home_is_refused_as_the_unit_cannot_see_it(home):
-    command = Command((f"{home}/nodepass/bin/nodepass",))
+    command = OwnCommand((f"{home}/nodepass/bin/nodepass",))
     assert f"the command is '{home}/nodepass/bin/nodepass', and homes are" in refusal(
         systemd, "web", SERVER, command=command
     )
@@ -325,7 +325,7 @@ def test_words_are_quoted_for_systemd(word, text):
 
 
 def test_a_unit_for_a_users_own_systemd_has_what_that_allows_and_reads_files_where_they_are():
-    home = Command(("/home/me/.local/bin/nodepass",))
+    home = OwnCommand(("/home/me/.local/bin/nodepass",))
     text = systemd("web", f"{SERVER}?tls=1&crt=/home/me/c&key=/home/me/k", "--user", command=home)
     unit = unit_of(text)
     assert unit["ExecStart"] == f"/home/me/.local/bin/nodepass {SERVER}?tls=1&crt=/home/me/c&key=/home/me/k"
@@ -352,7 +352,7 @@ def test_a_directory_of_logs_that_would_be_cut_is_refused(directory):
 
 def units():
     """Units of every kind, by file name, with a command that exists."""
-    command = Command(("/bin/sh", "-m", "nodepass_gevent"), "/tmp")
+    command = OwnCommand(("/bin/sh", "-m", "nodepass_gevent"), "/tmp")
     url = f"{SERVER}?tls=1&crt=/a%20b;c&key=/k&ca=/a%27%22b%24"
     return {
         "nodepass-web.service": systemd("web", url, command=command),
@@ -363,7 +363,7 @@ def units():
 
 def test_a_unit_for_a_users_own_systemd_passes_systemd_analyze(tmp_path):
     path = tmp_path / "nodepass-web.service"
-    path.write_text(systemd("web", SERVER, "--user", command=Command(("/bin/sh",))))
+    path.write_text(systemd("web", SERVER, "--user", command=OwnCommand(("/bin/sh",))))
     done = subprocess.run(
         [require("systemd-analyze"), "--user", "verify", str(path)],
         capture_output=True,
@@ -395,7 +395,7 @@ def test_a_script_is_run_again_by_its_absolute_path(tmp_path, monkeypatch):
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    assert own_command("nodepass", sys.executable) == Command((str(script),))
+    assert own_command("nodepass", sys.executable) == OwnCommand((str(script),))
 
 
 def test_a_module_is_run_again_from_the_directory_that_has_it(tmp_path):

@@ -276,7 +276,7 @@ def test_the_filter_of_a_systemd_unit_allows_every_system_call_by_which_it_unpac
     done = subprocess.run([*command[:-2], require("strace"), "-f", "-o", str(trace), *command[-2:]], timeout=START_S)
     assert done.returncode == 0
     made = set(re.findall(r"^[0-9]+ +([a-z0-9_]+)\(", trace.read_text(errors="replace"), re.MULTILINE))
-    allowed = allowed_by(generate.systemd_template(generate.Command((str(user.file),))))
+    allowed = allowed_by(generate.systemd_template(generate.OwnCommand((str(user.file),))))
     assert {"execve", "flock"} <= made and not made - allowed, made - allowed
 
 

@@ -32,7 +32,7 @@ def allowed_by(unit):
 
 
 def test_the_filter_of_the_unit_allows_every_system_call_of_a_tunnel_at_work(tmp_path):
-    allowed = allowed_by(generate.systemd_template(generate.Command(("/opt/nodepass/bin/nodepass",))))
+    allowed = allowed_by(generate.systemd_template(generate.OwnCommand(("/opt/nodepass/bin/nodepass",))))
     assert {"execve", "sendmsg"} <= allowed and not {"mount", "setrlimit", "chroot"} & allowed
     tunnel, public, trace = free_port(), ("127.0.0.1", free_port("both")), tmp_path / "trace"
     with Target() as target:
