@@ -181,37 +181,43 @@ def read(parser: configargparse.ArgumentParser, argv: Sequence[str]) -> Line:
     for name in ("help", "version"):
         if values[name]:
             return Line(name)
-    if command.alone and rest:
-        raise ConfigError(f"{action} is followed by nothing [from {SOURCE}]")
-    if len(words) < len(command.words) or any(word.startswith("-") or "://" in word for word in words):
-        raise ConfigError(f"{action} is followed by {' '.join(command.words)} [from {SOURCE}]")
-    if values["show_config"] and action == "run":
-        action = "show-config"
-    if values["positional"] is not None:
-        if command.of_process and "://" not in values["positional"]:
-            raise ConfigError(f"{action}: whom to ask says --status HOST:PORT, or --config FILE [from {SOURCE}]")
-        if not any(word.startswith("--") for word in unknown):  # whose value this may be
-            _refuse_command(values["positional"])
-        if values["url"] is not None:
-            raise ConfigError(f"url: given twice, as an argument and as --url [from {SOURCE}]")
-        values["url"] = values["positional"]
+    lacking = len(words) < len(command.words) or any(word.startswith("-") or "://" in word for word in words)
+    if lacking or (command.alone and rest):
+        raise ConfigError(f"{action} is followed by {' '.join(command.words) or 'nothing'} [from {SOURCE}]")
+    values["url"] = _url(action, values["positional"], values["url"], unknown)
     flags = frozenset(name for each in COMMANDS.values() for name in each.flags if values[name])
     own = {name: values[name] for each in COMMANDS.values() for name in each.options if values[name] is not None}
     alien = (flags - set(command.flags)) | (own.keys() - set(command.options))
-    unknown = unknown or [f"--{name}" for name in sorted(alien)]
-    if unknown:
-        word = unknown[0].partition("=")[0]
-        owners = [name for name, each in COMMANDS.items() if word.removeprefix("--") in {*each.flags, *each.options}]
-        hint = (
-            f", which belongs to {' and '.join(owners)}"
-            if owners
-            else did_you_mean(word, [f"--{name}" for name in (*BY_NAME, *LINE_ONLY, *command.flags, *command.options)])
-        )
-        raise ConfigError(f"unknown option or argument {shown(word)}{hint} [from {SOURCE}]")
-    texts = {name: values[name] for name in BY_NAME if values[name] is not None}
-    given = {name: Entry(name, text, SOURCE) for name, text in texts.items()}
+    _refuse_unknown(command, unknown or [f"--{name}" for name in sorted(alien)])
+    given = {name: Entry(name, values[name], SOURCE) for name in BY_NAME if values[name] is not None}
     rest = tuple(word for word in rest if word.removeprefix("--") not in flags)
+    if values["show_config"] and action == "run":
+        action = "show-config"
     return Line(action, tuple(map(_whole, namespace.config or ())), namespace.only, given, words, flags, own, rest)
+
+
+def _url(action: str, word: str | None, option: str | None, unknown: Sequence[str]) -> str | None:
+    """Give the URL, which is an argument or --url; refuse a word that is none, and both at once."""
+    if word is None:
+        return option
+    if command_of(action).of_process and "://" not in word:
+        raise ConfigError(f"{action}: whom to ask says --status HOST:PORT, or --config FILE [from {SOURCE}]")
+    if not any(other.startswith("--") for other in unknown):  # whose value this may be
+        _refuse_command(word)
+    if option is not None:
+        raise ConfigError(f"url: given twice, as an argument and as --url [from {SOURCE}]")
+    return word
+
+
+def _refuse_unknown(command: Command, unknown: Sequence[str]) -> None:
+    """Refuse the first option or argument that nobody knows, or that belongs to another command."""
+    if not unknown:
+        return
+    word = unknown[0].partition("=")[0]
+    owners = [name for name, each in COMMANDS.items() if word.removeprefix("--") in {*each.flags, *each.options}]
+    known = [f"--{name}" for name in (*BY_NAME, *LINE_ONLY, *command.flags, *command.options)]
+    hint = f", which belongs to {' and '.join(owners)}" if owners else did_you_mean(word, known)
+    raise ConfigError(f"unknown option or argument {shown(word)}{hint} [from {SOURCE}]")
 
 
 def _refuse_command(word: str) -> None:
