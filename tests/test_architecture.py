@@ -32,7 +32,7 @@ LAYERS = (  # imports point downward only; modules of one layer never import eac
     {"config", "log_writer"},
     {"log"},
     {"configfile", "descriptors", "keyring", "opening", "penalties", "ports", "settings", "transport", "url"},
-    {"command_line", "example", "idle", "launching", "net", "notify", "relay", "udp_relay", "unframed"},
+    {"command_line", "dials", "example", "idle", "launching", "net", "notify", "relay", "udp_relay", "unframed"},
     {"accepting", "access", "handover", "options", "status_client", "target", "udp", "verification"},
     {"datagrams", "datagrams_egress", "generate", "tls_context"},
     {"tls"},

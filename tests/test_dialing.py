@@ -13,7 +13,8 @@ from support import LIMITS, bounded, endpoint_of, is_reset, read_exactly, reset,
 
 from nodepass_gevent import net
 from nodepass_gevent.dialing import PlainDial
-from nodepass_gevent.dialing_pool import RETRY_MIN_S, DialingPool
+from nodepass_gevent.dialing_pool import DialingPool
+from nodepass_gevent.dials import RETRY_MIN_S
 from nodepass_gevent.errors import ConnectError, ProtocolError
 from nodepass_gevent.idle import ROUND_S
 
@@ -95,8 +96,8 @@ def pool(dormant, spawn):
 def greenlets(pool, monkeypatch):
     """Those that the pool has begun."""
     begun = []
-    spawn = pool._dials.spawn
-    monkeypatch.setattr(pool._dials, "spawn", lambda *what: begun.append(what) or spawn(*what))
+    spawn = pool._dials._greenlets.spawn
+    monkeypatch.setattr(pool._dials._greenlets, "spawn", lambda *what: begun.append(what) or spawn(*what))
     return begun
 
 
@@ -105,7 +106,7 @@ def let_greenlets_wait(pool, rounds):
     for _ in range(3):
         rounds.release()
         gevent.idle()
-    assert not pool._awaited
+    assert not pool._dials._awaited
 
 
 def is_the_one(transport, peer):
@@ -150,9 +151,9 @@ def test_an_id_in_pieces_is_waited_for(server, pool, part):
     first = int(len(whole) * part) or 1  # of a v2 connection: in the line, and in the id
     with server.accept() as peer:
         peer.sendall(whole[:first])
-        wait_until(lambda: not pool._awaited)
+        wait_until(lambda: not pool._dials._awaited)
         gevent.idle()
-        assert not len(pool) and not pool._handed_over
+        assert not len(pool) and not pool._dials._handed_over
         peer.sendall(whole[first:])
         wait_until(lambda: len(pool) == 1)
         assert is_the_one(pool.take(ID, 0), peer)
@@ -303,9 +304,9 @@ def test_a_pool_that_is_closed_resets_what_it_has_begun(server, pool, handed_ove
     with server.accept() as peer:
         if handed_over:
             peer.sendall((server.says + ID)[:3])
-            (stream,) = pool._awaited
-            pool._id_arrived(stream)  # to a greenlet that has not had its turn
-            assert pool._handed_over == {stream}
+            (stream,) = pool._dials._awaited
+            pool._dials._id_arrived(stream)  # to a greenlet that has not had its turn
+            assert pool._dials._handed_over == {stream}
         pool.close()
         assert is_reset(peer)
 
@@ -328,7 +329,7 @@ def test_a_dial_for_which_there_is_no_memory_is_made_in_the_next_round(
 ):
     with monkeypatch.context() as patched:
         if "spawn" in what:
-            patched.setattr(dormant._dials, "spawn", no_memory)
+            patched.setattr(dormant._dials._greenlets, "spawn", no_memory)
             patched.setattr(net, "RawSocket", Far) if "far" in what else patched.setattr(dial, "begin", no_memory)
         else:
             patched.setattr(net.Stream if what == "watch" else dial, what, no_memory)
@@ -337,10 +338,10 @@ def test_a_dial_for_which_there_is_no_memory_is_made_in_the_next_round(
             with server.accept() as peer:
                 peer.sendall(server.says + ID)
                 assert is_reset(peer)
-            assert dormant._dialling == 1  # the other one's id may still come
+            assert dormant._dials.count == 1  # the other one's id may still come
         elif what != "begin":  # which a greenlet makes good
-            assert (dormant._dialling, dormant._owed) == (0, 2)
-        assert not dormant._handed_over or what == "begin"
+            assert (dormant._dials.count, dormant._owed) == (0, 2)
+        assert not dormant._dials._handed_over or what == "begin"
     spawn(dormant.run)
     rounds.release()
     with contextlib.ExitStack() as stack:

@@ -9,7 +9,8 @@ from support import bounded, is_reset, read_all, reset, wait_until
 
 from nodepass_gevent import alarm, dialing_pool
 from nodepass_gevent.alarm import soon
-from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, RETRY_MAX_S, RETRY_MIN_S, ROUND_S, DialingPool
+from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, ROUND_S, DialingPool
+from nodepass_gevent.dials import RETRY_MAX_S, RETRY_MIN_S
 from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
 
 
@@ -136,7 +137,7 @@ def test_a_dial_for_which_there_is_no_memory_is_made_in_the_next_round(dialler, 
     pool = dialing(2)
     wait_until(lambda: len(pool) == 2)
     with monkeypatch.context() as without:
-        without.setattr(pool._dials, "spawn", Mock(side_effect=MemoryError))
+        without.setattr(pool._dials._greenlets, "spawn", Mock(side_effect=MemoryError))
         for id in list(dialler.ids):
             assert leads_to(take(pool, id), dialler.peers[dialler.ids.index(id)])
         gevent.idle()
