@@ -55,8 +55,7 @@ SANS_IO = {
     "wire",
 }  # fmt: skip
 KNOW_WATCHERS = {  # may use the loop
-    "accepting", "alarm", "arrivals", "deadlines", "dialing_pool", "net", "pool", "relay", "ripening", "tls",
-    "transport", "udp", "udp_relay",
+    "accepting", "alarm", "arrivals", "deadlines", "net", "relay", "ripening", "transport", "udp", "udp_relay",
 }  # fmt: skip
 CATCH_ALL = {  # what is told to a greenlet; ends of exchanges, loop, requests
     "arrivals": 1, "relay": 1, "service": 1, "status_server": 2, "udp_relay": 1,
