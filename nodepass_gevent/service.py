@@ -146,7 +146,8 @@ class Service:
             why = "it ended"
         except PolicyError as exc:  # trying sooner changes nothing
             level = logging.WARNING if isinstance(exc, Busy) else logging.ERROR
-            return self._say(level, str(exc), longest_s, f"every {longest_s:g} s", once)
+            self._say(level, str(exc), f"every {longest_s:g} s", once)
+            return longest_s
         except SessionEnded as exc:
             lived_s, why, level, clean = exc.lived_s, str(exc), logging.INFO, True
         except SessionLost as exc:
@@ -158,10 +159,11 @@ class Service:
             why = "unexpected error"
         pause_s = self._backoff.pause_s(lived_s, clean=clean)
         then = "" if lived_s else f", then with pauses of up to {longest_s:g} s{once}"
-        return self._say(level, why, pause_s, f"in {pause_s:g} s" if pause_s else "now", then)
+        self._say(level, why, f"in {pause_s:g} s" if pause_s else "now", then)
+        return pause_s
 
-    def _say(self, level: int, why: str, pause_s: float, when: str, then: str) -> float:
-        """Log why a try ended, the same reason above DEBUG at most every REPEAT_S; give the pause back.
+    def _say(self, level: int, why: str, when: str, then: str) -> None:
+        """Log why a try ended, the same reason above DEBUG at most every REPEAT_S.
 
         The first line with a reason says what comes ``then``: there is silence after it.
         """
@@ -173,4 +175,3 @@ class Service:
         else:
             self._said = {each: at for each, at in self._said.items() if now - at < REPEAT_S} | {why: now}
         self._log.log(level, "%s: %s%s", self.role, why, "" if self.role.exchanges.draining else again)
-        return pause_s
