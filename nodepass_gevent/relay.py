@@ -309,6 +309,12 @@ class Exchange:
         self._half_closed: _Silences = _silences(half_closed_timeout_s, "half-closed and idle")
 
     @property
+    def began(self) -> bool:
+        """Whether something was read from a side, if only its end."""
+        there, back = self._flows
+        return there.began or back.began
+
+    @property
     def delivered(self) -> int:
         """Bytes that have come to the other ends: a slow reader takes what was moved a minute ago.
 
@@ -345,12 +351,6 @@ class Exchange:
             self._half_closed.remove(self)
             if idle:
                 idle.remove(self)
-
-    @property
-    def began(self) -> bool:
-        """Whether something was read from a side, if only its end."""
-        there, back = self._flows
-        return there.began or back.began
 
     def abort(self, error: Exception) -> bool:
         """End with ``error``; False, and no end, when bytes have come from b already."""
