@@ -101,9 +101,7 @@ def parse_first_line(line: bytes) -> FirstLine:
     parts = parse_line(line)
     if parts.fragment not in [b"%d" % mode for mode in TLS_MODES]:
         raise ProtocolError(f"unknown TLS mode, known are 0, 1 and 2: {printable(line)}")
-    port = None
-    if parts.host != b"off":
-        port = _parse_port(parts.host)
+    port = None if parts.host == b"off" else _parse_port(parts.host)
     return FirstLine(port, int(parts.fragment), parts.query)
 
 
