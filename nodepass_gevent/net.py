@@ -233,22 +233,6 @@ def _say_first(stream: Stream, says: bytes) -> None:
             raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
-def end_by_reset() -> None:
-    """Let the end of this process reset its TCP connections: by itself the kernel ends them as if all had been said."""
-    try:
-        numbers: Iterable[int] = map(int, os.listdir("/proc/self/fd"))
-    except OSError:  # no descriptor is left, or no /proc is there
-        numbers = range(DESCRIPTORS)
-    for number in numbers:
-        with suppress(OSError):  # no socket, or the descriptor of the directory
-            sock = RawSocket(fileno=number)
-            try:
-                if sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6):
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-            finally:
-                sock.detach()
-
-
 def connect(
     endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, says: bytes = b"", *, speaks_first: bool = False
 ) -> Stream:
@@ -286,3 +270,19 @@ def ports_drawn() -> range:
     except (OSError, ValueError):  # not Linux, or hidden: it may be any
         return range(1, 65536)
     return range(first, last + 1)
+
+
+def end_by_reset() -> None:
+    """Let the end of this process reset its TCP connections: by itself the kernel ends them as if all had been said."""
+    try:
+        numbers: Iterable[int] = map(int, os.listdir("/proc/self/fd"))
+    except OSError:  # no descriptor is left, or no /proc is there
+        numbers = range(DESCRIPTORS)
+    for number in numbers:
+        with suppress(OSError):  # no socket, or the descriptor of the directory
+            sock = RawSocket(fileno=number)
+            try:
+                if sock.type == socket.SOCK_STREAM and sock.family in (socket.AF_INET, socket.AF_INET6):
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            finally:
+                sock.detach()
