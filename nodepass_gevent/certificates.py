@@ -19,7 +19,6 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from .errors import ConfigError, reason
 from .files import open_at_once, stamps
 
-log = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 SELF_SIGNED_DAYS = 365
@@ -31,7 +30,7 @@ _SWAPPED = ": are crt and key swapped?"
 class FromFiles(Generic[Value]):
     """What was read from files, and is read again when they change."""
 
-    def __init__(self, read: Callable[..., Value], *paths: str, log: logging.Logger = log) -> None:
+    def __init__(self, read: Callable[..., Value], *paths: str, log: logging.Logger) -> None:
         self._read, self._paths, self._log = read, paths, log
         self._seen = stamps(*paths)
         self.value = read(*paths)

@@ -20,8 +20,6 @@ from .transport import Stream
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail, Ping
 
-log = logging.getLogger(__name__)
-
 LATELY_S = 1.0  # a UDP session that has had an answer within that works, whatever becomes of the control channel
 
 
@@ -62,9 +60,7 @@ class Client:
 class Signals:
     """What a v2 client says once it is welcome: answers to pings, launches that failed, bye."""
 
-    def __init__(
-        self, launched: MutableMapping[bytes, Abortable], counters: Counters, log: logging.Logger = log
-    ) -> None:
+    def __init__(self, launched: MutableMapping[bytes, Abortable], counters: Counters, log: logging.Logger) -> None:
         self._log = log
         self.heard = Event()  # set by whatever comes
         self._lines = wire.Lines()
@@ -110,7 +106,7 @@ class Signals:
 class Clients:
     """All clients, from their admission to the end of their sessions."""
 
-    def __init__(self, limits: Limits, log: logging.Logger = log) -> None:
+    def __init__(self, limits: Limits, log: logging.Logger) -> None:
         self._limits = limits
         self._log = log
         self._by_session: dict[bytes, Client] = {}

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from .config import Limits
 
-log = logging.getLogger(__name__)
-
 TABLE = 8192  # addresses in each table; about 2 MiB when full
 MAX_DOUBLINGS = 40  # more is longer than any penalty can be
 
@@ -32,13 +30,13 @@ class Penalties:
         self,
         limits: Limits,
         exempt: Callable[[str], object],
+        log: logging.Logger,
         clock: Callable[[], float] = time.monotonic,
-        log: logging.Logger = log,
     ) -> None:
         self._limits = limits
         self._exempt = exempt
-        self._clock = clock
         self._log = log
+        self._clock = clock
         self._suspects: dict[str, _Offender] = {}  # not kept out so far; both in the order of the last wrong proof
         self._punished: dict[str, _Offender] = {}
 

@@ -62,7 +62,7 @@ class Server:
         self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})  # the last that may fail
         self._clients = Clients(config.limits, self._log)
         self._admission = Admission(config, self.counters)
-        self.penalties = Penalties(config.limits, self._clients.at, log=self._log)
+        self.penalties = Penalties(config.limits, self._clients.at, self._log)
         if before:
             self._admission.follow(before._admission)
             self.penalties.follow(before.penalties)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from support import LIMITS
 
+from nodepass_gevent import log as logs
 from nodepass_gevent import penalties
 from nodepass_gevent.penalties import Penalties
 
@@ -25,7 +26,7 @@ class World:
     def __init__(self, **limits):
         self.clock = Clock()
         self.live = set()
-        self.penalties = Penalties(replace(LIMITS, **limits), self.live.__contains__, self.clock)
+        self.penalties = Penalties(replace(LIMITS, **limits), self.live.__contains__, logs.of(""), self.clock)
 
     def wrong(self, times, key=ME):
         for _ in range(times):

@@ -16,6 +16,7 @@ from test_v2_server import HELLO, V2Client, datagram_user
 from tunnel import ELSEWHERE, closed, dial, is_served, quiet, read_line
 
 from nodepass_gevent import accepting, net
+from nodepass_gevent import log as logs
 from nodepass_gevent.admission import Admission
 from nodepass_gevent.clients import Clients
 from nodepass_gevent.config import Address, Config
@@ -75,7 +76,7 @@ def test_why_receiving_users_failed_is_said():
 
     config = Config(role="server", tunnel=free_address(), target=free_address(), network="tcp", limits=LIMITS)
     admission = Admission(config, Counters())
-    public = PublicPort(config, Sockets({}), Clients(LIMITS), Broken(), admission, lambda exc: None)
+    public = PublicPort(config, Sockets({}), Clients(LIMITS, logs.of("")), Broken(), admission, lambda exc: None)
     address = public.prepare()
     with socket.create_connection((address.host, address.port), BOUND_S), gevent.Timeout(BOUND_S):
         assert str(public.run()) == "a fault of ours"
