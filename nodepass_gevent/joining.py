@@ -53,12 +53,12 @@ class Joining:
         """Reset what waits here without a greenlet."""
         self._ripening.close()
 
-    def has_room(self, client: Client) -> bool:
+    def _has_room(self, client: Client) -> bool:
         """Whether one more may join a client's pool: what is ready counts, and what is on its way."""
         return client.pool.room > self._running + len(self._ripening)
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def _counted(self) -> Iterator[None]:
         """Count a data connection while it joins, and only then: those that are held take nobody's place."""
         self._running += 1
         try:
@@ -89,14 +89,14 @@ class Joining:
         client = self._clients.get(data.session)
         if client and not client.session_keys and client.key != key:
             client = None
-        if client is None or client.pool.closed or not self.has_room(client):
+        if client is None or client.pool.closed or not self._has_room(client):
             self._counters.data_connections_refused += 1
             self._log.debug("data connection from %s refused: no such session here, or its pool is full", key)
             stream.say(first)
             return False
         try:
             if self._certificate:
-                with self.counted():
+                with self._counted():
                     if not stream.seen(1):  # the ClientHello comes later, and perhaps after the first line
                         stream.sendall(first)
                         first = b""
@@ -128,7 +128,7 @@ class Joining:
 
         There is no wait in here.
         """
-        if self._certificate or not self.has_room(client):
+        if self._certificate or not self._has_room(client):
             return False
         try:
             self._ripen(stream, stream, client)
@@ -151,11 +151,11 @@ class Joining:
                 owned.enter_context(stream)
                 why, alert = "no client is expected there, or its pool is full", b""
                 try:
-                    if candidate or (client and self.has_room(client)):
-                        with self.counted() if client else self._candidates.noted(key, stream):
+                    if candidate or (client and self._has_room(client)):
+                        with self._counted() if client else self._candidates.noted(key, stream):
                             data = self.secure(stream)
                             client = whose(key)
-                        if client and self.has_room(client):
+                        if client and self._has_room(client):
                             self._ripen(stream, data, client)
                             owned.pop_all()  # it is not ours any more
                             return

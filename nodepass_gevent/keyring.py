@@ -58,14 +58,14 @@ def read_keys(config: Config) -> tuple[TunnelKey, ...]:
     if path is None:
         return ()
     try:
-        return _parse(read_private(path))
+        return _parse(_read_private(path))
     except ConfigError as exc:
         raise ConfigError(
             f"tunnel-key-file: {shown_path(path)} {exc} [from {config.source('tunnel-key-file')}]"
         ) from exc
 
 
-def read_private(path: str) -> str:
+def _read_private(path: str) -> str:
     """Read a file of secrets; ConfigError, which begins with a verb, when it is not one that nobody else can read."""
     try:
         with open(path, "rb", opener=open_at_once) as file:
@@ -101,7 +101,7 @@ def read_token(process: Process) -> str | None:
     if path is None:
         return None
     try:
-        token = read_private(path).strip()
+        token = _read_private(path).strip()
         if not _TOKEN.fullmatch(token):
             raise ConfigError("holds no token; it needs one of 16 to 1024 ASCII characters without a blank")
         return token

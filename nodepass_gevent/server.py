@@ -26,7 +26,7 @@ from .config import Config
 from .crew import Crew
 from .errors import reason
 from .forward import Ingress
-from .handover import Bound, Sockets, bound
+from .handover import Sockets, bound
 from .keyring import KeyRing
 from .metrics import Counters
 from .penalties import Penalties
@@ -59,7 +59,8 @@ class Server:
         self._keys = KeyRing(config)
         # A socket that was bound to be shared is no other's, nor the other way round.
         fits = before is not None and before.config.reuse_port == config.reuse_port
-        self._sockets = Sockets(before.duplicate_sockets() if before and fits else {})  # the last that may fail
+        inherited = before._sockets.duplicate() if before and fits else {}  # the last that may fail
+        self._sockets: Sockets = Sockets(inherited)
         self._clients = Clients(config.limits, self._log)
         self._admission = Admission(config, self.counters)
         self.penalties = Penalties(config.limits, self._clients.at, self._log)
@@ -93,10 +94,6 @@ class Server:
         """Say who is connected, and what is presented."""
         presented = self._certificate.describe() if self._certificate else None
         return Description(self._clients.describe(), presented, self._clients.left, self._reception.refused)
-
-    def duplicate_sockets(self) -> dict[Bound, RawSocket]:
-        """Give duplicates of the open sockets: who calls meanwhile waits for the one that gets them."""
-        return self._sockets.duplicate()
 
     def dismiss(self) -> None:
         """Let nobody wait for a client here, also where this one never came to listen."""
