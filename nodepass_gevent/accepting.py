@@ -47,7 +47,7 @@ def serve(
     before the listener is closed.
     """
     pause_s = limits.accept_pause_s
-    accepted = ACCEPT_BATCH  # of this batch, whose keepalives fall together; at first those of former settings
+    accepted = ACCEPT_BATCH  # in a batch, whose keepalives fall together; full: the settings may be new
     crowd = Crowd()
 
     def accept_one() -> None:

@@ -42,7 +42,7 @@ class Crowd:
 class Arrivals:
     """Lets what arrives be taken in the event loop, which costs no switch, while a greenlet waits for its end.
 
-    Whatever ``start(callback)`` makes calls ``callback()`` at arrivals, until ``stop()``. ``take()`` must not block.
+    From ``start(callback)`` on ``callback()`` is called at each arrival, until ``stop()``. ``take()`` must not block.
     """
 
     def __init__(

@@ -143,7 +143,7 @@ class Joining:
         """Bring a v1 data connection towards the pool of its client; hold and then close everybody else's.
 
         ``client`` is known at its address, or a ``candidate`` calls from there; ``whose`` says, when it is complete.
-        Until then that of a candidate may be anybody's, and takes no place of a client's.
+        Until then a candidate's may be anybody's, and takes no place from a client's.
         """
         key = net.peer_key(stream.peer[0])
         try:

@@ -46,7 +46,7 @@ class Dropped(NamedTuple):
     slow: int = 0  # the reader was too slow
     failed: int = 0  # writing failed: a full disk, a reader that is gone
     held_back: int = 0  # over log-rate
-    why: str = ""  # the last ones were lost
+    why: str = ""  # of the last ones that were lost
     still: bool = False  # nothing has gone out since
 
     @property

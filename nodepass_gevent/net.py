@@ -22,7 +22,7 @@ from .values import Address, unmapped
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 RESOLVE_TIMEOUT_S = 5.0
 DESCRIPTORS = 65536  # that are looked at where nothing tells which there are: a tenth of a second
-LASTS_S = 1.0  # who is there then, or a moment later, is no short request any more
+LASTS_S = 1.0  # a connection that is open then is more than one short request
 
 _BIND_HINTS = {
     errno.EADDRNOTAVAIL: ", which is no address of this machine; for all that it has, give only :{}",
@@ -110,7 +110,7 @@ class _Dialled:
     """Connections that were dialled lately. Those that last are given keepalives: most end before, and cost nothing."""
 
     def __init__(self) -> None:
-        self._lately: dict[int, tuple[RawSocket, Limits]] = {}  # by descriptor: one that comes again has been closed
+        self._lately: dict[int, tuple[RawSocket, Limits]] = {}  # by descriptor; one that comes again was closed
         self._alarm: Alarm | None = None  # for all of them
 
     def add(self, sock: RawSocket, limits: Limits) -> None:

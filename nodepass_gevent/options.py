@@ -58,7 +58,7 @@ def read_line(argv: Sequence[str]) -> Line:
 def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0, *, again: bool = False) -> Parsed:
     """Merge all sources into one Config per tunnel; raise ConfigError. A blank environment value is none.
 
-    ``number`` is that of a process, for commands that make several of one line; of ``again`` tells ``configfile.read``.
+    ``number`` is that of a process, for commands that make several of one line; for ``again`` see ``configfile.read``.
     """
     parser = build_parser()
     line = command_line.read(parser, argv)

@@ -162,7 +162,7 @@ class _Signals:
     def _hang_up(self) -> None:
         """Read the configuration again: a good one is followed, a bad one, or tunnel, changes nothing.
 
-        Of those that come meanwhile one does for all, and none is waited for by the end.
+        However many come meanwhile, it is read once more; the end waits for no reading that has not begun.
         """
         if self._hang_up_waits:
             return

@@ -57,7 +57,7 @@ class Server:
             ServerCertificate(config.crt, config.key, config.ca, self._log, config.tls, made) if config.tls else None
         )
         self._keys = KeyRing(config)
-        # A socket that was bound to be shared is no other's, nor the other way round.
+        # A socket that was bound to be shared cannot be one that is not, nor the other way round.
         fits = before is not None and before.config.reuse_port == config.reuse_port
         inherited = before._sockets.duplicate() if before and fits else {}  # the last that may fail
         self._sockets: Sockets = Sockets(inherited)

@@ -33,7 +33,7 @@ from .values import Address
 
 log = logging.getLogger(__name__)
 
-CONNECTIONS = 32  # at once; further ones wait, until whose request is not here in time gives way
+CONNECTIONS = 32  # at once; further ones wait until one whose request does not come in time gives way
 REQUEST_BYTES = 16384  # of a request with all its headers; a browser's has about 1,000
 REQUEST_S = 5.0  # for the request to come and the answer to be read
 ASK_S = 0.1  # for the request to come, where another caller waits

@@ -95,8 +95,7 @@ class ServerCertificate:
             _announce_authorities(self._log, "clients need a certificate of", self._ca, self._authorities.value)
 
     def _build(self) -> None:
-        # A context that has been used cannot change: always new ones, each kind of connection having its own.
-        self.contexts = {alpn: self._context(alpn) for alpn in ALPNS}  # v1: b""
+        self.contexts = {alpn: self._context(alpn) for alpn in ALPNS}  # by kind of connection; of v1: b""
 
     def _context(self, alpn: bytes) -> SSL.Context:
         context = _context(SSL.TLS_SERVER_METHOD, alpn)

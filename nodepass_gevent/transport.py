@@ -1,7 +1,7 @@
 """Connections: what a transport is, and Stream, a connected TCP socket.
 
 A transport (Stream here, TLSStream in ``tls``) has blocking verbs for code that reads from top to bottom
-and, beneath them, a non-blocking engine for the relay's pump. Who opens a transport closes it, in
+and, beneath them, a non-blocking engine for ``relay``. Who opens a transport closes it, in
 ``with``; leaving the block by an exception resets the connection, so that a cut never looks like an end.
 The deadline of a wait stands at the call (``deadlines``).
 """

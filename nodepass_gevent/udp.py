@@ -24,8 +24,8 @@ BATCH = 64  # datagrams per wake-up, then everybody else has a turn
 RECEIVE_BUFFER = 4 << 20  # bytes asked of the kernel (it may give less): bursts wait there
 TARGET_BUFFER = 1 << 20  # the same for the replies of one target in a session
 MEMORY_PAUSE_S = 0.05  # after a receive that failed for lack of memory: the datagram waits, and so would a loop spin
-PORTS_IN_VAIN = 8192  # of those from which was asked in vain the last ones are remembered, so many at most
-PORTS_DRAWN = 8  # for one socket; of them all are remembered once in 65,000 times, or less
+PORTS_IN_VAIN = 8192  # that are remembered, at most: the last ones from which was asked in vain
+PORTS_DRAWN = 8  # for one socket; that all of them are remembered ones happens once in 65,000 times at most
 IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
 _ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
 
@@ -150,7 +150,7 @@ _in_vain = _PortsInVain()
 class TargetSocket:
     """A fresh UDP socket, connected to the target: its answers only, and its ICMP refusals as OSError.
 
-    Its port is none from which one before it has asked in vain, lately.
+    Its port is not one from which another socket has asked in vain of late.
 
     ``send`` and ``recv`` wait, ``push`` and ``pull`` do not, and pass over refusals: a target that restarts refuses for
     a moment; ``on_refusal`` is called for each.

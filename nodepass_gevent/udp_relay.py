@@ -25,7 +25,7 @@ from .transport import READ, WRITE, Transport
 QUEUE = 262144  # bytes that wait for a data connection which is full: 200 datagrams as the Internet has them
 QUEUE_DATAGRAMS = 4096  # so that many tiny ones do not take more memory than that
 WRITE_AT = 65536  # bytes; written at once, where less waits for more of the same turn
-CHUNK = 16384  # bytes per read; as empty datagrams 8,192 of them, and then everybody else has a turn
+CHUNK = 16384  # bytes per read, of 8,192 empty datagrams at most; then everybody else has a turn
 RECEIVE_BATCH = 64  # datagrams of a target per wake-up, then the same
 TICK_S = 0.5  # between two looks at the time that a session has been idle
 DRAINED_S = 1.0  # of silence that ends a session while the process is about to end

@@ -133,7 +133,7 @@ def _hosts(certificate: x509.Certificate) -> list[str]:
 
 
 def use_problem(certificate: x509.Certificate, end: str) -> str:
-    """Say that a certificate is not made for that end of TLS, or nothing; for any use is for none, says OpenSSL."""
+    """Say that a certificate is not made for that end of TLS, or nothing; "any use" counts as none, as with OpenSSL."""
     try:
         uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     except (x509.ExtensionNotFound, *_UNREADABLE):
