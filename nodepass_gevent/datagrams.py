@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import gevent
 
@@ -22,13 +22,23 @@ from .errors import NotCarried, TunnelError, reason
 from .launching import Launched, Launcher
 from .metrics import Counters, Traffic
 from .transport import Transport
-from .udp import Entrance, PublicSocket, Reply
+from .udp import PublicSocket, Reply
 from .udp_relay import UDPRelay, longest_silence_s
 from .wire import Kind
 
 EVICTABLE_S = 1.0  # of silence: a session gives its place to a newcomer when all places are taken
 EVICTION_TRIES = 8  # sessions that are looked at for a newcomer
 REFUSED_S = 1.0  # what a user sends is dropped for that long after its peer has said that its launch failed
+
+
+class Entrance(Protocol):
+    """Counts users by address."""
+
+    def enter(self, host: str) -> bool:
+        """Count one in, who must leave; False when there are too many from there."""
+
+    def leave(self, host: str) -> None:
+        """Count one out."""
 
 
 class DatagramIngress:

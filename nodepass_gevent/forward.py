@@ -20,7 +20,7 @@ from .access import AccessLog
 from .alarm import soon
 from .config import Config
 from .crew import Crew
-from .datagrams import DatagramIngress
+from .datagrams import DatagramIngress, Entrance
 from .datagrams_egress import DatagramEgress
 from .errors import (
     GONE,
@@ -38,7 +38,6 @@ from .net import connect
 from .relay import Exchange
 from .target import TargetAddresses
 from .transport import Stream, Transport
-from .udp import Entrance
 from .wire import Kind, Launch
 
 CHUNK = 4096  # bytes per read of what nobody wants

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import closing, suppress
 from functools import lru_cache, partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import gevent
 from gevent.socket import wait_read, wait_write
@@ -30,16 +30,6 @@ IP_PKTINFO = 8  # <linux/in.h>; missing in Python's socket module before 3.14
 _ANCILLARY = socket.CMSG_SPACE(20)  # struct in6_pktinfo, the larger of the two
 
 _buffer = memoryview(bytearray(65536))  # nobody switches while it is in use
-
-
-class Entrance(Protocol):
-    """Counts users by address."""
-
-    def enter(self, host: str) -> bool:
-        """Count one in, who must leave; False when there are too many from there."""
-
-    def leave(self, host: str) -> None:
-        """Count one out."""
 
 
 class PublicSocket:
