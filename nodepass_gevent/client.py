@@ -19,10 +19,10 @@ from .hearing import Signals, Silence, refusal
 from .keyring import KeyRing
 from .metrics import Counters
 from .net import Endpoint
-from .opening import Data, FirstLine, Hello, Welcome
+from .opening import OFF, VERIFIED, Data, FirstLine, Hello, Welcome
 from .session import Session
 from .state import Description, Peer, wall_clock
-from .tls_context import OFF, VERIFIED, ClientPolicy
+from .tls_context import ClientPolicy
 from .transport import Stream, Transport
 from .tunnel_key import SessionKeys
 from .wire import Bye, Fail

@@ -33,7 +33,7 @@ from .errors import ProtocolError
 from .wire import MAX_LINE, NUMBER, Bye, Line, parse_line, printable
 
 MAX_FIRST_LINE = 1024  # bytes; room for the offers of later profiles
-TLS_MODES = (0, 1, 2)  # off, self-signed, verified
+TLS_MODES = OFF, SELF_SIGNED, VERIFIED = 0, 1, 2  # as they stand in the first line
 VERSION = b"2"
 NONCE_LENGTH = 16  # bytes in a first line that offers v2
 SESSION_LENGTH = 8  # bytes, written as hexadecimal digits in lines

@@ -26,13 +26,13 @@ from .certificates import (
 from .config import Config
 from .errors import ConfigError, PolicyError
 from .net import is_literal
+from .opening import SELF_SIGNED, VERIFIED
 from .state import Presented
 from .values import Pins, format_pin
 from .verification import MAX_CHAIN, NO_HOST, Judge, name_problem, names_no_host, pin_problem, use_problem
 
 log = logging.getLogger(__name__)
 
-OFF, SELF_SIGNED, VERIFIED = 0, 1, 2  # the modes, as they stand in the first line
 ALPNS = (b"", opening.ALPN_CONTROL, opening.ALPN_DATA)  # v1 data connections have none
 EXPIRY_WARNING_DAYS = 14
 Standing = tuple[int, str]  # a level of the log, and how a certificate stands today
