@@ -64,8 +64,8 @@ class Session:
         leave_s: Callable[[], float | None] = lambda: None,
         begin: Callable[[], None] = lambda: None,
     ) -> None:
-        self.control = control
-        self.pool = pool
+        self._control = control
+        self._pool = pool
         self._receive = receive
         self._ping_interval_s = ping_interval_s
         self._silence_s = silence_s
@@ -107,10 +107,10 @@ class Session:
             return
         lines, taken = b"".join(self._due), 0
         try:
-            taken = self.control.push(lines)
+            taken = self._control.push(lines)
         except OSError:  # the writer meets it again, and ends
             pass
-        if taken == len(lines) and not self.control.unsent:
+        if taken == len(lines) and not self._control.unsent:
             self._due.clear()
         else:
             self._due = [lines[taken:]]
@@ -119,7 +119,7 @@ class Session:
     def run(self) -> None:
         """Live until the channel or the pool ends, and end the other too; raises SessionLost or PolicyError."""
         started = time.monotonic()
-        greenlets = [gevent.spawn(part) for part in (self._read, self._write, self.pool.run)]
+        greenlets = [gevent.spawn(part) for part in (self._read, self._write, self._pool.run)]
         try:
             first = gevent.wait(greenlets, count=1)[0]
             how = first.value if first.successful() else repr(first.exception)
@@ -135,14 +135,14 @@ class Session:
             raise
         finally:
             self._ending = True
-            self.pool.close()
+            self._pool.close()
             gevent.killall(greenlets)
 
     def _leave(self, reader: gevent.Greenlet, writer: gevent.Greenlet, pool: gevent.Greenlet) -> None:
         """End in good order: the peer sees an end, and no reset; where it knows it, after a bye each way."""
         leave_s = self._leave_s()
         with suppress(OSError), gevent.Timeout(leave_s, False):
-            self.pool.leave()
+            self._pool.leave()
             if leave_s is None or self._ending:
                 gevent.killall([reader, writer])
             else:
@@ -150,20 +150,20 @@ class Session:
                 self._ending = True
                 self._wake.set()
                 gevent.joinall([reader, writer])
-                self.pool.settle()
-                self.control.linger(leave_s)
-            self.control.finish()
+                self._pool.settle()
+                self._control.linger(leave_s)
+            self._control.finish()
         gevent.killall([reader, writer, pool])
-        self.control.close()
+        self._control.close()
 
     def _read(self) -> str | TimeoutError | NodePassError:
         """Let what comes be taken in the event loop, until it ends, may not be, or nothing comes for too long."""
         try:
             self._begin()
             self._heard_at = time.monotonic()
-            if self.control.buffered:
+            if self._control.buffered:
                 self._take()
-            arrivals = Arrivals(self.control.watch, self.control.unwatch, self._take)
+            arrivals = Arrivals(self._control.watch, self._control.unwatch, self._take)
             while True:
                 self._limit_s = limit_s = self._silence_s()
                 left_s = limit_s and max(self._heard_at + limit_s - time.monotonic(), 0)
@@ -182,7 +182,7 @@ class Session:
         """Take what is here; what this raises ends the session. False while the limit of silence is to be asked for."""
         while True:
             try:
-                count = self.control.pull(_buffer)
+                count = self._control.pull(_buffer)
             except BlockingIOError:
                 return True
             if not count:
@@ -191,7 +191,7 @@ class Session:
             self._receive(bytes(_buffer[:count]))
             if len(self._due) > MAX_DUE:
                 raise ConnectionError("the peer makes us speak and does not read")
-            if not self.control.buffered:
+            if not self._control.buffered:
                 return self._limit_s is not None
 
     def _write(self) -> str:
@@ -204,11 +204,11 @@ class Session:
                 while self._due or self._wake.is_set():
                     self._wake.set()  # what comes meanwhile waits its turn
                     lines, self._due = b"".join(self._due), []
-                    self.control.sendall(lines)
+                    self._control.sendall(lines)
                     if not self._due:
                         self._wake.clear()
                 if self._ending:
-                    self.control.shutdown_write()
+                    self._control.shutdown_write()
                     return "it has said bye"
             except OSError as exc:
                 return reason(exc)
