@@ -224,12 +224,15 @@ class Stream(Transport):
         hub.wait(self._reader)
 
     def pull(self, buffer: memoryview) -> int:
-        return self.socket.recv_into(buffer) or self._end()
+        count = self.socket.recv_into(buffer)
+        if not count:
+            self._tell_broken()
+        return count
 
-    def _end(self) -> int:
+    def _tell_broken(self) -> None:
+        """Raise what is still to be told of a connection that broke: an end it is not."""
         if self._broken is not None:
             raise OSError(self._broken, os.strerror(self._broken))
-        return 0
 
     def push(self, data: memoryview | bytes) -> int:
         try:
@@ -290,9 +293,13 @@ class Stream(Transport):
     def recv(self, size: int) -> bytes:
         while True:
             try:
-                return self.socket.recv(size) or bytes(self._end())
+                data = self.socket.recv(size)
             except BlockingIOError:
                 self.wait_for_arrival()
+                continue
+            if not data:
+                self._tell_broken()
+            return data
 
     def recv_ready(self, size: int) -> bytes:
         """Receive what is here, at most ``size`` bytes; of an end, or an error, the next read tells."""
@@ -324,7 +331,7 @@ class Stream(Transport):
             if line.endswith(b"\n"):
                 return line[:-1]
             if not seen:
-                self._end()
+                self._tell_broken()
                 raise ConnectionAbortedError("the peer closed before a whole line")
             if len(line) >= limit:
                 raise ProtocolError(f"a line of more than {limit} bytes")
