@@ -87,8 +87,7 @@ class Notifier:
 
     def _send(self, text: str) -> bool:
         """Send a message, if it is taken at once."""
-        if self._socket is None:
-            return False
+        assert self._socket
         try:
             self._socket.sendto(text.encode(), self._address)
         except OSError as exc:
