@@ -62,14 +62,14 @@ def run(plan: Plan, load: Callable[[], Plan], make: MakeRole) -> int:
     tunnels = Tunnels(make)
     stop = Event()
     notifier = Notifier(os.environ)
-    signals = _Signals(tunnels, stop, load, notifier)
+    running = _Running(tunnels, stop, load, notifier)
     _set_up_log(plan)
-    signals.listen()
-    with signals.changing:
-        signals.follow(plan)
+    running.listen()
+    with running.changing:
+        running.follow(plan)
     reports = _report(notifier, tunnels)
     stop.wait()
-    with signals.changing:
+    with running.changing:
         notifier.stopping(tunnels.stop_s + STOP_SLACK_S)
         log.info("stopping: exchanges %d", tunnels.exchanges())
         cut = tunnels.stop()
@@ -107,8 +107,8 @@ def _set_up_log(plan: Plan) -> None:
         raise process.fault("log_to", f"cannot be opened: {reason(exc)}") from exc
 
 
-class _Signals:
-    """What the signals of a running process do."""
+class _Running:
+    """The running process: it follows plans, and does what signals say."""
 
     def __init__(self, tunnels: Tunnels, stop: Event, load: Callable[[], Plan], notifier: Notifier) -> None:
         self._notifier = notifier
@@ -122,6 +122,7 @@ class _Signals:
         self.changing = Semaphore()  # held while tunnels are started and stopped
 
     def listen(self) -> None:
+        """Obey signals from now on."""
         gevent.signal_handler(signal.SIGTERM, self._end, signal.SIGTERM)
         gevent.signal_handler(signal.SIGINT, self._end, signal.SIGINT)
         gevent.signal_handler(signal.SIGHUP, self._hang_up)
