@@ -17,7 +17,7 @@ from .config import Limits
 from .deadlines import deadline
 from .errors import ConnectError, reason
 from .transport import RESET, RawSocket, Stream
-from .values import Address, unmapped
+from .values import Address, is_literal, unmapped
 
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 RESOLVE_TIMEOUT_S = 5.0
@@ -40,15 +40,6 @@ class Endpoint(NamedTuple):
 
     def __str__(self) -> str:
         return str(Address(self.sockaddr[0], self.sockaddr[1]))
-
-
-def is_literal(host: str) -> bool:
-    """Whether a host is an address already, and no name."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def resolve(address: Address, *, passive: bool = False) -> list[Endpoint]:

@@ -29,7 +29,7 @@ from .config import Limits
 from .errors import ConnectError, reason
 from .exposition import CONTENT_TYPE, expose
 from .status import Status
-from .values import Address
+from .values import Address, is_literal
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ class _Application:
         if host is None or self._token is not None:
             return True
         name = re.sub(r":[0-9]*\Z", "", host).strip("[]").lower()
-        return net.is_literal(name) or name in self._names
+        return is_literal(name) or name in self._names
 
     def _is_token(self, authorization: str) -> bool:
         scheme, _, token = authorization.partition(" ")

@@ -11,8 +11,8 @@ import time
 import gevent
 
 from .errors import ConnectError
-from .net import Endpoint, is_literal, resolve
-from .values import Address
+from .net import Endpoint, resolve
+from .values import Address, is_literal
 
 RENEW_S = 30.0  # as long as the name servers of moving services let their answers live
 STALE_S = 300.0  # behind that: an address so old may be another machine's, and who comes waits for the look-up

@@ -25,10 +25,9 @@ from .certificates import (
 )
 from .config import Config
 from .errors import ConfigError, PolicyError
-from .net import is_literal
 from .opening import SELF_SIGNED, VERIFIED
 from .state import Presented
-from .values import Pins, format_pin
+from .values import Pins, format_pin, is_literal
 from .verification import MAX_CHAIN, NO_HOST, Judge, name_problem, names_no_host, pin_problem, use_problem
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import base64
 import difflib
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -137,9 +137,14 @@ def is_host(text: str) -> bool:
     return bool(text) and (_is_address(ipaddress.IPv6Address, text) or not _host_problem(text))
 
 
-def _is_address(family: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], text: str) -> bool:
+def is_literal(host: str) -> bool:
+    """Whether a host is an address already, and no name."""
+    return _is_address(ipaddress.ip_address, host)
+
+
+def _is_address(read: Callable[[str], object], text: str) -> bool:
     try:
-        family(text)
+        read(text)
     except ValueError:
         return False
     return True

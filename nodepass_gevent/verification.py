@@ -16,8 +16,7 @@ from service_identity import CertificateError, VerificationError
 from service_identity.cryptography import verify_certificate_hostname, verify_certificate_ip_address
 
 from .certificates import digest_key
-from .net import is_literal
-from .values import Pins, format_pin, printable
+from .values import Pins, format_pin, is_literal, printable
 
 MAX_CHAIN = 8  # certificates between a peer's and its authority's; real ones have one or two
 NAMES_SHOWN = 3  # of a certificate that is for another name
