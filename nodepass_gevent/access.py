@@ -74,9 +74,7 @@ class AccessLog:
             counts = _datagrams(up, down) | {"datagrams_dropped": dropped}
             self._write(level, "udp", id, user, started, _end_of_session(id, session), counts)
 
-    def datagram(
-        self, id: bytes, user: tuple | None, datagram: bytes, answer: bytes, started: float, end: End = (ENDED, "")
-    ) -> None:
+    def datagram(self, id: bytes, user: tuple | None, datagram: bytes, answer: bytes, started: float, end: End) -> None:
         """Tell of an exchange of profile v1: a datagram and its answer, each empty when there was none."""
         if level := self._level():
             up, down = ((int(bool(data)), len(data)) for data in (datagram, answer))
