@@ -168,14 +168,7 @@ class Client:
             if own_port and welcome.why == wire.BUSY:  # another process may take the next call
                 raise NoPlace("the server process that took the call has a client: the next call may reach another one")
             raise refusal(welcome)
-        host, port, *scope = control.peer
-        endpoint = Endpoint(control.socket.family, (host, own_port or port, *scope))
-        line = opening.format_data(Data(welcome.session))
-        plain = PlainDial(endpoint, self.config.limits, line) if first.tls == OFF else None
-        dial = plain or partial(self._dial_v2, endpoint, first.tls, line, keys)
-        most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
-        least, timeout_s = min(self.config.min_pool_capacity, most), self.config.limits.tcp_user_timeout_s
-        pool = DialingPool(dial, least, most, log=self._log, user_timeout_s=timeout_s, at_once=plain)
+        pool = self._make_pool(control, own_port, first.tls, welcome, keys)
         can &= welcome.capabilities
         interval_s = welcome.ping_interval_s
 
@@ -200,6 +193,19 @@ class Client:
             self._miss_source()
         self._log.info("connected to %s, profile v2, tls %d, for %s", control, first.tls, self.config.target)
         self._serve(session, 2, control, pool, egress)
+
+    def _make_pool(
+        self, control: Stream, own_port: int | None, mode: int, welcome: Welcome, keys: SessionKeys | None
+    ) -> DialingPool:
+        """Make the pool of a session; it dials to where the control channel leads, or to the server's own port."""
+        host, port, *scope = control.peer
+        endpoint = Endpoint(control.socket.family, (host, own_port or port, *scope))
+        line = opening.format_data(Data(welcome.session))
+        plain = PlainDial(endpoint, self.config.limits, line) if mode == OFF else None
+        dial = plain or partial(self._dial_v2, endpoint, mode, line, keys)
+        most = max(min(self.config.max_pool_capacity, welcome.most_data_connections), 1)
+        least, timeout_s = min(self.config.min_pool_capacity, most), self.config.limits.tcp_user_timeout_s
+        return DialingPool(dial, least, most, log=self._log, user_timeout_s=timeout_s, at_once=plain)
 
     def _authenticate(
         self, transport: Transport, lines: wire.Lines, first: bytes, hello: bytes, can: frozenset[bytes]
