@@ -92,7 +92,7 @@ class StatusServer:
         pause_s = FIRST_PAUSE_S
         while True:
             try:
-                with _listen(self.address) as listener:
+                with socket.socket(fileno=net.listen(self.address, LIMITS).detach()) as listener:
                     self.port = listener.getsockname()[1]
                     log.info("status: http://%s/", Address(self.address.host, self.port))
                     self._accept(listener)
@@ -147,10 +147,6 @@ class StatusServer:
         self._unread.pop(connection, None)
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
-
-
-def _listen(address: Address) -> socket.socket:
-    return socket.socket(fileno=net.listen(address, LIMITS).detach())
 
 
 class _Bounded:
