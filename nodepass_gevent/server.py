@@ -152,7 +152,7 @@ class Server:
         ports = [f"tunnel {bound(config.tunnel, tunnel)}"]
         start = self._admission.guard_callers(self._called, self.penalties.keeps_out)
         parts = [serve(tunnel, start)]
-        if self.config.serves_v1 or config.reuse_port:
+        if config.serves_v1 or config.reuse_port:
             data = self._listen_data(partial(listen, "data"))
             port = data.getsockname()[1]
             self._reception.open_data_port(port)
