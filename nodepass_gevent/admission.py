@@ -69,7 +69,7 @@ class Admission:
     def __init__(self, config: Config, counters: Counters, clock: Callable[[], float] = time.monotonic) -> None:
         limits = config.limits
         log = logs.of(config.name)
-        self._log, self._of_callers, self._of_users = log, logs.Seldom(log), logs.Seldom(log)
+        self._log, self._kept_out = log, logs.Seldom(log)
         self._clients = Lists(config.allow_clients, config.deny_clients)
         self._users = Lists(config.allow_users, config.deny_users)
         self._most = limits.users_per_address
@@ -91,7 +91,7 @@ class Admission:
         def admit(caller: Stream) -> None:
             host = caller.peer[0]
             if not self._clients.admits(host):
-                self._of_callers.warning("caller %s is kept out by allow-clients or deny-clients", caller)
+                self._kept_out.warning("caller %s is kept out by allow-clients or deny-clients", caller)
             elif keeps_out and keeps_out(peer_key(host)):  # of which there was a warning
                 self._log.debug("caller %s is kept out for its wrong proofs", caller)
             else:
@@ -113,7 +113,7 @@ class Admission:
         def admit(user: Stream) -> None:
             host = user.peer[0]
             if not self._users.admits(host):
-                self._of_users.warning(_BY_LISTS, host)
+                self._kept_out.warning(_BY_LISTS, host)
             elif self.enter(host):
                 start(user, partial(self.leave, host))
                 return
@@ -126,7 +126,7 @@ class Admission:
         """Count a user in, who must ``leave``; False when there are too many from its address."""
         key = peer_key(host)
         if self._most and self._present[key] >= self._most:
-            self._of_users.warning("users from %s are kept out by users-per-address", host)
+            self._kept_out.warning("users from %s are kept out by users-per-address", host)
             return False
         self._present[key] += 1
         return True
@@ -141,7 +141,7 @@ class Admission:
     def admits_datagram(self, host: str) -> bool:
         """Whether a datagram from an address is taken; those that are not are counted."""
         if not self._users.admits(host):
-            self._of_users.warning(_BY_LISTS, host)
+            self._kept_out.warning(_BY_LISTS, host)
             self._counters.datagrams_kept_out += 1
         elif self._rate is not None and not self._rate.takes(peer_key(host)):
             self._counters.datagrams_dropped_rate += 1
