@@ -188,10 +188,8 @@ def _bind(what: str, address: Address, kind: int) -> tuple[str, str]:
         return WARNING, f"{what}: {exc}"
     except OSError as exc:
         if exc.errno == errno.EADDRINUSE:
-            return (
-                WARNING,
-                f"{what}: {reason(exc)}; fine if it is by the service that is to be given this configuration",
-            )
+            fine = "fine if it is by the service that is to be given this configuration"
+            return WARNING, f"{what}: {reason(exc)}; {fine}"
         return ERROR, f"{what}: {reason(exc)}"
     return OK, f"{what}: {address} is free"
 

@@ -81,7 +81,8 @@ def parse(argv: Sequence[str], environ: Mapping[str, str], number: int = 0, *, a
                 if line.action.startswith("generate "):
                     raise ConfigError(f"{line.action}: no tunnel is named; a URL or --config FILE does")
                 return Parsed("usage")
-            raise ConfigError(f"url: no tunnel is named; allowed: url = {FORMS} [from {_names(line.files)}]")
+            files = ", ".join(f"file {printable(path)}" for path in line.files)
+            raise ConfigError(f"url: no tunnel is named; allowed: url = {FORMS} [from {files}]")
         url = _read_url(given["url"])
         query = _read_query(url, given["url"], warnings, of_process=not name)
         given = _merge(parser, {**query, **line_given}, environ, section)
@@ -140,10 +141,6 @@ def _refuse_only(line: Line, names: Sequence[str]) -> None:
         there = f"there are {', '.join(names)}" if names else "there is no [tunnel NAME] section"
         hint = did_you_mean(line.only, names) or f"; {there}"
         raise ConfigError(f"only: no tunnel is called {shown(line.only)}{hint} [from {command_line.SOURCE}]")
-
-
-def _names(files: Sequence[str]) -> str:
-    return ", ".join(f"file {printable(path)}" for path in files)
 
 
 def _read_url(entry: Entry) -> TunnelURL:
