@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from . import log as logs
 from .config import Config
 from .metrics import Counters
-from .net import peer_key
+from .net import origin_of
 from .transport import Stream
 from .values import Networks, unmapped
 
@@ -51,13 +51,13 @@ class Rate:
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def takes(self, key: str) -> bool:
+    def takes(self, origin: str) -> bool:
         """Count a datagram of an address; False when it is one too many."""
         now = self._clock()
-        left, at = self._buckets.pop(key, (self._per_second, now))
+        left, at = self._buckets.pop(origin, (self._per_second, now))
         left = min(left + (now - at) * self._per_second, self._per_second)
         taken = left >= 1
-        self._buckets[key] = (left - taken, now)
+        self._buckets[origin] = (left - taken, now)
         if len(self._buckets) > BUCKETS:
             del self._buckets[next(iter(self._buckets))]
         return taken
@@ -92,7 +92,7 @@ class Admission:
             host = caller.peer[0]
             if not self._clients.admits(host):
                 self._kept_out.warning("caller %s is kept out by allow-clients or deny-clients", caller)
-            elif keeps_out and keeps_out(peer_key(host)):  # of which there was a warning
+            elif keeps_out and keeps_out(origin_of(host)):  # of which there was a warning
                 self._log.debug("caller %s is kept out for its wrong proofs", caller)
             else:
                 start(caller)
@@ -124,26 +124,26 @@ class Admission:
 
     def enter(self, host: str) -> bool:
         """Count a user in, who must ``leave``; False when there are too many from its address."""
-        key = peer_key(host)
-        if self._most and self._present[key] >= self._most:
+        origin = origin_of(host)
+        if self._most and self._present[origin] >= self._most:
             self._kept_out.warning("users from %s are kept out by users-per-address", host)
             return False
-        self._present[key] += 1
+        self._present[origin] += 1
         return True
 
     def leave(self, host: str) -> None:
         """Count a user out."""
-        key = peer_key(host)
-        self._present[key] -= 1
-        if not self._present[key]:
-            del self._present[key]
+        origin = origin_of(host)
+        self._present[origin] -= 1
+        if not self._present[origin]:
+            del self._present[origin]
 
     def admits_datagram(self, host: str) -> bool:
         """Whether a datagram from an address is taken; those that are not are counted."""
         if not self._users.admits(host):
             self._kept_out.warning(_BY_LISTS, host)
             self._counters.datagrams_kept_out += 1
-        elif self._rate is not None and not self._rate.takes(peer_key(host)):
+        elif self._rate is not None and not self._rate.takes(origin_of(host)):
             self._counters.datagrams_dropped_rate += 1
         else:
             return True

@@ -18,9 +18,9 @@ CANDIDATES = 128  # as many as our client dials at once
 
 @dataclass(eq=False)
 class Caller:
-    """One connection that waits for its verdict. ``key`` is its address as ``net.peer_key`` gives it."""
+    """One connection that waits for its verdict. ``origin`` is its address as ``net.origin_of`` gives it."""
 
-    key: str
+    origin: str
     connection: Any
     greenlet: Any = None  # serves it, and is interrupted when the caller must go
     verdict: AsyncResult = field(default_factory=AsyncResult)
@@ -54,18 +54,18 @@ class Callers:
         self._waiting[caller] = None
         if len(self._waiting) <= self._limit:
             return None
-        crowd = Counter(waiting.key for waiting in self._waiting).most_common(1)[0][0]
-        evicted = next(waiting for waiting in self._waiting if waiting.key == crowd)
+        crowd = Counter(waiting.origin for waiting in self._waiting).most_common(1)[0][0]
+        evicted = next(waiting for waiting in self._waiting if waiting.origin == crowd)
         del self._waiting[evicted]
         return evicted
 
     @contextmanager
-    def noted(self, key: str, connection: Any) -> Iterator[Caller]:
-        """Keep who calls from ``key`` here while it is unknown, and is served by this greenlet.
+    def noted(self, origin: str, connection: Any) -> Iterator[Caller]:
+        """Keep who calls from ``origin`` here while it is unknown, and is served by this greenlet.
 
         One that must go for it is interrupted by ConnectionAbortedError.
         """
-        caller = Caller(key, connection, gevent.getcurrent())
+        caller = Caller(origin, connection, gevent.getcurrent())
         evicted = self.add(caller)
         if evicted:
             why = ConnectionAbortedError("too many callers, and most of them from its address")
@@ -78,9 +78,9 @@ class Callers:
     def remove(self, caller: Caller) -> None:
         self._waiting.pop(caller, None)
 
-    def youngest(self, key: str) -> Caller | None:
+    def youngest(self, origin: str) -> Caller | None:
         """Give the last caller of an address that still waits, or None."""
         for caller in reversed(self._waiting):
-            if caller.key == key and not caller.verdict.ready():
+            if caller.origin == origin and not caller.verdict.ready():
                 return caller
         return None

@@ -28,7 +28,7 @@ class Client:
     """A caller that is known, by the address it calls from, and its session."""
 
     profile: int
-    key: str  # as net.peer_key gives it
+    origin: str  # as net.origin_of gives it
     stream: Stream
     session: Session
     pool: AcceptingPool
@@ -157,10 +157,10 @@ class Clients:
         """Give the client that lives, if there is one."""
         return next((client for client in self._by_session.values() if client.alive), None)
 
-    def at(self, key: str) -> Client | None:
+    def at(self, origin: str) -> Client | None:
         """Give the client that lives at an address, if there is one."""
         for client in self._by_session.values():
-            if client.key == key and client.alive:
+            if client.origin == origin and client.alive:
                 return client
         return None
 

@@ -79,7 +79,7 @@ class Joining:
                 tls.tell(stream, exc, self._limits.drain_linger_s)
             raise
 
-    def join_session(self, stream: Stream, key: str, data: Data, first: bytes = b"") -> bool:
+    def join_session(self, stream: Stream, origin: str, data: Data, first: bytes = b"") -> bool:
         """Bring a v2 data connection into the pool of the session it names; False when it does not belong there.
 
         What is left to send of the first line goes out with what follows. Without TLS there is no wait in here.
@@ -87,11 +87,11 @@ class Joining:
         TLS: it travels in clear and is no secret, and strangers shall cost little.
         """
         client = self._clients.get(data.session)
-        if client and not client.session_keys and client.key != key:
+        if client and not client.session_keys and client.origin != origin:
             client = None
         if client is None or client.pool.closed or not self._has_room(client):
             self._counters.data_connections_refused += 1
-            self._log.debug("data connection from %s refused: no such session here, or its pool is full", key)
+            self._log.debug("data connection from %s refused: no such session here, or its pool is full", origin)
             stream.say(first)
             return False
         try:
@@ -108,9 +108,9 @@ class Joining:
             client.pool.add(id, transport)
         except (OSError, ProtocolError, PoolClosed, CertificateRefused, KeyMismatch) as exc:
             if isinstance(exc, KeyMismatch):
-                self._on_wrong_tag(key)
+                self._on_wrong_tag(origin)
             self._counters.data_connections_refused += 1
-            self._log.debug("data connection from %s: %s", key, reason(exc))
+            self._log.debug("data connection from %s: %s", origin, reason(exc))
             stream.reset()
             return False
         return True
@@ -145,24 +145,24 @@ class Joining:
         ``client`` is known at its address, or a ``candidate`` calls from there; ``whose`` says, when it is complete.
         Until then a candidate's may be anybody's, and takes no place from a client's.
         """
-        key = net.peer_key(stream.peer[0])
+        origin = net.origin_of(stream.peer[0])
         try:
             with ExitStack() as owned:
                 owned.enter_context(stream)
                 why, alert = "no client is expected there, or its pool is full", b""
                 try:
                     if candidate or (client and self._has_room(client)):
-                        with self._counted() if client else self._candidates.noted(key, stream):
+                        with self._counted() if client else self._candidates.noted(origin, stream):
                             data = self.secure(stream)
-                            client = whose(key)
+                            client = whose(origin)
                         if client and self._has_room(client):
                             self._ripen(stream, data, client)
                             owned.pop_all()  # it is not ours any more
                             return
                 except CertificateRefused as exc:
                     why, alert = str(exc), exc.alert
-                    self._refusals.warning("refused data connection from %s: %s", key, why)
-                self._hold(stream, key, why)
+                    self._refusals.warning("refused data connection from %s: %s", origin, why)
+                self._hold(stream, origin, why)
                 if alert:
                     stream.push(alert)
         except OSError as exc:
@@ -174,13 +174,13 @@ class Joining:
 
     def _refused(self, stream: Stream, why: str) -> None:
         self._counters.data_connections_refused += 1
-        self._log.debug("data connection from %s: %s", net.peer_key(stream.peer[0]), why)
+        self._log.debug("data connection from %s: %s", net.origin_of(stream.peer[0]), why)
 
-    def _hold(self, stream: Stream, key: str, why: str) -> None:
+    def _hold(self, stream: Stream, origin: str, why: str) -> None:
         self._counters.data_connections_refused += 1
-        with suppress(ConnectionAbortedError), self._held.noted(key, stream):
+        with suppress(ConnectionAbortedError), self._held.noted(origin, stream):
             gevent.sleep(self._limits.tls_handshake_timeout_s)
-        self._log.debug("data connection from %s refused: %s", key, why)
+        self._log.debug("data connection from %s refused: %s", origin, why)
 
 
 def _nothing(_id: bytes) -> bytes:

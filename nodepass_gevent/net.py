@@ -72,7 +72,7 @@ def _zone(name: str | None) -> int:
 
 
 @lru_cache(1024)
-def peer_key(host: str) -> str:
+def origin_of(host: str) -> str:
     """Give what counts as one address: IPv4 (mapped too) as it is, IPv6 by its /64."""
     address = unmapped(host)
     return str(address) if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))

@@ -24,7 +24,7 @@ class _Offender:
 
 
 class Penalties:
-    """Who is kept out, by address as ``net.peer_key`` gives it. ``exempt`` are addresses with a live session."""
+    """Who is kept out, by address as ``net.origin_of`` gives it. ``exempt`` are addresses with a live session."""
 
     def __init__(
         self,
@@ -44,40 +44,40 @@ class Penalties:
         """Go on where another one was."""
         self._suspects, self._punished = before._suspects, before._punished
 
-    def report(self, key: str) -> None:
+    def report(self, origin: str) -> None:
         """Note a wrong proof from an address, and keep it out when that is one too many."""
         limits, now = self._limits, self._clock()
-        if not limits.penalty_after or self._exempt(key):
+        if not limits.penalty_after or self._exempt(origin):
             return
-        offender = self._suspects.pop(key, None) or self._punished.pop(key, None)
+        offender = self._suspects.pop(origin, None) or self._punished.pop(origin, None)
         if offender is None or now - offender.until > limits.penalty_longest_s:
             offender = _Offender(0, now)
         offender.wrong += 1
         doublings = offender.wrong - limits.penalty_after
         if doublings < 0:
             offender.until = now
-            _keep(self._suspects, key, offender)
+            _keep(self._suspects, origin, offender)
             return
         penalty_s = min(limits.penalty_first_s * 2 ** min(doublings, MAX_DOUBLINGS), limits.penalty_longest_s)
         offender.until = now + penalty_s
-        _keep(self._punished, key, offender)
+        _keep(self._punished, origin, offender)
         self._log.warning(
-            "address %s is kept out for %g s: wrong proofs of the tunnel key: %d", key, penalty_s, offender.wrong
+            "address %s is kept out for %g s: wrong proofs of the tunnel key: %d", origin, penalty_s, offender.wrong
         )
 
-    def keeps_out(self, key: str) -> bool:
+    def keeps_out(self, origin: str) -> bool:
         """Whether a caller from this address is to be closed at once."""
-        offender = self._punished.get(key)
-        return offender is not None and self._clock() < offender.until and not self._exempt(key)
+        offender = self._punished.get(origin)
+        return offender is not None and self._clock() < offender.until and not self._exempt(origin)
 
-    def forgive(self, key: str) -> None:
+    def forgive(self, origin: str) -> None:
         """Forget an address that has proven the key."""
-        self._suspects.pop(key, None)
-        self._punished.pop(key, None)
+        self._suspects.pop(origin, None)
+        self._punished.pop(origin, None)
 
 
-def _keep(table: dict[str, _Offender], key: str, offender: _Offender) -> None:
+def _keep(table: dict[str, _Offender], origin: str, offender: _Offender) -> None:
     """Note an address as the last one; the first one goes when there are too many."""
-    table[key] = offender
+    table[origin] = offender
     if len(table) > TABLE:
         del table[next(iter(table))]

@@ -98,8 +98,8 @@ class Reception:
         """Bring a v2 data connection, which has not been greeted, into its pool. Waits only where there is TLS."""
         joined = False
         try:
-            key = net.peer_key(stream.peer[0])
-            joined = self._joining.join_session(stream, key, data, self._spent_line())
+            origin = net.origin_of(stream.peer[0])
+            joined = self._joining.join_session(stream, origin, data, self._spent_line())
         except OSError:  # it has gone
             pass
         finally:
@@ -108,17 +108,17 @@ class Reception:
 
     def is_stranger(self, stream: Stream) -> bool:
         """Whether a data connection comes from where no client is: with a tunnel key it may still prove itself."""
-        return self._config.keyed and self._clients.at(net.peer_key(stream.peer[0])) is None
+        return self._config.keyed and self._clients.at(net.origin_of(stream.peer[0])) is None
 
     def join_stranger(self, stream: Stream, data: Data) -> None:
         """Do as ``join_session``, in the bounded table: until its tag is verified it may be anybody's."""
-        with suppress(ConnectionAbortedError), self._callers.noted(net.peer_key(stream.peer[0]), stream):
+        with suppress(ConnectionAbortedError), self._callers.noted(net.origin_of(stream.peer[0]), stream):
             self.join_session(stream, data)
 
     def greet(self, stream: Stream) -> None:
         """Tell a caller the first line, find out what it is, and serve it to its end."""
-        key = net.peer_key(stream.peer[0])
-        neighbour = self._clients.at(key)
+        origin = net.origin_of(stream.peer[0])
+        neighbour = self._clients.at(origin)
         # Where a v1 client is, a second one cannot be told from it by its data connections: serve no v1 there.
         port = None if neighbour and neighbour.profile == 1 else self._data_port
         line = b""
@@ -127,7 +127,7 @@ class Reception:
                 owned.enter_context(stream)
                 first = self._first_line(port)
                 stream.sendall(first)
-                verdict = self._listen_to(stream, key, neighbour, port, unknown)
+                verdict = self._listen_to(stream, origin, neighbour, port, unknown)
                 if isinstance(verdict, Client):
                     unknown.close()
                     self._clients.serve(verdict)
@@ -138,16 +138,16 @@ class Reception:
                 line = self._read_opening(stream)
                 said = self._parse_opening(line)
                 if isinstance(said, Hello):
-                    self._serve_hello(stream, key, said, unknown, hurry, (first[:-1], line))
+                    self._serve_hello(stream, origin, said, unknown, hurry, (first[:-1], line))
                     return
                 unknown.close()
                 if self.is_stranger(stream):
-                    unknown.enter_context(self._callers.noted(key, stream))
-                if self._joining.join_session(stream, key, said):
+                    unknown.enter_context(self._callers.noted(origin, stream))
+                if self._joining.join_session(stream, origin, said):
                     owned.pop_all()  # it is the pool's now
         except (OSError, ProtocolError, CertificateRefused, KeyMismatch) as exc:
             if isinstance(exc, KeyMismatch):
-                self._on_wrong_tag(key)
+                self._on_wrong_tag(origin)
             silent = isinstance(exc, ConnectionError) and not line
             self._refuse(f"caller {stream}: {reason(exc)}{self._lacking if silent else ''}")
 
@@ -163,10 +163,10 @@ class Reception:
     def _lacking(self) -> str:
         return "; perhaps it has no tunnel key, and this server asks for one" if self._config.keyed else ""
 
-    def _on_wrong_tag(self, key: str) -> None:
-        """A caller from ``key`` gave a wrong proof of the tunnel key, on a control channel or for a live session."""
+    def _on_wrong_tag(self, origin: str) -> None:
+        """A caller from ``origin`` gave a wrong proof of the tunnel key, on a control channel or for a live session."""
         self._counters.tags_wrong += 1
-        self._penalties.report(key)
+        self._penalties.report(origin)
 
     def _first_line(self, port: int | None) -> bytes:
         nonce = b"" if self._config.protocol == "1" else os.urandom(opening.NONCE_LENGTH)
@@ -185,7 +185,7 @@ class Reception:
         self._log.log(level, "refused %s", who_and_why)
 
     def _listen_to(
-        self, stream: Stream, key: str, neighbour: Client | None, port: int | None, unknown: ExitStack
+        self, stream: Stream, origin: str, neighbour: Client | None, port: int | None, unknown: ExitStack
     ) -> Client | str:
         """Wait until a caller speaks, and give ""; else the v1 client that it proved to be, or why it must go."""
         if neighbour and neighbour.profile == 2 and neighbour.pool.room > self._awaited:
@@ -198,7 +198,7 @@ class Reception:
                 if not stream.seen(1):
                     stream.wait_for_arrival()
             return ""
-        caller = unknown.enter_context((self._held if port is None else self._callers).noted(key, stream))
+        caller = unknown.enter_context((self._held if port is None else self._callers).noted(origin, stream))
         verdict = self._wait_for_verdict(caller)
         if port is None and verdict and neighbour:
             return f"a second client, while {neighbour.stream} is connected"
@@ -240,7 +240,7 @@ class Reception:
     def _serve_hello(
         self,
         stream: Stream,
-        key: str,
+        origin: str,
         hello: Hello,
         unknown: ExitStack,
         hurry: gevent.Timeout,
@@ -250,21 +250,21 @@ class Reception:
         if self._config.keyed and hello.capabilities:
             raise ProtocolError("it has no tunnel key, and this server asks for one")
         unknown.close()
-        unknown.enter_context(self._callers.noted(key, stream))
+        unknown.enter_context(self._callers.noted(origin, stream))
         control = self._joining.secure(stream, opening.ALPN_CONTROL)
         handshake, capabilities = self._authenticate(control, clear, hello)
         if handshake:
-            self._penalties.forgive(key)
+            self._penalties.forgive(origin)
         current = self._who_stays()
         hurry.close()
         if current:
             self._send_away(control, stream, current)
             return
         unknown.close()
-        self._serve_v2(control, stream, key, capabilities & CAPABILITIES, handshake)
+        self._serve_v2(control, stream, origin, capabilities & CAPABILITIES, handshake)
 
     def _serve_v2(
-        self, control: Transport, stream: Stream, key: str, agreed: frozenset[bytes], handshake: Handshake | None
+        self, control: Transport, stream: Stream, origin: str, agreed: frozenset[bytes], handshake: Handshake | None
     ) -> None:
         """Make a client of a caller that may stay, welcome it, and serve it to its end."""
         interval_s = math.ceil(self._config.report_interval_s)
@@ -285,7 +285,7 @@ class Reception:
         )
         id = secrets.token_bytes(opening.SESSION_LENGTH)
         session_keys = handshake.session_keys(id) if handshake else None
-        client = Client(2, key, stream, session, pool, session_keys, agreed, signals.heard, launched)
+        client = Client(2, origin, stream, session, pool, session_keys, agreed, signals.heard, launched)
         self._clients.admit(client, id)
         welcome = Welcome(id, agreed, interval_s, self._config.max_pool_capacity)
         if handshake:
@@ -330,27 +330,27 @@ class Reception:
 
     def join_at_once(self, stream: Stream) -> bool:
         """Take a data connection of a v1 client where nothing makes it wait; False when ``join`` must."""
-        client = self._v1_client_at(net.peer_key(stream.peer[0]))
+        client = self._v1_client_at(net.origin_of(stream.peer[0]))
         return client is not None and self._joining.join_v1_at_once(stream, client)
 
     def join(self, stream: Stream) -> None:
         """Take a data connection of a v1 client, or of a silent caller that this proves to be one."""
-        key = net.peer_key(stream.peer[0])
-        client = self._v1_client_at(key)
-        candidate = client is None and self._callers.youngest(key) is not None
+        origin = net.origin_of(stream.peer[0])
+        client = self._v1_client_at(origin)
+        candidate = client is None and self._callers.youngest(origin) is not None
         self._joining.join_v1(stream, client, self._whose, candidate=candidate)
 
-    def _whose(self, key: str) -> Client | None:
+    def _whose(self, origin: str) -> Client | None:
         """Give the v1 client at an address; a candidate becomes one, for its data connection is complete."""
-        return self._v1_client_at(key) or self._recognise(key)
+        return self._v1_client_at(origin) or self._recognise(origin)
 
-    def _v1_client_at(self, key: str) -> Client | None:
-        client = self._clients.at(key)
+    def _v1_client_at(self, origin: str) -> Client | None:
+        client = self._clients.at(origin)
         return client if client and client.profile == 1 else None
 
-    def _recognise(self, key: str) -> Client | None:
-        """A data connection from ``key`` is complete: its youngest silent caller is a client."""
-        caller = self._callers.youngest(key)
+    def _recognise(self, origin: str) -> Client | None:
+        """A data connection from ``origin`` is complete: its youngest silent caller is a client."""
+        caller = self._callers.youngest(origin)
         if caller is None:
             return None
         current = self._clients.current()
@@ -361,7 +361,7 @@ class Reception:
             self._config.max_pool_capacity, log=self._log, user_timeout_s=self._limits.tcp_user_timeout_s
         )
         session = Session(caller.connection, pool, _refuse_speech, ping_interval_s=self._config.report_interval_s)
-        client = Client(1, key, caller.connection, session, pool)
+        client = Client(1, origin, caller.connection, session, pool)
         if not caller.decide(client):
             return None
         self._clients.admit(client, secrets.token_bytes(opening.SESSION_LENGTH))

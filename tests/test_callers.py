@@ -34,7 +34,7 @@ def test_a_crowd_from_one_address_pushes_out_only_itself():
     callers = Callers(8)
     honest, _ = call(callers, "honest")
     evicted = [call(callers, "crowd")[1] for _ in range(100)]
-    assert {caller.key for caller in evicted if caller} == {"crowd"}
+    assert {caller.origin for caller in evicted if caller} == {"crowd"}
     assert callers.youngest("honest") is honest
 
 

@@ -74,7 +74,7 @@ def test_a_resolver_that_does_not_answer_is_given_up(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("host", "key"),
+    ("host", "origin"),
     [
         ("192.0.2.1", "192.0.2.1"),
         ("::ffff:192.0.2.1", "192.0.2.1"),
@@ -84,8 +84,8 @@ def test_a_resolver_that_does_not_answer_is_given_up(monkeypatch):
         ("::1", "::/64"),
     ],
 )
-def test_one_address_is_an_ipv4_address_or_an_ipv6_network(host, key):
-    assert net.peer_key(host) == key
+def test_one_address_is_an_ipv4_address_or_an_ipv6_network(host, origin):
+    assert net.origin_of(host) == origin
 
 
 def test_a_deadline_says_what_took_too_long():
