@@ -209,7 +209,8 @@ class DatagramIngress:
                 self._exchanges.spawn(self._run_exchange, datagram, reply, launched)
             except MemoryError:
                 if launched:
-                    launched[1].reset()
+                    _, data, _ = launched
+                    data.reset()
                 self._asking -= 1
                 self._leave(reply)
                 self._counters.datagrams_dropped_busy += 1

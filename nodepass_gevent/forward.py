@@ -139,7 +139,8 @@ class Ingress:
                 user.reset()
             except BaseException:
                 if begun:
-                    begun[0][1].reset()  # it may be that nothing was carried yet
+                    _, data, _ = begun[0]
+                    data.reset()  # it may be that nothing was carried yet
                 raise
             finally:
                 if ended:

@@ -164,7 +164,7 @@ class Reception:
         return "; perhaps it has no tunnel key, and this server asks for one" if self._config.keyed else ""
 
     def _on_wrong_tag(self, origin: str) -> None:
-        """A caller from ``origin`` gave a wrong proof of the tunnel key, on a control channel or for a live session."""
+        """Count a wrong proof of the tunnel key, on a control channel or for a live session, and who gave it."""
         self._counters.tags_wrong += 1
         self._penalties.report(origin)
 
@@ -349,7 +349,7 @@ class Reception:
         return client if client and client.profile == 1 else None
 
     def _recognise(self, origin: str) -> Client | None:
-        """A data connection from ``origin`` is complete: its youngest silent caller is a client."""
+        """Make a client of the youngest silent caller at ``origin``, whose data connection is complete."""
         caller = self._callers.youngest(origin)
         if caller is None:
             return None
