@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from support import BOUND_S, LOOPBACK, bounded, out_of_descriptors, read_all, wait_until
 
-from nodepass_gevent import cli, exposition, options, status_client, status_server
+from nodepass_gevent import cli, exposition, options, status_answers, status_client, status_server
 from nodepass_gevent.config import Address, Process
 from nodepass_gevent.crew import Crew
 from nodepass_gevent.errors import ConfigError
@@ -733,7 +733,7 @@ def test_a_stop_leaves_nobody_open_who_waits_for_room(ask, monkeypatch):
 
 
 def test_of_those_who_have_asked_nobody_gives_way(ask, monkeypatch):
-    monkeypatch.setattr(status_server, "SHARE", 0)
+    monkeypatch.setattr(status_answers, "SHARE", 0)
     request = ask(service())
     asked = [gevent.spawn(request, "/healthz") for _ in range(3 * CONNECTIONS)]
     gevent.joinall(asked)
@@ -765,7 +765,7 @@ def test_answers_take_a_small_share_of_the_time(ask, monkeypatch):
     began, asked = time.monotonic(), [gevent.spawn(request, "/readyz") for _ in range(6)]
     gevent.joinall(asked)
     assert busy_s >= 0.06
-    assert time.monotonic() - began > 5 * 0.01 * status_server.SHARE
+    assert time.monotonic() - began > 5 * 0.01 * status_answers.SHARE
 
 
 # Settings
