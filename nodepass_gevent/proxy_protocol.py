@@ -10,7 +10,7 @@ import ipaddress
 import struct
 from collections.abc import Callable
 
-V1, V2 = (1, 2)
+V2 = 2  # of the two versions the binary one; 1 is text
 
 _SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
 _LOCAL, _PROXY = (0x20, 0x21)  # version and command
