@@ -1,15 +1,23 @@
-"""What a client hears on its control channel: launches, pings, needs and bye; and how long it may hear nothing."""
+"""What is heard on a control channel, and done at once.
+
+By a client: launches, pings, needs and bye, and how long it may hear nothing. By a server: what its client answers.
+"""
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+
+from gevent.event import Event
 
 from . import wire
 from .config import Limits
-from .errors import Busy, PeerLeft, ProtocolError
+from .errors import Busy, LaunchFailed, PeerLeft, ProtocolError
 from .forward import Egress
+from .launching import Abortable
 from .metrics import Counters
-from .wire import Bye, Launch, Need, Ping
+from .wire import Bye, Fail, Launch, Need, Ping
+
+LATELY_S = 1.0  # a UDP session that has had an answer within that works, whatever becomes of the control channel
 
 
 class Signals:
@@ -85,3 +93,49 @@ def refusal(bye: Bye) -> Busy:
     if bye.why == wire.BUSY:
         return Busy("the server has another client, and takes one at a time")
     return Busy(f"the server takes no client now: {wire.printable(bye.why)}")
+
+
+class Answers:
+    """What a v2 client says once it is welcome: answers to pings, launches that failed, bye."""
+
+    def __init__(self, launched: MutableMapping[bytes, Abortable], counters: Counters, log: logging.Logger) -> None:
+        self._log = log
+        self.heard = Event()  # set by whatever comes
+        self._lines = wire.Lines()
+        self._known: set[bytes] = set()  # what ran when it was last heard
+        self._launched = launched
+        self._counters = counters
+
+    def receive(self, data: bytes) -> None:
+        """Take what came on the control channel; ProtocolError for what is no line, PeerLeft at a bye."""
+        self.heard.set()
+        self._known = set(self._launched)
+        for line in self._lines.feed(data):
+            match wire.parse_signal(line):
+                case Ping():
+                    pass
+                case Fail() as fail:
+                    self._fail(fail)
+                case Bye():
+                    raise PeerLeft("it said bye")
+                case _:
+                    self._counters.signals_unknown += 1
+
+    def forsake(self) -> None:
+        """End what was launched since the client was last heard, and has not been answered: nobody may be there.
+
+        A frozen client's kernel goes on acknowledging, so that nothing else would ever end its users. UDP sessions that
+        have heard nothing lately end too: with a user who speaks on they would never be idle.
+        """
+        silent = LaunchFailed("silent")
+        for id in self._launched.keys() - self._known:
+            self._launched[id].abort(silent)
+        for running in self._launched.values():
+            running.forsake(time.monotonic() - LATELY_S, silent)
+
+    def _fail(self, fail: Fail) -> None:
+        """End the exchange of a launch that failed; not one that has been answered, whatever its peer says now."""
+        running = self._launched.get(fail.id)
+        if running is None or not running.abort(LaunchFailed(wire.printable(fail.why, wire.MAX_LINE)[1:-1])):
+            self._counters.signals_stale += 1
+            self._log.debug("launch %s failed, says its client: it has ended, or works", fail.id.decode())

@@ -17,10 +17,11 @@ import gevent
 from . import authentication, net, opening, tls, wire
 from . import log as logs
 from .callers import Caller, Callers
-from .clients import Client, Clients, Signals
+from .clients import Client, Clients
 from .config import Config
 from .deadlines import deadline
 from .errors import CertificateRefused, KeyMismatch, ProtocolError, reason
+from .hearing import Answers
 from .joining import Joining
 from .keyring import KeyRing
 from .metrics import Counters
@@ -274,25 +275,25 @@ class Reception:
 
         pool = AcceptingPool(self._config.max_pool_capacity, on_shortage, self._log, self._limits.tcp_user_timeout_s)
         launched: dict = {}
-        signals = Signals(launched, self._counters, self._log)
+        answers = Answers(launched, self._counters, self._log)
         session = Session(
             control,
             pool,
-            signals.receive,
+            answers.receive,
             ping_interval_s=self._config.report_interval_s,
             silence_s=lambda: self._limits.dead_intervals * interval_s,
             leave_s=lambda: self._config.leave_s if opening.BYE in agreed else None,
         )
         id = secrets.token_bytes(opening.SESSION_LENGTH)
         session_keys = handshake.session_keys(id) if handshake else None
-        client = Client(2, origin, stream, session, pool, session_keys, agreed, signals.heard, launched)
+        client = Client(2, origin, stream, session, pool, session_keys, agreed, answers.heard, launched)
         self._clients.admit(client, id)
         welcome = Welcome(id, agreed, interval_s, self._config.max_pool_capacity)
         if handshake:
             session.send(opening.format_server_proof(ServerProof(handshake.server_tag(id), welcome)))
         else:
             session.send(opening.format_welcome(welcome))
-        self._clients.serve(client, signals.forsake)
+        self._clients.serve(client, answers.forsake)
 
     def _authenticate(
         self, control: Transport, clear: tuple[bytes, bytes], hello: Hello
