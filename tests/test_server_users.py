@@ -232,13 +232,16 @@ def test_a_server_on_every_interface_serves_both_families(serve, connect):
 
 
 @pytest.mark.parametrize("port", ["public", "tunnel"])
-def test_out_of_descriptors_a_listener_pauses_as_the_settings_say_and_recovers(serve, connect, port):
+def test_out_of_descriptors_a_listener_pauses_as_the_settings_say_warns_once_and_recovers(serve, connect, said, port):
     running = serve(accept_pause_s=0.001, accept_pause_longest_s=0.002)
     client = connect(running).join().known()
     with socket.socket() as caller:
         with out_of_descriptors():
             caller.connect(("127.0.0.1", getattr(running, port)))
-            wait_until(lambda: running.counters.accept_pauses >= 30)  # with the defaults that takes half a minute
+            wait_until(lambda: running.counters.accept_pauses >= 70)  # with the defaults that takes a minute
+        assert (
+            len([line for line in said.lines if line.startswith("WARNING accepting pauses: too many open files")]) == 1
+        )
         if port == "public":
             assert is_served(caller, client)
         else:
