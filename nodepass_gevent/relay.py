@@ -369,10 +369,10 @@ class Exchange:
         if error is not None or (there.ended and back.ended):
             if self._over:
                 return
-            self._over = True
             if error is None:
                 soon(self._ended.switch, None)  # what has arrived for others is passed on first
-            else:
+            self._over = True  # not before: where there is no memory for that, it ends by the error
+            if error is not None:
                 self._ended.switch(error)  # now: a reset is told once, and the other flow would be told an end
         else:
             self._half_closed.add(self)

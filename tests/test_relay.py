@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import time
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -564,6 +565,16 @@ def test_an_exchange_with_a_closed_end_is_an_error_and_no_crash(start):
     exchange.user.sendall(b"x")
     assert isinstance(exchange.outcome().error, OSError)
     wait_until(lambda: exchange.greenlet.ready())
+
+
+def test_an_exchange_for_whose_end_there_is_no_memory_ends_by_that(start, monkeypatch):
+    exchange = start()
+    exchange.user.sendall(b"question")
+    exchange.user.shutdown_write()
+    assert read_to_end(exchange.target) == b"question"
+    monkeypatch.setattr(relay, "soon", Mock(side_effect=MemoryError))
+    exchange.target.shutdown_write()
+    assert isinstance(exchange.outcome().error, MemoryError)
 
 
 def test_an_exchange_leaves_nothing_for_the_garbage_collector(start):
