@@ -131,9 +131,9 @@ class UDPRelay:
     def end(self, how: str, *, failed: bool = False) -> None:
         """End the session; the first reason counts. May be called from anywhere, and before ``run``."""
         if not self.how:
+            self._loop.run_callback(self._end.switch, None)  # first: without memory for that it has not ended
             self.how, self.failed = how, failed
             self._blocked = True
-            self._loop.run_callback(self._end.switch, None)
 
     def count_failures(self, counters: Counters) -> None:
         """Count what has gone wrong, at the end."""

@@ -6,6 +6,7 @@ import itertools
 import os
 import socket
 import time
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -405,6 +406,17 @@ def test_a_session_can_be_ended_from_elsewhere(make, when):
         session.relay.end("another user came")
     assert session.ended() == "another user came"
     assert session.relay.dropped_queue == (when == "before")
+
+
+def test_a_session_for_whose_end_there_is_no_memory_goes_on_and_may_be_ended_later(make, monkeypatch):
+    session = make().start()
+    gevent.idle()
+    with monkeypatch.context() as without:
+        without.setattr(session.relay, "_loop", Mock(run_callback=Mock(side_effect=MemoryError)))
+        with pytest.raises(MemoryError):
+            session.relay.end("another user came")
+    session.relay.end("a third user came")
+    assert session.ended() == "a third user came"
 
 
 @pytest.mark.parametrize("kind", ["plain", "1.2", "1.3"])
