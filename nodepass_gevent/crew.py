@@ -62,9 +62,9 @@ class Crew:
 
     def enter(self) -> None:
         """Wait for room, and count the calling greenlet until it ends; GreenletExit when all are killed."""
-        self._entering += 1
         if self._free:  # it keeps a place
             self._let_go()
+        self._entering += 1
         try:
             self._greenlets.add(gevent.getcurrent())
         finally:

@@ -1,10 +1,12 @@
 import weakref
+from unittest.mock import Mock
 
 import gevent
 import pytest
 from gevent.event import Event
 from support import bounded, wait_until
 
+from nodepass_gevent import crew as crews
 from nodepass_gevent.alarm import soon
 from nodepass_gevent.crew import SPARE, Crew
 
@@ -268,6 +270,17 @@ def test_greenlets_that_enter_get_the_place_of_a_spare_one(spawn, said):
         spawn(enter)
     wait_until(lambda: len(entered) == 2)
     crew.kill()
+
+
+def test_who_may_not_enter_for_want_of_memory_is_not_waited_for(monkeypatch):
+    crew = Crew(2)
+    crew.spawn(list)
+    gevent.idle()
+    monkeypatch.setattr(crews, "soon", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        crew.enter()
+    with bounded():
+        crew.kill()  # which waits for those that enter
 
 
 def test_a_kill_waits_until_those_that_were_to_enter_have_been_told(spawn):
