@@ -119,8 +119,9 @@ class Session:
     def run(self) -> None:
         """Live until the channel or the pool ends, and end the other too; raises SessionLost or PolicyError."""
         started = time.monotonic()
-        greenlets = [gevent.spawn(part) for part in (self._read, self._write, self._pool.run)]
+        greenlets: list[gevent.Greenlet] = []
         try:
+            greenlets.extend(gevent.spawn(part) for part in (self._read, self._write, self._pool.run))
             first = gevent.wait(greenlets, count=1)[0]
             how = first.value if first.successful() else repr(first.exception)
             if isinstance(how, PeerLeft):

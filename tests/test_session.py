@@ -129,6 +129,22 @@ def test_a_session_that_is_killed_leaves_neither_pool_nor_greenlet(run):
     assert len(running.control.writes) == written
 
 
+def test_a_session_for_which_there_is_no_memory_leaves_neither_pool_nor_greenlet(pair, monkeypatch):
+    stream, _ = pair()
+    pool, spawned, spawn = AcceptingPool(4), [], gevent.spawn
+
+    def spawn_one(part):
+        if spawned:
+            raise MemoryError
+        spawned.append(spawn(part))
+        return spawned[0]
+
+    monkeypatch.setattr(gevent, "spawn", spawn_one)
+    with pytest.raises(MemoryError):
+        Session(stream, pool, list).run()
+    assert pool.closed and spawned[0].dead
+
+
 def test_the_end_tells_how_long_the_session_lived(run):
     started = time.monotonic()
     running = run()
