@@ -116,8 +116,8 @@ class Clients:
 
     def admit(self, client: Client, session: bytes) -> None:
         """Register a client by the id of its session."""
+        self._came.set()  # first: without memory for that it is not here, where nobody would take it out
         self._by_session[session] = client
-        self._came.set()
 
     def serve(self, client: Client, on_silence: Callable[[], None] = lambda: None) -> None:
         """Run a client's session to its end; ``on_silence`` is called when that is its silence."""

@@ -2,13 +2,16 @@
 
 import re
 import socket
+from unittest.mock import Mock
 
 import gevent
 import pytest
-from support import BOUND_S, is_reset, read_all, read_exactly, reload, reset, wait_until
+from support import BOUND_S, LIMITS, is_reset, read_all, read_exactly, reload, reset, wait_until
 from test_v2_server import call, closed  # noqa: F401  the fixture
 from tunnel import is_served, quiet, read_line
 
+from nodepass_gevent import log as logs
+from nodepass_gevent.clients import Clients
 from nodepass_gevent.config import Address
 
 ALL = b"//?v=2&c=need,fail,bye,from#hello\n"
@@ -356,3 +359,11 @@ def test_users_who_wait_while_the_server_stops_are_reset_and_not_kept_until_its_
     assert not stopping.ready()
     client.control.close()
     stopping.join(BOUND_S)
+
+
+def test_a_client_of_which_nobody_can_be_told_for_want_of_memory_is_not_kept(monkeypatch):
+    clients = Clients(LIMITS, logs.of(""))
+    monkeypatch.setattr(clients, "_came", Mock(set=Mock(side_effect=MemoryError)))
+    with pytest.raises(MemoryError):
+        clients.admit(Mock(), b"session")
+    assert len(clients) == 0
