@@ -22,8 +22,8 @@ class Idle(dict[bytes, Transport]):
         self._round = Alarm(ROUND_S)
 
     def put(self, id: bytes, transport: Transport) -> None:
+        transport.watch(self._arrived, id, transport)  # first: without memory for that it is not kept
         self[id] = transport
-        transport.watch(self._arrived, id, transport)
         if not self._round.is_set:
             self._round.set(self._bound)
 

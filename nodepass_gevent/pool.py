@@ -85,10 +85,10 @@ class AcceptingPool:
         if timeout_s <= 0:
             raise NoDataConnection("no data connection is ready")
         taker = AsyncResult()
-        self._takers.append(taker)
+        if not self._short:
+            soon(self._tell_shortage)  # first: without memory for that nobody waits, and the next one tells
         self._short += 1
-        if self._short == 1:
-            soon(self._tell_shortage)
+        self._takers.append(taker)
         try:
             with gevent.Timeout(timeout_s, NoDataConnection(f"no data connection within {round(timeout_s, 3):g} s")):
                 return taker.get()

@@ -1,12 +1,15 @@
 import socket
 from functools import partial
+from unittest.mock import Mock
 
 import gevent
 import pytest
 from support import bounded, is_reset, read_all, reset, wait_until
 
+from nodepass_gevent import pool as pools
 from nodepass_gevent.errors import NoDataConnection, PoolClosed
 from nodepass_gevent.pool import AcceptingPool
+from nodepass_gevent.transport import Stream
 
 ENDINGS = {  # how an idle connection becomes useless
     "its peer has ended": lambda peer: peer.shutdown(1),
@@ -156,6 +159,28 @@ def test_takers_that_have_to_wait_are_told_once_a_turn(spawn):
     gevent.idle()
     assert told == [3, 1]
     pool.close()
+
+
+def test_a_taker_for_whom_there_is_no_memory_does_not_wait_and_those_behind_are_told_all_the_same(spawn, monkeypatch):
+    told = []
+    pool = AcceptingPool(4, told.append)
+    with monkeypatch.context() as without:
+        without.setattr(pools, "soon", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            pool.take(5)
+    spawn(pool.take, 5)
+    gevent.idle()
+    assert told == [1] and pool.room == 5
+    pool.close()
+
+
+def test_a_connection_for_whose_watcher_there_is_no_memory_is_not_kept(accepting, pair, monkeypatch):
+    stream, _ = pair()
+    with monkeypatch.context() as without:
+        without.setattr(Stream, "watch", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            accepting.add(b"0000000a", stream)
+    assert len(accepting) == 0  # its owner closes it
 
 
 def test_what_comes_on_a_connection_that_was_taken_does_not_touch_the_next_one_of_its_id(accepting, pair):
