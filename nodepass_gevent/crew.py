@@ -58,7 +58,13 @@ class Crew:
             soon(self._begin)
             self._due.append((function, args))
         else:
-            self._greenlets.spawn(self._work, [(function, args)])
+            greenlet = gevent.Greenlet(self._work, [(function, args)])
+            self._greenlets.add(greenlet)
+            try:
+                greenlet.start()
+            except MemoryError:
+                self._greenlets.discard(greenlet)  # or it would keep its place for ever
+                raise
 
     def enter(self) -> None:
         """Wait for room, and count the calling greenlet until it ends; GreenletExit when all are killed."""

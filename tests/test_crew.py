@@ -272,6 +272,20 @@ def test_greenlets_that_enter_get_the_place_of_a_spare_one(spawn, said):
     crew.kill()
 
 
+def test_a_greenlet_for_whose_start_there_is_no_memory_keeps_no_place(monkeypatch):
+    class Unstarted(gevent.Greenlet):
+        def start(self):
+            raise MemoryError
+
+    crew = Crew(1)
+    with monkeypatch.context() as without, pytest.raises(MemoryError):
+        without.setattr(gevent, "Greenlet", Unstarted)
+        crew.spawn(list)
+    assert len(crew) == 0 and not crew.full()
+    with bounded():
+        crew.join(None)
+
+
 def test_who_may_not_enter_for_want_of_memory_is_not_waited_for(monkeypatch):
     crew = Crew(2)
     crew.spawn(list)
