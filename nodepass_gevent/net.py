@@ -52,7 +52,7 @@ def resolve(address: Address, *, passive: bool = False) -> list[Endpoint]:
         try:
             with deadline(RESOLVE_TIMEOUT_S, "resolve"):
                 found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=flags)
-        except (OSError, UnicodeError) as exc:
+        except (OSError, UnicodeError, RuntimeError) as exc:  # RuntimeError: the system gives no thread for it
             raise ConnectError(f"resolve {address.host}: {reason(exc)}", "resolve") from exc
         return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
     literal = ipaddress.ip_address(address.host)
