@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import gevent
 
 from .config import Limits
-from .errors import PoolClosed
+from .errors import PoolClosed, reason
 from .pool import AcceptingPool
 from .transport import Stream, Transport
 
@@ -83,8 +83,8 @@ class Ripening:
                     self._look(entry, now)
                 else:
                     entry.pool.add(entry.id, entry.data)
-            except PoolClosed as exc:
-                self._refuse(entry, str(exc))
+            except (PoolClosed, MemoryError) as exc:
+                self._refuse(entry, reason(exc))
         if self._entries:
             self._wait(now)
 

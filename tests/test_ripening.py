@@ -132,6 +132,20 @@ def test_a_connection_whose_session_ends_meanwhile_is_refused(waiting, pair):
     assert side.refused == [(stream, "the session has ended")] and is_reset(peer)
 
 
+def test_a_connection_for_which_there_is_no_memory_is_refused_and_keeps_no_other_back(waiting, pair, monkeypatch):
+    def add(pool, id, transport):
+        monkeypatch.undo()
+        raise MemoryError
+
+    side, (stream, peer), (other, _) = waiting(), pair(), pair()
+    monkeypatch.setattr(AcceptingPool, "add", add)
+    side.add(stream)
+    side.add(other, OTHER)
+    wait_until(lambda: OTHER in side.pool)
+    assert is_reset(peer) and side.refused == [(stream, "MemoryError")]
+    assert len(side.ripening) == 0
+
+
 def test_closing_resets_what_is_not_ripe_and_more_may_come_later(waiting, pair):
     side, (stream, peer), later = waiting(), pair(), pair()[0]
     side.add(stream)
