@@ -293,6 +293,12 @@ def test_where_no_v1_client_is_served_a_silent_caller_is_taken_for_none(serve, c
     wait_until(lambda: said.find(r"refused caller .*: silent for 0\.1 s$"))
 
 
+def test_with_protocol_2_no_data_port_is_opened_and_none_is_named(serve, connect):
+    running = serve(protocol="2")
+    assert not running.data
+    assert re.fullmatch(rb"//off\?v=2&n=[A-Za-z0-9_-]{22}#0", read_line(connect(running, "caller")))
+
+
 def test_a_client_that_does_not_answer_pings_is_declared_dead(serve, call, said):
     client = call(serve(report_interval_s=0.3))
     assert said.find("connected, profile v2")
