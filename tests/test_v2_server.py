@@ -327,6 +327,16 @@ def test_unknown_signals_are_counted_and_passed_over(serve, connect, call):
     assert is_served(connect(running, "user"), client)
 
 
+def test_behind_the_hello_a_line_of_more_than_256_bytes_ends_the_session(serve, call, said):
+    running = serve()
+    client = call(running)
+    longest = b"//%b#later" % (b"a" * 247)  # 255 bytes, and the newline
+    client.control.sendall(longest + b"\n")
+    wait_until(lambda: running.counters.signals_unknown == 1)
+    client.control.sendall(longest + b"r\n")
+    wait_until(lambda: said.find("control channel lost: a line of more than 256 bytes"))
+
+
 @pytest.mark.parametrize(
     "opening",
     [
