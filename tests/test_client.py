@@ -44,11 +44,15 @@ class Scripted:
         address = Address("127.0.0.1", port_of(self.tunnel))
         defaults = {"tunnel": address, "target": Address("127.0.0.1", port_of(self.target)), "min_pool_capacity": 1}
         self.client = Client(Config(role="client", limits=replace(LIMITS, **limits), **defaults | settings))
-        self.running = gevent.spawn(self._run)
         self.stack.callback(self.client.exchanges.kill)
-        self.stack.callback(self.running.kill)
+        self.again()
         self.control = self.take(self.tunnel)
         return self
+
+    def again(self):
+        """Let the same client run, once more when it has ended."""
+        self.running = gevent.spawn(self._run)
+        self.stack.callback(self.running.kill)
 
     def _run(self):
         try:
@@ -429,19 +433,20 @@ def test_a_target_that_refuses_resets_the_data_connection(server):
 
 
 def test_names_are_resolved_again_at_every_run(server, monkeypatch):
-    asked = []
-    found = socket.getaddrinfo("127.0.0.1", port_of(server.tunnel), type=socket.SOCK_STREAM)
+    moved = server.stack.enter_context(listener())
+    resolve, ports = socket.getaddrinfo, [port_of(server.tunnel), port_of(moved)]
 
-    def resolve(host, *_arguments, **_options):
-        asked.append(host)
-        return found
+    def found(host, *_arguments, **_options):
+        assert host == "tunnel.example"
+        return resolve("127.0.0.1", ports.pop(0), type=socket.SOCK_STREAM)
 
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    for _ in range(2):
-        server.run(tunnel=Address("tunnel.example", port_of(server.tunnel)))
-        server.control.close()
-        server.ended()
-    assert asked == ["tunnel.example"] * 2
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    server.run(tunnel=Address("tunnel.example", port_of(server.tunnel)))
+    server.control.close()
+    server.ended()
+    server.again()
+    server.take(moved).close()
+    server.ended()
 
 
 def test_data_connections_go_to_the_address_that_the_control_channel_reached(server, monkeypatch):
