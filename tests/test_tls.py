@@ -17,7 +17,9 @@ from support import BOUND_S, bounded, data_segments_in, read_all, read_exactly, 
 
 from nodepass_gevent import tls
 from nodepass_gevent.deadlines import deadline
-from nodepass_gevent.errors import CertificateRefused
+from nodepass_gevent.errors import CertificateRefused, ProtocolError
+from nodepass_gevent.opening import ALPN_DATA
+from nodepass_gevent.tls_context import SELF_SIGNED, ClientPolicy, ServerCertificate
 from nodepass_gevent.transport import Stream
 
 LATE = bytes(range(256)) * 1200  # about 300 KiB
@@ -443,19 +445,56 @@ def test_a_client_names_whom_it_calls(no_leaks, spawn):
 
 @pytest.mark.parametrize("ours", ["server", "client"])
 def test_tls_1_1_is_refused(no_leaks, spawn, ours):
-    old = SSL.Context(SSL.TLS_METHOD)
+    made = ServerCertificate(None, None)
+    server, how, old = made.contexts[b""], ClientPolicy("localhost").context(SELF_SIGNED), SSL.Context(SSL.TLS_METHOD)
     old.set_max_proto_version(SSL.TLS1_1_VERSION)
-    old.set_cipher_list(b"DEFAULT@SECLEVEL=0")  # or OpenSSL refuses before it asks
-    certificate = presented().certificate
-    old.use_certificate(certificate.chain[0])
-    old.use_privatekey(certificate.key)
+    old.use_certificate(made.certificate.chain[0])
+    old.use_privatekey(made.certificate.key)
+    for context in (server, how.context, old):
+        context.set_cipher_list(b"DEFAULT@SECLEVEL=0")  # or OpenSSL refuses by itself, whatever it was told here
     near, far = stream_pair()
     with bounded(), near, far:
-        accepting = spawn(swallow, tls.accept, near, presented().contexts[b""] if ours == "server" else old)
-        how = client_context("1.3")
+        accepting = spawn(swallow, tls.accept, near, server if ours == "server" else old)
         dialling = spawn(swallow, tls.dial, far, replace(how, context=old) if ours == "server" else how)
         assert "unsupported protocol" in str(accepting.get())
         assert "alert protocol version" in str(dialling.get())  # the client is told why
+
+
+def of_profile_v2():
+    return ServerCertificate(None, None).contexts[ALPN_DATA], ClientPolicy("localhost").context(SELF_SIGNED, ALPN_DATA)
+
+
+def held_to_tls_1_2(*contexts):
+    for context in contexts:
+        context.set_min_proto_version(SSL.TLS1_2_VERSION)
+        context.set_max_proto_version(SSL.TLS1_2_VERSION)
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+def test_profile_v2_is_tls_1_3_alone(no_leaks, spawn, ours):
+    server, how = of_profile_v2()
+    held_to_tls_1_2(how.context if ours == "server" else server)
+    near, far = stream_pair()
+    with bounded(), near, far:
+        accepting = spawn(swallow, tls.accept, near, server, ALPN_DATA)
+        dialling = spawn(swallow, tls.dial, far, how)
+        assert "unsupported protocol" in str(accepting.get())
+        assert "alert protocol version" in str(dialling.get())
+
+
+@pytest.mark.parametrize("ours", ["server", "client"])
+def test_profile_v2_looks_at_the_version_that_a_handshake_has_come_to(no_leaks, spawn, ours):
+    server, how = of_profile_v2()
+    held_to_tls_1_2(server, how.context)
+    near, far = stream_pair()
+    accept, dial = (tls.accept, near, server), (tls.dial, far)
+    with bounded(), near, far, pytest.raises(ProtocolError, match=r"not one of profile v2 .*, TLS 1\.3"):
+        if ours == "server":
+            spawn(swallow, *dial, replace(how, alpn=b""))
+            swallow(*accept, ALPN_DATA)
+        else:
+            spawn(swallow, *accept)
+            swallow(*dial, how)
 
 
 def test_the_file_for_openssl_that_the_page_shows_names_the_key_exchange(tmp_path):
