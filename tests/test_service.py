@@ -108,6 +108,15 @@ def test_pauses_are_shortened_by_up_to_a_half(drawn, pauses_s):
     assert [backoff.pause_s(0) for _ in range(3)] == pytest.approx(pauses_s)
 
 
+def test_each_service_draws_its_pauses_for_itself(spawn, caplog):
+    for _ in range(4):
+        role = Failing(ConnectError("no route"), ConnectError("no way"))
+        spawn(Service(role).run)
+        assert role.works.wait(5)
+    drawn = [pause for pause in pauses(caplog) if pause != "now"]
+    assert len(drawn) == 4 and len(set(drawn)) > 1
+
+
 def test_a_clean_end_is_no_failure_and_no_warning_and_followed_by_a_try_at_once(serve, caplog):
     served = serve(Failing(SessionEnded("the server said bye", 1.0), SessionEnded("the server said bye", 1.0)))
     first, _ = caplog.records
