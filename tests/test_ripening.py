@@ -13,6 +13,7 @@ from nodepass_gevent.transport import Stream
 
 RIPEN_S = 0.005  # as the original needs it, whatever the product says
 ID, OTHER = b"0000000a", b"0000000b"
+RIPEN_S = 0.005  # what the original's client needs was measured
 SIOCOUTQNSD = 0x894B  # <linux/sockios.h>
 
 
