@@ -99,6 +99,15 @@ def test_a_hello_is_welcomed_with_what_both_can(serve, call):
     assert welcome.groups()[1:] == (b"need", b"5", b"77")
 
 
+def test_each_session_has_an_id_of_its_own(serve, call):
+    running, sessions = serve(), set()
+    for _ in range(4):
+        client = call(running)
+        sessions.add(client.session)
+        client.close()
+    assert len(sessions - {None}) == 4
+
+
 def test_users_are_launched_on_data_connections_of_the_tunnel_port(serve, connect, call):
     running = serve()
     client = call(running).join(2)
