@@ -121,16 +121,15 @@ def test_of_a_hundred_users_a_thousand_strangers_steal_none_and_slow_none(tunnel
 @pytest.mark.fault(3, 29)
 @pytest.mark.parametrize("sources", [SOURCES, ["127.0.0.1"]], ids=["other addresses", "the client's address"])
 def test_of_a_hundred_users_strangers_steal_none_where_there_is_a_key(target, sources):
-    with Tunnel(target.address, 1, env={"TUNNEL_KEY": "a passphrase for this test"}) as tunnel:
-        assert tunnel.served(20) == 20
-        before = descriptors(tunnel.server)
-        with Strangers(tunnel.tunnel_port, list(STATES.values()), sources) as strangers:
-            with ThreadPoolExecutor(10) as users:
-                words = [b"user %d " % number + payload(2000, number) for number in range(100)]
-                assert list(users.map(lambda word: talk(tunnel.public, word, timeout=20), words)) == words
-            assert not strangers.stolen
-        assert strangers.calls >= STRANGERS
-        wait_until(lambda: descriptors(tunnel.server) <= before + 4, 15, "all strangers are forgotten")
+    with Tunnel(target.address, 1, env={"TUNNEL_KEY": "a passphrase for this test"}) as keyed:
+        crowd_before(keyed, lambda tunnel: tunnel.tunnel_port)
+        with standing(keyed) as tunnel:
+            with Strangers(tunnel.tunnel_port, list(STATES.values()), sources) as strangers:
+                with ThreadPoolExecutor(10) as users:
+                    words = [b"user %d " % number + payload(2000, number) for number in range(100)]
+                    assert list(users.map(lambda word: talk(tunnel.public, word, timeout=20), words)) == words
+                assert not strangers.stolen
+            assert strangers.calls >= STRANGERS
 
 
 def crowd_before(tunnel, number_of):
@@ -180,7 +179,7 @@ def first_welcomed(port, tls):
 def test_a_thousand_strangers_on_the_public_port_are_users_and_are_served(tunnels):
     """Whoever reaches the public port is a user; the limit of exchanges holds, and nothing is left."""
     with standing(tunnels(1), grown_kib=64 * 1024) as tunnel, contextlib.ExitStack() as stack:
-        for number in range(STRANGERS - 100):
-            stack.enter_context(dial(tunnel.public_port, SOURCES[number]))
+        for source in SOURCES:
+            stack.enter_context(dial(tunnel.public_port, source))
         tunnel.recovers(20)
         assert tunnel.served(100) == 100
