@@ -1,6 +1,7 @@
 """A thousand strangers on each port, in every state of the handshake, while users are served."""
 
 import contextlib
+import datetime
 import resource
 import select
 import threading
@@ -162,6 +163,29 @@ def test_an_honest_client_is_in_within_a_second_past_a_thousand_strangers(tls):
         wait_until(lambda: descriptors(tunnel.server) == before, 15, "all strangers are forgotten")
     finally:
         tunnel.stop()
+
+
+@pytest.mark.fault(1, 3)
+def test_an_honest_client_with_the_key_is_in_within_a_second_past_a_thousand_strangers(target):
+    tunnel = Tunnel(target.address, 1, env={"TUNNEL_KEY": "a passphrase for this test"})
+    try:
+        tunnel.start_server()
+        tunnel.server.wait_for_line("listening: ")
+        with Strangers(tunnel.tunnel_port, list(STATES.values())):
+            taken_s = []
+            for _ in range(5):
+                tunnel.start_client()
+                called, connected = map(tunnel.client.wait_for_line, ("calling ", "connected to "))
+                taken_s.append(moment(connected) - moment(called))
+                tunnel.client.kill()
+            assert sorted(taken_s)[2] < 1, taken_s
+    finally:
+        tunnel.stop()
+
+
+def moment(line):
+    """Give the time of a line of the log."""
+    return datetime.datetime.fromisoformat(line.string[:23]).timestamp()
 
 
 def first_welcomed(port, tls):
