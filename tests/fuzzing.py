@@ -13,11 +13,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from nodepass_gevent import authentication, configfile, frames, hearing, keyring, metrics, opening, options, url, wire
+from nodepass_gevent import (
+    authentication,
+    configfile,
+    frames,
+    hearing,
+    keyring,
+    metrics,
+    opening,
+    options,
+    tls,
+    url,
+    wire,
+)
 from nodepass_gevent import log as logs
 from nodepass_gevent.callers import Caller, Callers
 from nodepass_gevent.config import Config
-from nodepass_gevent.errors import ConfigError, KeyMismatch, NodePassError, ProtocolError
+from nodepass_gevent.errors import ConfigError, KeyMismatch, NodePassError, PeerLeft, ProtocolError
 from nodepass_gevent.opening import ClientProof, Hello, ServerProof, Welcome
 from nodepass_gevent.transport import Transport
 from nodepass_gevent.tunnel_key import Handshake, derive, parse_key
@@ -81,6 +93,9 @@ FRAMES = (
     (frames.MAX_DATAGRAM).to_bytes(2, "big") + bytes(1000),
     frames.format_frame(b"good") + (frames.MAX_DATAGRAM + 1).to_bytes(2, "big") + bytes(10),
 )
+
+ANSWERS = b"\n\n//0a1b2c3d?why=refused#fail\n//0a1b2c3d?why=%1b%ff#fail\n//ffffffff?why=gone#fail\n//x?y=z#later\n"
+RECORDS = b"".join(b"\x17\x03\x03" + len(text).to_bytes(2, "big") + text for text in (b"", b"a", bytes(300), b"last"))
 
 # One connection with a tunnel key, as both sides see it: of all bytes there are, only these prove anything.
 ROOTS = tuple(derive(parse_key(f"np1:{letter * 42}A")) for letter in "AB")
@@ -226,6 +241,37 @@ def signals(data: bytes) -> object:
     return launched
 
 
+def answers(data: bytes) -> object:
+    """Let a server hear what its client says: only launches that run are ended, and in words for the log."""
+    ended: list[str] = []
+    running = SimpleNamespace(abort=lambda error: ended.append(str(error)) or len(ended) % 2)
+    hearing_client = hearing.Answers({b"0a1b2c3d": running}, metrics.Counters(), logs.of(""))
+    for at in range(0, len(data), 97):
+        hearing_client.receive(data[at : at + 97])
+    assert all(why.isprintable() and len(why) < 4 * wire.MAX_LINE for why in ended)
+    return ended
+
+
+def records(data: bytes) -> object:
+    """Find where TLS records end in a stream, whole and in pieces: the same places as by the words of RFC 8446."""
+    whole, pieces = (ends_of_records(data, size) for size in (len(data) + 1, 1 + len(data) % 7))
+    at, ends = 0, []
+    while len(header := data[at : at + 5]) == 5:
+        at += 5 + int.from_bytes(header[3:], "big")
+        ends += [at] * (at <= len(data))
+    assert whole == pieces == ends
+    return ends
+
+
+def ends_of_records(data: bytes, size: int) -> list[int]:
+    stream, ends = tls.TLSStream(None, None), []
+    for at in range(0, len(data), size):
+        piece = data[at : at + size]
+        tls._raw[: len(piece)] = piece
+        ends += [at + end for end in stream._ends_of_records(len(piece))]
+    return ends
+
+
 def callers(data: bytes) -> object:
     """Let callers come and go in any order: the table keeps its limit and nobody is evicted twice."""
     table, present = Callers(8), []
@@ -267,6 +313,8 @@ TARGETS = {
     "id": Fuzzed(wire.parse_id, (b"0a1b2c3d",), ProtocolError, 2),
     "lines": Fuzzed(in_pieces, tuple(b"\n".join(LINES[at:]) + b"\n" for at in range(4)), ProtocolError, 4),
     "signals obeyed": Fuzzed(signals, tuple(b"\n".join(LINES[at:]) + b"\n" for at in range(4)), ProtocolError, 4),
+    "answers heard": Fuzzed(answers, (ANSWERS, *LINES[-5:]), (ProtocolError, PeerLeft), 4),
+    "records": Fuzzed(records, (RECORDS, RECORDS[:-1], RECORDS[1:]), ProtocolError, 4),
     "callers": Fuzzed(callers, (bytes(range(60)),), ProtocolError, 2),
     "unknown protocol": Fuzzed(opening.recognise, (*LINES, b"GET / HTTP/1.1", b"SSH-2.0"), ProtocolError, 2),
     "log": Fuzzed(wire.printable, LINES, ProtocolError, 2),
