@@ -286,8 +286,6 @@ class Config(Checked):
             raise self._lack_of_tls("tunnel_key" if self.tunnel_key is not None else "tunnel_key_file", 1)
         if self.protocol == "1":
             raise self.fault("protocol", "knows no tunnel key; with one allowed: auto, 2")
-        if self.data_port is not None and not self.reuse_port:
-            raise self.fault("data_port", "is for clients of profile v1, and with a tunnel key none is served")
 
     def _check_client(self) -> None:
         for name, mode in DEMANDS if "tls" in self.sources else ():
@@ -317,6 +315,9 @@ class Config(Checked):
         if self.tls == 2 and not self.crt:
             hint = " (in a shell, put the URL in quotes)" if self.source("tls") == "URL query" else ""
             raise self.fault("tls", f"needs crt and key{hint}; without them allowed: 0, 1")
+        if self.data_port is not None and not self.serves_v1 and not self.reuse_port:
+            why = "with a tunnel key" if self.keyed else "with protocol=2"
+            raise self.fault("data_port", f"is for clients of profile v1, and {why} none is served")
         if self.data_port is not None and self.data_port == self.tunnel.port:
             raise self.fault("data_port", "is the tunnel port already; give another one, or none")
         if self.reuse_port and not (self.tunnel.port and self.target.port):

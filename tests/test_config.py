@@ -344,11 +344,14 @@ def test_shared_ports_are_named(tunnel, target):
         Config(role="server", reuse_port=1, **addresses)
 
 
-def test_a_process_that_shares_its_ports_has_a_data_port_with_a_tunnel_key_too():
-    settings = {"tls": 1, "tunnel_key_file": "f", "data_port": 10102}
-    assert server(reuse_port=1, **settings).data_port == 10102
-    with pytest.raises(ConfigError, match=r"^data-port: "):
-        server(**settings)
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [({"tls": 1, "tunnel_key_file": "f"}, "with a tunnel key"), ({"protocol": "2"}, "with protocol=2")],
+)
+def test_a_data_port_is_for_v1_clients_and_for_a_process_that_shares_its_ports(settings, why):
+    assert server(reuse_port=1, data_port=10102, **settings).data_port == 10102
+    with pytest.raises(ConfigError, match=rf"^data-port: '10102' is for clients of profile v1, and {why} none is"):
+        server(data_port=10102, **settings)
 
 
 def test_a_port_cannot_be_listened_on_twice():
