@@ -2,6 +2,8 @@
 
 import re
 import socket
+import time
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import gevent
@@ -13,6 +15,8 @@ from tunnel import is_served, quiet, read_line
 from nodepass_gevent import log as logs
 from nodepass_gevent.clients import Clients
 from nodepass_gevent.config import Address
+from nodepass_gevent.hearing import Answers
+from nodepass_gevent.metrics import Counters
 
 ALL = b"//?v=2&c=need,fail,bye,from#hello\n"
 
@@ -281,6 +285,16 @@ def test_a_client_that_falls_silent_loses_users_who_came_since_it_was_heard_and_
         assert read_exactly(user, 10) == b"still here"
     for each in (earlier, data, unused):
         each.close()
+
+
+def test_a_client_that_falls_silent_loses_what_has_heard_nothing_from_it_for_a_second():
+    forsaken = []
+    session = SimpleNamespace(forsake=lambda since, error: forsaken.append((time.monotonic() - since, str(error))))
+    answers = Answers({b"0a1b2c3d": session}, Counters(), logs.of(""))
+    answers.receive(b"\n")
+    answers.forsake()
+    ((ago_s, why),) = forsaken
+    assert 1 <= ago_s < 2 and why == "its client is silent"
 
 
 # bye

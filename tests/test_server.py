@@ -185,6 +185,14 @@ def test_callers_that_were_told_off_never_take_the_place_of_others(serve, connec
     assert quiet(honest)
 
 
+def test_a_client_is_no_caller_any_more_and_gives_way_to_none(serve, connect):
+    running = serve(callers=2)
+    client = connect(running).join().known()
+    for number in range(5):
+        read_line(connect(running, "caller", f"127.0.0.{10 + number}"))
+    assert is_served(connect(running, "user"), client)
+
+
 @pytest.mark.parametrize("leave", [lambda client: client.control.close(), lambda client: reset(client.control)])
 def test_when_the_client_has_gone_the_next_one_is_taken_at_once(serve, connect, said, leave):
     running = serve()

@@ -274,6 +274,14 @@ def test_callers_at_the_clients_address_are_bounded_by_the_room_in_its_pool(serv
     client.join()
 
 
+def test_a_client_is_no_caller_any_more_and_gives_way_to_none(serve, connect, call):
+    running = serve(callers=2)
+    client = call(running).join()
+    for number in range(5):
+        read_line(connect(running, "caller", f"127.0.0.{10 + number}"))
+    assert is_served(connect(running, "user"), client)
+
+
 def test_a_client_that_comes_back_is_taken_at_once(serve, connect, call):
     running = serve()
     call(running).join().close()
