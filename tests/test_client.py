@@ -100,7 +100,7 @@ def server(no_leaks):
         yield Scripted(stack)
 
 
-def test_a_launched_connection_is_carried_to_the_target(server):
+def test_a_launched_connection_is_carried_to_the_target(server, caplog):
     server.run().greet()
     data = server.join(b"0123abcd")
     server.say(b"\n//0123abcd#1\n")
@@ -108,6 +108,7 @@ def test_a_launched_connection_is_carried_to_the_target(server):
     data.close()
     wait_until(lambda: not server.client.exchanges)
     assert (server.client.counters.bytes_up, server.client.counters.bytes_down) == (8, 6)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_the_client_says_nothing_on_the_control_channel(server):

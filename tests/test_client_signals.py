@@ -294,7 +294,7 @@ def test_exchanges_outlive_the_control_channel_and_what_is_idle_is_reset(v2):
         (2, b"//0123abcd#1\n", b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"),
     ],
 )
-def test_the_target_is_told_who_the_user_is_before_anything_else(v2, version, launch, header):
+def test_the_target_is_told_who_the_user_is_before_anything_else(v2, caplog, version, launch, header):
     v2 = v2(proxy_protocol=version)
     data = v2.join(ID)
     data.sendall(b"question")
@@ -311,6 +311,7 @@ def test_the_target_is_told_who_the_user_is_before_anything_else(v2, version, la
     data.close()
     wait_until(lambda: v2.server.client.counters.bytes_down == 6)
     assert v2.server.client.counters.bytes_up in (0, 8)  # the header is not the user's
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_without_the_setting_the_target_gets_the_users_bytes_alone(v2):
