@@ -18,6 +18,7 @@ from .values import did_you_mean, shown
 
 _CONFIGURATION = "configuration"
 SOURCE = "command line"
+SHOWS_ALL = "; nodepass --help shows all of them"
 LINE_ONLY = ("config", "only", "show-config", "version", "help")  # options that are no settings
 _LACKS_VALUE = re.compile("argument (?:-[a-z]/)?(--[a-z-]+): expected one argument")  # argparse's words
 
@@ -217,6 +218,8 @@ def _refuse_unknown(command: Command, unknown: Sequence[str]) -> None:
     owners = [name for name, each in COMMANDS.items() if word.removeprefix("--") in {*each.flags, *each.options}]
     known = [f"--{name}" for name in (*BY_NAME, *LINE_ONLY, *command.flags, *command.options)]
     hint = f", which belongs to {' and '.join(owners)}" if owners else did_you_mean(word, known)
+    if word.startswith("--"):
+        hint = hint or SHOWS_ALL
     raise ConfigError(f"unknown option or argument {shown(word)}{hint} [from {SOURCE}]")
 
 

@@ -103,7 +103,7 @@ def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
         if _KUBERNETES.fullmatch(name) or (name.endswith("_PORT") and _KUBERNETES_PORT.match(value)):
             continue
         meant = closest(name.removeprefix(PREFIX), known)
-        hint = f" (did you mean {known[meant]}?)" if meant else "; nodepass --help shows all of them"
+        hint = f" (did you mean {known[meant]}?)" if meant else command_line.SHOWS_ALL
         raise ConfigError(f"unknown environment variable {printable(name)}{hint}")
 
 
@@ -193,7 +193,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
     if name in LATER_KEYS:
         here = f"; here there is {LATER_KEYS[name]}" if LATER_KEYS[name] else ""
         return f", which belongs to a later NodePass release{here}"
-    return did_you_mean(name, known) or "; nodepass --help shows all of them"
+    return did_you_mean(name, known) or command_line.SHOWS_ALL
 
 
 def _merge(

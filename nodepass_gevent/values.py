@@ -48,10 +48,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """Return the known word that is most like another one, or ""; letters count in whatever case."""
-    by_lower = {each.lower(): each for each in known}
-    close = difflib.get_close_matches(word[:SHOWN].lower(), list(by_lower), n=1)
-    return by_lower[close[0]] if close else ""
+    """Return the known word that is most like another one, or whose beginning or whole stands in the other; or "".
+
+    Letters count in whatever case, and dashes in front not at all: they are alike in every option.
+    """
+    by_name = {each.lower().lstrip("-"): each for each in known}
+    word = word[:SHOWN].lower().lstrip("-")
+    close = difflib.get_close_matches(word, list(by_name), n=1)
+    if not close:
+        longer = [name for name in by_name if name.startswith(f"{word}-")]
+        close = longer if len(longer) == 1 else [max(filter(word.startswith, by_name), key=len, default="")]
+    return by_name.get(close[0], "")
 
 
 # Addresses

@@ -68,6 +68,10 @@ def test_long_foreign_text_is_cut(text):
     [
         ("semaphor-limit", ["semaphore-limit", "log"], " (did you mean 'semaphore-limit'?)"),
         ("xyz", ["semaphore-limit", "log"], ""),
+        ("loglevel", ["lo", "log", "tls"], " (did you mean 'log'?)"),
+        ("idle", ["idle-timeout", "log"], " (did you mean 'idle-timeout'?)"),
+        ("udp", ["udp-dial-timeout", "udp-read-timeout"], ""),  # which?
+        ("--token", ["--key"], ""),  # the dashes alone make nothing alike
     ],
 )
 def test_a_misspelt_word_gets_a_hint_and_a_strange_one_none(word, known, hint):
