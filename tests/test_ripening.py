@@ -11,9 +11,8 @@ from nodepass_gevent.pool import AcceptingPool
 from nodepass_gevent.ripening import Ripening
 from nodepass_gevent.transport import Stream
 
-RIPEN_S = 0.005  # as the original needs it, whatever the product says
 ID, OTHER = b"0000000a", b"0000000b"
-RIPEN_S = 0.005  # what the original's client needs was measured
+RIPEN_S = 0.005  # what the original's client needs, as it was measured, whatever the product says
 SIOCOUTQNSD = 0x894B  # <linux/sockios.h>
 
 
