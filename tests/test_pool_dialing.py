@@ -535,6 +535,17 @@ def test_a_failure_is_a_warning_once_until_a_dial_works(dialler, dialing, clock,
     wait_until(lambda: len(warnings) == 2)
 
 
+def test_a_failure_while_the_session_ends_is_no_warning(dialler, dialing, clock, warnings):
+    dialler.open.clear()
+    pool = dialing(1)
+    wait_until(lambda: dialler.in_flight == 1)
+    pool.leave()
+    dialler.failure = ConnectionRefusedError(111, "Connection refused")
+    dialler.open.set()
+    wait_until(lambda: RETRY_MIN_S in clock.slept_s)
+    assert not warnings
+
+
 # Capacity
 
 
