@@ -212,8 +212,12 @@ class DialingPool:
 
     def _add(self, id: bytes, transport: Transport) -> None:
         self._dialled += 1
-        self._place(id, transport)
-        self._fill()
+        try:
+            self._place(id, transport)
+        except MemoryError:  # nobody else closes it; the next round dials another one
+            transport.reset()
+        else:
+            self._fill()
 
     def _place(self, id: bytes, transport: Transport) -> None:
         if self._closed:

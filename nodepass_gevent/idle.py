@@ -22,10 +22,10 @@ class Idle(dict[bytes, Transport]):
         self._round = Alarm(ROUND_S)
 
     def put(self, id: bytes, transport: Transport) -> None:
-        transport.watch(self._arrived, id, transport)  # first: without memory for that it is not kept
-        self[id] = transport
         if not self._round.is_set:
             self._round.set(self._bound)
+        transport.watch(self._arrived, id, transport)
+        self[id] = transport  # last: without memory for the rest it is not kept
 
     def _arrived(self, id: bytes, transport: Transport) -> None:
         if self.get(id) is transport:

@@ -7,6 +7,7 @@ import pytest
 from support import bounded, is_reset, read_all, reset, wait_until
 
 from nodepass_gevent import pool as pools
+from nodepass_gevent.alarm import Alarm
 from nodepass_gevent.errors import NoDataConnection, PoolClosed
 from nodepass_gevent.pool import AcceptingPool
 from nodepass_gevent.transport import Stream
@@ -174,10 +175,11 @@ def test_a_taker_for_whom_there_is_no_memory_does_not_wait_and_those_behind_are_
     pool.close()
 
 
-def test_a_connection_for_whose_watcher_there_is_no_memory_is_not_kept(accepting, pair, monkeypatch):
+@pytest.mark.parametrize("what", [(Stream, "watch"), (Alarm, "set")], ids=["watcher", "round"])
+def test_a_connection_for_which_there_is_no_memory_is_not_kept(accepting, pair, monkeypatch, what):
     stream, _ = pair()
     with monkeypatch.context() as without:
-        without.setattr(Stream, "watch", Mock(side_effect=MemoryError))
+        without.setattr(*what, Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             accepting.add(b"0000000a", stream)
     assert len(accepting) == 0  # its owner closes it

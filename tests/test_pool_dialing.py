@@ -12,6 +12,7 @@ from nodepass_gevent.alarm import soon
 from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, ROUND_S, DialingPool
 from nodepass_gevent.dials import RETRY_MAX_S, RETRY_MIN_S
 from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
+from nodepass_gevent.transport import Stream
 
 
 class Clock:
@@ -142,6 +143,18 @@ def test_a_dial_for_which_there_is_no_memory_is_made_in_the_next_round(dialler, 
             assert leads_to(take(pool, id), dialler.peers[dialler.ids.index(id)])
         gevent.idle()
     assert len(pool) == 0
+    clock.advance(ROUND_S)
+    wait_until(lambda: len(pool) == pool.capacity)
+
+
+def test_a_connection_for_whose_watcher_there_is_no_memory_is_reset_and_the_next_round_dials_another_one(
+    dialler, dialing, clock, monkeypatch
+):
+    with monkeypatch.context() as without:
+        without.setattr(Stream, "watch", Mock(side_effect=MemoryError))
+        pool = dialing(1)
+        wait_until(lambda: dialler.peers)
+        assert is_reset(dialler.peers[0]) and len(dialler.ids) == 1
     clock.advance(ROUND_S)
     wait_until(lambda: len(pool) == pool.capacity)
 
