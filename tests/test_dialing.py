@@ -164,6 +164,21 @@ def test_a_reset_before_the_id_is_told_as_one(server, pool, caplog):
     wait_until(lambda: "no data connection: connection reset by peer" in caplog.text)
 
 
+def test_behind_one_that_came_at_once_a_failure_is_a_warning_again(server, pool, caplog):
+    def warnings():
+        return [record for record in caplog.records if record.levelname == "WARNING"]
+
+    reset(server.accept())
+    wait_until(lambda: len(warnings()) == 1)
+    pool.dial_more(1)
+    with server.accept() as peer:
+        peer.sendall(server.says + ID)
+        wait_until(lambda: len(pool) == 1)
+        pool.take(ID, 0).close()
+    reset(server.accept())
+    wait_until(lambda: len(warnings()) == 2)
+
+
 def test_an_id_that_never_comes_is_given_up_at_its_deadline(server, pool, rounds):
     with server.accept() as silent:
         let_greenlets_wait(pool, rounds)
