@@ -365,7 +365,11 @@ class Reception:
         client = Client(1, origin, caller.connection, session, pool)
         if not caller.decide(client):
             return None
-        self._clients.admit(client, secrets.token_bytes(opening.SESSION_LENGTH))
+        try:
+            self._clients.admit(client, secrets.token_bytes(opening.SESSION_LENGTH))
+        except MemoryError:
+            pool.close()  # which ends its session: it would last, and no user would come to it
+            raise
         return client
 
 

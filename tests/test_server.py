@@ -1,10 +1,11 @@
 """Callers of the tunnel port: who is known as the client, and what becomes of everybody else."""
 
 from contextlib import closing
+from unittest.mock import Mock
 
 import gevent
 import pytest
-from support import bounded, data_segments_in, is_reset, read_exactly, reset, wait_until
+from support import bounded, data_segments_in, is_reset, read_all, read_exactly, reset, wait_until
 from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line, without_offer
 
 from nodepass_gevent import net
@@ -191,6 +192,21 @@ def test_a_client_is_no_caller_any_more_and_gives_way_to_none(serve, connect):
     for number in range(5):
         read_line(connect(running, "caller", f"127.0.0.{10 + number}"))
     assert is_served(connect(running, "user"), client)
+
+
+def test_a_client_of_which_nobody_can_be_told_for_want_of_memory_is_let_go_and_may_come_again(
+    serve, connect, said, monkeypatch
+):
+    running = serve()
+    with monkeypatch.context() as without:
+        without.setattr(running.server._clients, "admit", Mock(side_effect=MemoryError))
+        client = connect(running)
+        assert is_reset(connect(running, "data"))
+        assert not read_all(client.control).strip()  # but a ping
+    ((_, kind, *_),) = said.tracebacks
+    assert kind is MemoryError
+    said.tracebacks.clear()
+    assert is_served(connect(running, "user"), connect(running).join())
 
 
 @pytest.mark.parametrize("leave", [lambda client: client.control.close(), lambda client: reset(client.control)])
