@@ -195,9 +195,10 @@ def test_a_fixed_data_port_is_taken(serve, connect):
     ],
 )
 def test_an_address_in_use_is_named_and_nothing_stays_open(no_leaks, which, kind, what):
+    with socket.create_server(("127.0.0.1", 0)) as free:  # of TCP, too: UDP's choice may be in TIME_WAIT there
+        port = free.getsockname()[1]
     with socket.socket(socket.AF_INET, kind) as taken, bounded():
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+        taken.bind(("127.0.0.1", port))
         settings = {"tunnel": LOOPBACK, "target": LOOPBACK}
         settings[which] = port if which == "data_port" else Address("127.0.0.1", port)
         with pytest.raises(OSError, match=f"] {what}: address already in use: 127.0.0.1:{port}$") as caught:
