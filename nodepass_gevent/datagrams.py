@@ -218,37 +218,39 @@ class DatagramIngress:
 
     def _run_exchange(self, datagram: bytes, reply: Reply, launched: Launched | None) -> None:
         timeout_s = self._config.udp_read_timeout_s
-        started, id, answer = time.monotonic(), b"", b""
+        started, id, asked, answer = time.monotonic(), b"", b"", b""
         end = access.CUT, ""
         try:
             with shared_deadline(timeout_s, "datagram"):
                 id, data, _ = launched or self._launcher.launch(Kind.UDP, timeout_s, reply.sender)
-                answer = self._ask(datagram, reply, data)
+                with data:
+                    data.send_last(datagram)
+                    asked = datagram
+                    self._counters.datagrams_up += 1
+                    self._counters.bytes_up += len(datagram)
+                    answer = self._answer(reply, data)
             end = access.ENDED, ""
         except (OSError, TunnelError) as exc:
             self._counters.datagrams_unanswered += 1
             end = access.UNANSWERED if id else access.NO_DATA_CONNECTION, reason(exc)
         finally:
-            self._access.datagram(id, reply.sender, datagram if id else b"", answer, started, end)
+            self._access.datagram(id, reply.sender, asked, answer, started, end)
             self._asking -= 1
             self._leave(reply)
             self._ended()
 
-    def _ask(self, datagram: bytes, reply: Reply, data: Transport) -> bytes:
-        with data:
-            data.send_last(datagram)
-            self._counters.datagrams_up += 1
-            self._counters.bytes_up += len(datagram)
-            answer = unframed.read_to_end(data, self._config.udp_data_buf_size)
-            if len(answer) > self._config.udp_data_buf_size:
-                self._counters.datagrams_dropped_size += 1
-                raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
-            if not answer:
-                raise TimeoutError("no answer")
-            self._counters.datagrams_down += 1
-            self._counters.bytes_down += len(answer)
-            reply(answer)
-            return answer
+    def _answer(self, reply: Reply, data: Transport) -> bytes:
+        """Wait for the answer, and give it to the user."""
+        answer = unframed.read_to_end(data, self._config.udp_data_buf_size)
+        if len(answer) > self._config.udp_data_buf_size:
+            self._counters.datagrams_dropped_size += 1
+            raise ConnectionAbortedError("the answer is longer than UDP_DATA_BUF_SIZE")
+        if not answer:
+            raise TimeoutError("no answer")
+        reply(answer)
+        self._counters.datagrams_down += 1
+        self._counters.bytes_down += len(answer)
+        return answer
 
 
 def _receive(public: PublicSocket, handle: Callable[[bytes, Reply], None]) -> None:

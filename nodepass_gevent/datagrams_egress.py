@@ -21,6 +21,14 @@ from .udp_relay import UDPRelay, longest_silence_s
 from .wire import Launch
 
 
+class _Carried:
+    """What became of a datagram: what the target, and the peer behind it, was sent, and how that ended."""
+
+    def __init__(self) -> None:
+        self.up = self.down = b""
+        self.end: access.End = access.CUT, ""
+
+
 class DatagramEgress:
     """Launches of datagrams and sessions, brought to one of the target's addresses.
 
@@ -99,34 +107,53 @@ class DatagramEgress:
             end = access.FAILED, "the datagram is empty, or longer than udp-data-buf-size"
             self._access.nothing("udp", launch.id, self._user(launch), started, end)
             return
+        carried = _Carried()
         with self._open_target(launch, data) as target:
-            answer, end = self._ask(launch, target, datagram)
-            if len(answer) > limit:
-                self._counters.datagrams_dropped_size += 1
-                answer, end = b"", (access.UNANSWERED, "the answer is longer than udp-data-buf-size")
-            elif answer:
-                self._counters.datagrams_down += 1
-                self._counters.bytes_down += len(answer)
-                with shared_deadline(timeout_s, "answer to the tunnel"):
-                    data.send_last(answer)
-        self._access.datagram(launch.id, self._user(launch), datagram, answer, started, end)
-        if not ended:  # to close before the peer has ended could take the answer away from it
-            data.linger(self._config.limits.drain_linger_s)
+            try:
+                answer = self._ask(launch, target, datagram, carried)
+                if answer:
+                    self._answer(data, answer, carried)
+            finally:
+                self._access.datagram(launch.id, self._user(launch), carried.up, carried.down, started, carried.end)
+        if not ended and carried.end[0] != access.FAILED:
+            with suppress(OSError):  # to close before the peer has ended could take the answer away from it
+                data.linger(self._config.limits.drain_linger_s)
 
-    def _ask(self, launch: Launch, target: TargetSocket, datagram: bytes) -> tuple[bytes, access.End]:
-        """Give the target's answer; an empty one when it is silent, or refuses by ICMP, and how that went."""
+    def _ask(self, launch: Launch, target: TargetSocket, datagram: bytes, carried: "_Carried") -> bytes:
+        """Give the target's answer; an empty one when it is silent, refuses by ICMP, or says too much."""
         try:
             target.send(self._header(launch, target) + datagram)
+            carried.up = datagram
             self._counters.datagrams_up += 1
             self._counters.bytes_up += len(datagram)
             with shared_deadline(self._config.udp_read_timeout_s, "answer"):
-                return target.recv(), (access.ENDED, "")
+                answer = target.recv()
         except OSError as exc:
             if isinstance(exc, ConnectionRefusedError):
                 self._nobody_listens(target.endpoint)
             self._counters.datagrams_unanswered += 1
             self._target.forget()
-            return b"", (access.UNANSWERED, reason(exc))
+            carried.end = access.UNANSWERED, reason(exc)
+            return b""
+        if len(answer) > self._config.udp_data_buf_size:
+            self._counters.datagrams_dropped_size += 1
+            carried.end = access.UNANSWERED, "the answer is longer than udp-data-buf-size"
+            return b""
+        carried.end = access.ENDED, ""
+        return answer
+
+    def _answer(self, data: Transport, answer: bytes, carried: "_Carried") -> None:
+        try:
+            with shared_deadline(self._config.udp_read_timeout_s, "answer to the tunnel"):
+                data.send_last(answer)
+        except OSError as exc:
+            self._counters.exchanges_failed += 1
+            carried.end = access.FAILED, reason(exc)
+            data.reset()  # a part of it is no answer
+        else:
+            carried.down = answer
+            self._counters.datagrams_down += 1
+            self._counters.bytes_down += len(answer)
 
 
 def _reach(endpoints: Sequence[Endpoint]) -> TargetSocket:

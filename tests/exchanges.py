@@ -14,6 +14,7 @@ from nodepass_gevent.forward import Egress, Ingress
 from nodepass_gevent.metrics import NUMBERS, Counters
 from nodepass_gevent.pool import AcceptingPool
 from nodepass_gevent.relay import Exchange
+from nodepass_gevent.transport import Stream
 from nodepass_gevent.wire import Launch
 
 LIMIT = 2000  # bytes of a datagram here
@@ -163,6 +164,13 @@ def ingress(pair):
     for side in made:
         side.end()
         assert side.entrance.inside == 0
+
+
+class Full(Stream):
+    """A connection whose peer reads nothing: the kernel takes no more."""
+
+    def push_more(self, data):
+        return 0
 
 
 class FakePool:

@@ -1,18 +1,21 @@
 """The access line of each exchange: one, with who, how much and how it ended, at the level that is set."""
 
+import errno
 import logging
 import socket
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exchanges import ID, LIMIT, SHORT_S, address_of
+from exchanges import ID, LIMIT, SHORT_S, Full, address_of
 from support import is_reset, read_all, read_exactly, reset, wait_until
 
 from nodepass_gevent import access, opening, wire
 from nodepass_gevent import log as logs
 from nodepass_gevent.errors import LaunchFailed
 from nodepass_gevent.frames import format_frame
+from nodepass_gevent.transport import Stream
+from nodepass_gevent.udp import TargetSocket
 from nodepass_gevent.wire import Kind
 
 USER = "192.0.2.1:443"
@@ -279,6 +282,75 @@ def test_a_datagram_of_v1_on_the_client(egress, udp_target, lines, answer):
     assert line.pop("reason", "") == ("" if answer else f"answer: timed out after {SHORT_S:g} s")
     end, down = ("ended", (1, 6)) if answer else ("unanswered", (0, 0))
     assert line == udp(end, (1, 8), down, target=str(address_of(udp_target)))
+
+
+def test_a_datagram_of_v1_whose_answer_the_server_does_not_take(egress, udp_target, lines, pair):
+    side = egress(target=address_of(udp_target), udp_read_timeout_s=SHORT_S)
+    data, server = pair()
+    side.pool.ready[ID] = Full(data.socket)
+    side.egress.launch(wire.Launch(ID, Kind.UDP))
+    server.sendall(b"question")
+    _, sender = udp_target.recvfrom(100)
+    udp_target.sendto(b"answer", sender)
+    assert is_reset(server)
+    reason = f"answer to the tunnel: timed out after {SHORT_S:g} s"
+    assert lines(side) == [udp("failed", (1, 8), reason=reason, target=str(address_of(udp_target)))]
+    assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "exchanges_failed": 1}
+
+
+@pytest.mark.parametrize("where", ["before the target", "at the target"])
+def test_a_datagram_of_v1_that_is_not_taken_counts_nowhere(ingress, egress, udp_target, lines, monkeypatch, where):
+    def refuse(*_):
+        raise OSError(errno.ENETUNREACH, "network is unreachable")
+
+    if where == "at the target":
+        monkeypatch.setattr(TargetSocket, "send", refuse)
+        side = egress(target=address_of(udp_target))
+        side.launch(Kind.UDP).sendall(b"question")
+    else:
+        monkeypatch.setattr(Stream, "send_last", refuse)
+        side = ingress()
+        side.add_data()
+        side.datagram(b"question")
+    (line,) = lines(side)
+    assert (line["end"], line["bytes_up"], line["datagrams_up"]) == ("unanswered", 0, 0)
+    assert side.counted == {"udp_exchanges": 1, "datagrams_unanswered": 1}
+
+
+def test_a_datagram_of_v1_that_is_cut_at_the_target(egress, udp_target, lines):
+    side = egress(target=address_of(udp_target))
+    side.launch(Kind.UDP).sendall(b"question")
+    udp_target.recvfrom(100)
+    side.exchanges.kill()
+    assert lines(side) == [udp("cut", (1, 8), target=str(address_of(udp_target)))]
+
+
+def test_a_datagram_of_v1_whose_answer_the_server_takes_and_resets_behind_it_has_one_line(egress, udp_target, lines):
+    side = egress(target=address_of(udp_target))
+    server = side.launch(Kind.UDP)
+    server.sendall(b"question")
+    _, sender = udp_target.recvfrom(100)
+    udp_target.sendto(b"answer", sender)
+    read_exactly(server, 6)
+    reset(server)
+    assert lines(side) == [udp("ended", (1, 8), (1, 6), target=str(address_of(udp_target)))]
+    assert "exchanges_failed" not in side.counted
+
+
+def test_a_datagram_of_v1_whose_answer_the_network_does_not_take(ingress, lines):
+    class Refusing(Reply):
+        def __call__(self, datagram):
+            raise OSError(errno.ENETUNREACH, "network is unreachable")
+
+    side = ingress()
+    client = side.add_data()
+    side.ingress.udp.datagram(b"question", Refusing())
+    read_all(client)
+    client.sendall(b"answer")
+    client.close()
+    (line,) = lines(side)
+    assert line == udp("unanswered", (1, 8), user=USER, reason="network is unreachable", **PUBLIC)
+    assert side.counted == {"udp_exchanges": 1, "datagrams_up": 1, "bytes_up": 8, "datagrams_unanswered": 1}
 
 
 def test_a_launched_datagram_that_is_too_long(egress, lines):

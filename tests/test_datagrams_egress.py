@@ -7,7 +7,7 @@ from contextlib import closing, suppress
 
 import gevent
 import pytest
-from exchanges import ID, LIMIT, SHORT_S, address_of
+from exchanges import ID, LIMIT, SHORT_S, Full, address_of
 from proxyprotocol.result import ProxyResultLocal
 from proxyprotocol.v2 import ProxyProtocolV2
 from support import bounded, is_reset, read_all, read_exactly, wait_until
@@ -15,7 +15,6 @@ from support import bounded, is_reset, read_all, read_exactly, wait_until
 from nodepass_gevent.config import Address
 from nodepass_gevent.forward import Egress
 from nodepass_gevent.frames import format_frame
-from nodepass_gevent.transport import Stream
 from nodepass_gevent.udp import TargetSocket
 from nodepass_gevent.unframed import ONE_SEGMENT
 from nodepass_gevent.wire import Kind, Launch
@@ -85,13 +84,6 @@ def test_an_answer_of_the_greatest_size_arrives_whole(egress, udp_target):
         "datagrams_down": 1,
         "bytes_down": LIMIT,
     }
-
-
-class Full(Stream):
-    """A connection whose peer reads nothing: the kernel takes no more."""
-
-    def push_more(self, data):
-        return 0
 
 
 def test_an_answer_that_the_server_does_not_read_frees_its_slot(egress, udp_target, pair):
