@@ -41,6 +41,7 @@ from .transport import Stream, Transport
 from .wire import Kind, Launch
 
 CHUNK = 4096  # bytes per read of what nobody wants
+LOOK_S = 0.01  # between two looks whether a peer has reset a connection on which nothing more comes
 FIRST = 4096  # bytes that go along with a handshake: there is room for more in the send buffer of a new connection
 FULL = "all places are taken, %d of semaphore-limit: further users wait"
 
@@ -300,10 +301,10 @@ class Egress:
             self._target.prefer(target.peer)
         except ConnectError as exc:
             self._target.forget()
-            self._refuse(launch.id, data, exc.why)
+            self._refuse(launch.id, data, exc.why, may_half_close=True)
             raise
         except OSError:  # no descriptor, no memory
-            self._refuse(launch.id, data, "busy")
+            self._refuse(launch.id, data, "busy", may_half_close=True)
             raise
         with target:
             if introduces:
@@ -320,14 +321,14 @@ class Egress:
     def _check_network(self, launch: Launch, data: Transport) -> None:
         """Refuse what this side is not to carry, whatever the server takes from its users: ConnectError."""
         if self._config.network != _protocol(launch):
-            self._refuse(launch.id, data, "refused")
+            self._refuse(launch.id, data, "refused", may_half_close=launch.kind is Kind.TCP)
             raise ConnectError(f"network={self._config.network} keeps {_protocol(launch)} out")
 
     def _user(self, launch: Launch) -> tuple | None:
         """Give the user's address, where the peer has agreed to tell it."""
         return launch.user if self._told_users else None
 
-    def _refuse(self, id: bytes, data: Transport, why: str) -> None:
+    def _refuse(self, id: bytes, data: Transport, why: str, *, may_half_close: bool = False) -> None:
         """Tell the peer that there will be no exchange, and leave it a moment to end its user by that word.
 
         The reset that follows here could overtake it, and says less.
@@ -336,6 +337,8 @@ class Egress:
             with suppress(OSError), gevent.Timeout(self._config.limits.drain_linger_s, False):
                 while data.recv_next(CHUNK):
                     pass
+                while may_half_close and not data.is_dead():  # who has said all that there is waits for an answer still
+                    gevent.sleep(LOOK_S)
 
 
 def _protocol(launch: Launch) -> str:

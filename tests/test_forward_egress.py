@@ -7,7 +7,7 @@ import gevent
 import pytest
 from exchanges import ID, SHORT_S, address_of, happened
 from secure import transports
-from support import Flooded, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
+from support import Flooded, as_stream, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
 
 from nodepass_gevent import forward, net
 from nodepass_gevent.config import Address
@@ -166,6 +166,22 @@ def test_a_launch_that_failed_ends_in_time_although_the_server_sends_without_a_p
     with bounded():
         side.egress.launch(Launch(ID, Kind.TCP))
         assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
+
+
+@pytest.mark.parametrize("secured", [False, True])
+def test_who_has_said_all_is_reset_by_the_word_that_its_launch_failed_and_not_before(egress, pair, secured):
+    side, told = egress(target=Address("127.0.0.1", 1)), []
+    side.egress._fail = lambda id, why: told.append(why) or True
+    data, server = transports("1.3") if secured else pair()
+    server = server if secured else as_stream(server)
+    server.send_last(b"a request, and that is all")
+    side.pool.ready[ID] = data
+    side.egress.launch(Launch(ID, Kind.TCP))
+    wait_until(lambda: told)
+    gevent.sleep(0.05)
+    assert len(side.exchanges) == 1
+    server.reset()
+    assert side.counted == {"tcp_exchanges": 1, "exchanges_failed": 1}
 
 
 def test_a_server_that_resets_the_user_of_a_launch_that_failed_takes_no_reason_away(egress, caplog):
