@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
+import gevent
+
 from . import access, proxy_protocol, unframed
 from . import log as logs
 from .access import AccessLog
@@ -32,13 +34,13 @@ class _Carried:
 class DatagramEgress:
     """Launches of datagrams and sessions, brought to one of the target's addresses.
 
-    ``refuse(id, data, why)`` tells the peer that nothing comes of a launch; ``user(launch)`` is whom it is for.
+    ``refuse(launch, data, why)`` tells the peer that nothing comes of a launch; ``user(launch)`` is whom it is for.
     """
 
     def __init__(
         self,
         target: TargetAddresses,
-        refuse: Callable[[bytes, Transport, str], None],
+        refuse: Callable[[Launch, Transport, str], None],
         user: Callable[[Launch], tuple | None],
         exchanges: Crew,
         config: Config,
@@ -83,11 +85,11 @@ class DatagramEgress:
         try:
             return _reach(self._target.get())
         except ConnectError as exc:
-            self._refuse(launch.id, data, exc.why)
+            self._refuse(launch, data, exc.why)
             raise
         except OSError:  # no way there, or no descriptor
             self._target.forget()
-            self._refuse(launch.id, data, "unreachable")
+            self._refuse(launch, data, "unreachable")
             raise
 
     def _header(self, launch: Launch, target: TargetSocket) -> bytes:
@@ -101,7 +103,11 @@ class DatagramEgress:
         started = time.monotonic()
         self._counters.udp_exchanges += 1
         limit, timeout_s = (self._config.udp_data_buf_size, self._config.udp_read_timeout_s)
-        datagram, ended = unframed.read_datagram(data, limit, timeout_s)
+        try:
+            datagram, ended = unframed.read_datagram(data, limit, timeout_s)
+        except gevent.GreenletExit:
+            self._access.nothing("udp", launch.id, self._user(launch), started, (access.CUT, ""))
+            raise
         if not 0 < len(datagram) <= limit:
             self._counters.datagrams_dropped_size += 1
             end = access.FAILED, "the datagram is empty, or longer than udp-data-buf-size"

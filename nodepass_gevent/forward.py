@@ -128,10 +128,10 @@ class Ingress:
         with user:
             try:
                 if begun is None:
-                    begun = self._begin(user, came, self._wait(end, user))
+                    begun = self._begin(user, came, self._wait(came, end, user))
                 if not self._carry(user, begun, end):
                     self._counters.launches_repeated += 1
-                    begun = self._begin(user, came, self._wait(end, user))
+                    begun = self._begin(user, came, self._wait(came, end, user))
                     self._carry(user, begun)
             except TunnelError as exc:
                 self._counters.exchanges_failed += 1
@@ -147,8 +147,12 @@ class Ingress:
                 if ended:
                     ended()
 
-    def _wait(self, end: float, user: Stream) -> Launched:
-        return self._launcher.launch(Kind.TCP, end - time.monotonic(), user.peer)
+    def _wait(self, came: float, end: float, user: Stream) -> Launched:
+        try:
+            return self._launcher.launch(Kind.TCP, end - time.monotonic(), user.peer)
+        except gevent.GreenletExit:
+            self._access.nothing("tcp", b"", user.peer, came, (access.CUT, ""))
+            raise
 
     def _begin(self, user: Stream, came: float, launched: Launched) -> _Begun:
         """Register the exchange of a user on the data connection that it was given."""
@@ -301,10 +305,13 @@ class Egress:
             self._target.prefer(target.peer)
         except ConnectError as exc:
             self._target.forget()
-            self._refuse(launch.id, data, exc.why, may_half_close=True)
+            self._refuse(launch, data, exc.why)
             raise
         except OSError:  # no descriptor, no memory
-            self._refuse(launch.id, data, "busy", may_half_close=True)
+            self._refuse(launch, data, "busy")
+            raise
+        except gevent.GreenletExit:
+            self._access.nothing("tcp", launch.id, self._user(launch), came, (access.CUT, ""))
             raise
         with target:
             if introduces:
@@ -321,24 +328,26 @@ class Egress:
     def _check_network(self, launch: Launch, data: Transport) -> None:
         """Refuse what this side is not to carry, whatever the server takes from its users: ConnectError."""
         if self._config.network != _protocol(launch):
-            self._refuse(launch.id, data, "refused", may_half_close=launch.kind is Kind.TCP)
+            self._refuse(launch, data, "refused")
             raise ConnectError(f"network={self._config.network} keeps {_protocol(launch)} out")
 
     def _user(self, launch: Launch) -> tuple | None:
         """Give the user's address, where the peer has agreed to tell it."""
         return launch.user if self._told_users else None
 
-    def _refuse(self, id: bytes, data: Transport, why: str, *, may_half_close: bool = False) -> None:
-        """Tell the peer that there will be no exchange, and leave it a moment to end its user by that word.
-
-        The reset that follows here could overtake it, and says less.
-        """
-        if self._fail(id, why):
-            with suppress(OSError), gevent.Timeout(self._config.limits.drain_linger_s, False):
-                while data.recv_next(CHUNK):
-                    pass
-                while may_half_close and not data.is_dead():  # who has said all that there is waits for an answer still
-                    gevent.sleep(LOOK_S)
+    def _refuse(self, launch: Launch, data: Transport, why: str) -> None:
+        """Tell the peer that no exchange will be, and leave it a moment: the reset behind could overtake that word."""
+        if self._fail(launch.id, why):
+            try:
+                with suppress(OSError), gevent.Timeout(self._config.limits.drain_linger_s, False):
+                    while data.recv_next(CHUNK):
+                        pass
+                    while launch.kind is Kind.TCP and not data.is_dead():  # who has said all waits for an answer still
+                        gevent.sleep(LOOK_S)
+            except gevent.GreenletExit:
+                end = access.NO_TARGET, why
+                self._access.nothing(_protocol(launch), launch.id, self._user(launch), time.monotonic(), end)
+                raise
 
 
 def _protocol(launch: Launch) -> str:

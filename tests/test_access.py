@@ -6,12 +6,14 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
+import gevent
 import pytest
 from exchanges import ID, LIMIT, SHORT_S, Full, address_of
-from support import is_reset, read_all, read_exactly, reset, wait_until
+from support import is_reset, read_all, read_exactly, reset, silent_endpoint, wait_until
 
 from nodepass_gevent import access, opening, wire
 from nodepass_gevent import log as logs
+from nodepass_gevent.config import Address
 from nodepass_gevent.errors import LaunchFailed
 from nodepass_gevent.frames import format_frame
 from nodepass_gevent.transport import Stream
@@ -188,6 +190,37 @@ def test_a_launch_whose_data_connection_never_came(egress, lines):
     side.egress.launch(wire.Launch(ID, Kind.TCP))
     (line,) = lines(side)
     assert (line["id"], line["end"]) == (ID.decode(), "no data connection")
+
+
+@pytest.mark.parametrize("waits_for", ["the target", "a datagram"])
+def test_an_exchange_that_is_cut_before_it_begins(egress, lines, waits_for):
+    with silent_endpoint() as endpoint:
+        side = egress(target=Address(*endpoint.sockaddr))
+        server = side.launch(Kind.UDP if waits_for == "a datagram" else Kind.TCP)
+        gevent.sleep(SHORT_S)
+        side.exchanges.kill()
+    (line,) = lines(side)
+    assert (line["id"], line["end"], line["bytes_up"]) == (ID.decode(), "cut", 0)
+    assert is_reset(server)
+
+
+def test_a_user_who_is_cut_while_waiting_for_a_data_connection(ingress, lines):
+    side = ingress()
+    user = side.user()
+    gevent.sleep(SHORT_S)
+    side.exchanges.kill()
+    assert is_reset(user)
+    assert [(line["end"], line["user"]) for line in lines(side)] == [("cut", str(address_of(user)))]
+
+
+def test_a_target_that_refuses_is_told_though_the_exchange_is_cut_behind_it(egress, lines):
+    side = egress(target=Address("127.0.0.1", 1))
+    side.egress._fail = lambda id, why: True
+    side.launch(Kind.TCP)
+    gevent.sleep(SHORT_S)
+    side.exchanges.kill()
+    (line,) = lines(side)
+    assert (line["end"], line["reason"]) == ("no target", "refused")
 
 
 # UDP
