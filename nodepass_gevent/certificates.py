@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from .errors import ConfigError, reason
-from .files import open_at_once, stamps
+from .files import may_pass, open_at_once, stamps
 
 Value = TypeVar("Value")
 
@@ -36,7 +36,7 @@ class FromFiles(Generic[Value]):
         self.value = read(*paths)
 
     def reload(self) -> bool:
-        """Read the files again if they changed; keep what was there, and say so, if they are bad."""
+        """Read the files again if they changed, or could not be read; keep what was there, and say so, if bad."""
         seen = stamps(*self._paths)
         if seen == self._seen:
             return False
@@ -44,6 +44,8 @@ class FromFiles(Generic[Value]):
         try:
             self.value = self._read(*self._paths)
         except ConfigError as exc:
+            if may_pass(exc):
+                self._seen = ()
             self._log.error("not reloaded, the old one stays in use: %s", exc)
             return False
         return True

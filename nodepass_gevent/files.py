@@ -1,6 +1,9 @@
 """Files that may change, or become something else, while this process runs."""
 
+import errno
 import os
+
+_OF_THE_FILE = frozenset((errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENXIO))
 
 
 def open_at_once(path: str, flags: int) -> int:
@@ -21,3 +24,13 @@ def _stamp(path: str | None) -> tuple:
     except (OSError, ValueError):  # ValueError: a NUL in the path
         return ()
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether ``error`` comes from one of the system's that says nothing of a file: no descriptors, a disk that fails.
+
+    Then it may be read the next time, though nothing of it has changed.
+    """
+    while error.__cause__:
+        error = error.__cause__
+    return isinstance(error, OSError) and error.errno not in _OF_THE_FILE

@@ -14,7 +14,7 @@ from gevent.threadpool import ThreadPool
 from . import log as logs
 from .config import Config, Process
 from .errors import ConfigError, reason
-from .files import open_at_once, stamps
+from .files import may_pass, open_at_once, stamps
 from .tunnel_key import Root, TunnelKey, derive, parse_key
 from .values import shown_path
 
@@ -42,6 +42,8 @@ class KeyRing:
         try:
             keys = read_keys(self._config)
         except ConfigError as exc:
+            if may_pass(exc):
+                self._seen = ()
             self._log.error("tunnel key not reloaded, the old one stays in use: %s", exc)
             return
         roots = _derive_aside(self._config, keys)

@@ -6,7 +6,7 @@ import time
 
 import gevent
 import pytest
-from support import BOUND_S, LOOPBACK, bounded, wait_until
+from support import BOUND_S, LOOPBACK, bounded, out_of_descriptors, wait_until
 
 from nodepass_gevent import keyring
 from nodepass_gevent.config import Config
@@ -159,6 +159,16 @@ def test_a_file_that_is_gone_leaves_the_old_key_in_use(file, caplog):
     os.unlink(path)
     ring.reload()
     assert ring.roots == roots(OLD) and "no such file" in caplog.text
+
+
+def test_a_file_for_which_there_is_no_descriptor_is_read_the_next_time(file, caplog):
+    ring = KeyRing(config(tunnel_key_file=file(OLD)))
+    file(NEW)
+    with out_of_descriptors():
+        ring.reload()
+    assert ring.roots == roots(OLD) and "too many open files" in caplog.text
+    ring.reload()
+    assert ring.roots == roots(NEW)
 
 
 def test_corrected_permissions_are_noticed(file, caplog):

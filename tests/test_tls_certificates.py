@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa, x25519
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat
 from OpenSSL import crypto
 from secure import client_context, stream_pair
-from support import bounded
+from support import bounded, out_of_descriptors
 
 from nodepass_gevent import tls, tls_context
 from nodepass_gevent.certificates import load_certificate, make_certificate
@@ -446,6 +446,17 @@ def test_a_reload_leaves_connections_as_they_are(authority, dial, files, tmp_pat
     server.reload()
     transport.sendall(b"x")
     assert presented_to(transport) != server.certificate.chain[0]
+
+
+def test_files_for_which_there_is_no_descriptor_are_read_the_next_time(authority, files, tmp_path, log):
+    server = ServerCertificate(*files)
+    old = server.certificate
+    write(authority.issue_cert("localhost"), tmp_path)
+    with out_of_descriptors():
+        server.reload()
+    assert server.certificate is old and "too many open files" in log.text
+    server.reload()
+    assert server.certificate != old
 
 
 def test_a_bad_certificate_at_the_start_is_an_error(files):
