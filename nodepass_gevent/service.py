@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from gevent import monkey
 from gevent.event import Event
 from gevent.pool import Group
 
@@ -20,6 +21,7 @@ from .state import Description, Ended, wall_clock
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
 REPEAT_S = 60.0  # a reason that stays the same is logged that often
 CLEAN_S = 1.0  # a session that lived this long and ended in good order is followed by a try at once
+NO_MEMORY_S = 0.05
 HEALTHY_PER_PAUSE = 12  # a session that lived this many pauses ends the row: a minute at a pause of 5 s
 
 
@@ -122,7 +124,7 @@ class Service:
                 return
             self._retry_now.clear()
             self.next_try_at = wall_clock() + pause_s
-            self._retry_now.wait(pause_s)
+            _wait(self._retry_now, pause_s)
 
     def reload(self) -> None:
         """Read files again, and cut a pause short."""
@@ -134,8 +136,11 @@ class Service:
         """Let the role look at its files every RELOAD_INTERVAL, which a reload may have changed."""
         while True:
             self._reloaded.clear()
-            if not self._reloaded.wait(self.role.config.reload_interval_s):
-                self.role.reload()
+            if not _wait(self._reloaded, self.role.config.reload_interval_s):
+                try:
+                    self.role.reload()
+                except (RuntimeError, MemoryError):  # no thread for a passphrase, no memory: the next look may have it
+                    self._log.exception("%s: files are not read again", self.role)
 
     def _try(self) -> float:
         """Run the role once, say how it ended, and give the pause before the next time."""
@@ -175,3 +180,12 @@ class Service:
         else:
             self._said = {each: at for each, at in self._said.items() if now - at < REPEAT_S} | {why: now}
         self._log.log(level, "%s: %s%s", self.role, why, "" if self.role.exchanges.draining else again)
+
+
+def _wait(event: Event, seconds: float) -> bool:
+    """Wait for an event; without memory for that only a moment, in which nobody has a turn: who waits must not spin."""
+    try:
+        return event.wait(seconds)
+    except MemoryError:
+        monkey.get_original("time", "sleep")(NO_MEMORY_S)
+        return False

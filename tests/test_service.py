@@ -229,6 +229,43 @@ def test_files_are_looked_at_again_and_again_and_no_pause_is_cut_short_by_that(s
     assert not role.works.is_set()
 
 
+def test_an_error_while_files_are_read_again_is_logged_and_they_are_looked_at_again(spawn, caplog):
+    role = Failing()
+    role.config = replace(role.config, reload_interval_s=0.01)
+    read, errors = role.reload, [RuntimeError("can't start new thread")]
+
+    def reload():
+        if errors:
+            raise errors.pop()
+        read()
+
+    role.reload = reload
+    spawn(Service(role).reload_for_ever)
+    wait_until(lambda: role.reloads)
+    assert caplog.messages == ["role: files are not read again"]
+
+
+class Short(Event):
+    """There is no memory for the first waits."""
+
+    missing = 2
+
+    def wait(self, timeout=None):
+        self.missing -= 1
+        if self.missing >= 0:
+            raise MemoryError
+        return super().wait(timeout)
+
+
+def test_without_memory_for_a_pause_the_next_try_comes_all_the_same(spawn):
+    role = Failing(OSError(1, "first"), OSError(2, "second"))
+    served = Service(role)
+    served._retry_now = Short()
+    spawn(served.run)
+    with bounded():
+        assert role.works.wait()
+
+
 def test_an_interval_that_a_reload_has_changed_counts_at_once(spawn):
     role = Failing(PolicyError("no"), cooldown_s=3600)
     service = Service(role)
