@@ -76,7 +76,7 @@ class StatusServer:
                     self.port = listener.getsockname()[1]
                     log.info("status: http://%s/", Address(self.address.host, self.port))
                     self._accept(listener)
-            except (OSError, ConnectError) as exc:
+            except (OSError, ConnectError, MemoryError) as exc:
                 level = logging.WARNING if pause_s == FIRST_PAUSE_S else logging.DEBUG
                 log.log(level, "status: %s; trying again, the tunnels go on", reason(exc))
             gevent.sleep(pause_s)
@@ -94,11 +94,12 @@ class StatusServer:
                 continue
             try:
                 self._make_room()
-            except gevent.GreenletExit:
+                self._unread[connection] = time.monotonic()
+                self._connections.spawn(self._serve, server, connection, caller)
+            except (gevent.GreenletExit, MemoryError):
+                self._unread.pop(connection, None)
                 connection.close()
                 raise
-            self._unread[connection] = time.monotonic()
-            self._connections.spawn(self._serve, server, connection, caller)
 
     def _make_room(self) -> None:
         """Wait for room; meanwhile cut those who have not asked in time, the oldest first."""

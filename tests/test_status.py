@@ -649,6 +649,25 @@ def test_an_address_that_has_no_name_yet_is_told_and_tried_again(said, no_leaks)
         server.stop()
 
 
+def test_a_caller_for_whom_there_is_no_memory_does_not_end_the_server(ask, said, monkeypatch):
+    request = ask(service())
+    make_room, missing = StatusServer._make_room, [MemoryError()]
+
+    def make(self):
+        if missing:
+            raise missing.pop()
+        make_room(self)
+
+    monkeypatch.setattr(StatusServer, "_make_room", make)
+    monkeypatch.setattr(request.server, "address", Address("127.0.0.1", request.server.port))
+    with pytest.raises(OSError):
+        request("/healthz")
+    wait_until(lambda: said.find("WARNING status: MemoryError; trying again"))
+    request.server.port = 0
+    wait_until(lambda: request.server.port)
+    assert request("/healthz")[0] == 200
+
+
 def test_out_of_descriptors_it_pauses_and_holds_up_nobody(ask, said, monkeypatch):
     monkeypatch.setattr(status_server, "ACCEPT_PAUSE_S", 0.05)
     request = ask(service())
