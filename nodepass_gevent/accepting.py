@@ -63,7 +63,7 @@ def serve(
         return places > 0
 
     with closing(gevent.get_hub().loop.io(listener.fileno(), READ)) as arrival:
-        arrivals = Arrivals(arrival.start, arrival.stop, accept_some)
+        arrivals = Arrivals(arrival.start, arrival.stop, accept_some, lambda: arrival.active)
         while True:
             if accepted >= ACCEPT_BATCH:
                 scatter_keepalives(listener, limits)

@@ -1,5 +1,7 @@
 """What arrives, one by one as a rule and at times as a crowd, and how it is taken in the event loop."""
 
+import errno
+import os
 from collections.abc import Callable
 
 import gevent
@@ -43,16 +45,21 @@ class Arrivals:
     """Lets what arrives be taken in the event loop, which costs no switch, while a greenlet waits for its end.
 
     From ``start(callback)`` on ``callback()`` is called at each arrival, until ``stop()``. ``take()`` must not block.
+    ``watched()``: whether that is so still. For want of memory libev calls once and then nevermore.
     """
 
     def __init__(
-        self, start: Callable[[Callable[[], None]], object], stop: Callable[[], object], take: Callable[[], bool]
+        self,
+        start: Callable[[Callable[[], None]], object],
+        stop: Callable[[], object],
+        take: Callable[[], bool],
+        watched: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._start, self._stop, self._take = start, stop, take
+        self._start, self._stop, self._take, self._watched = start, stop, take, watched
         self._over = Waiter()
 
     def run(self) -> None:
-        """Wait while ``take()`` gives True; raise what it raises."""
+        """Wait while ``take()`` gives True; raise what it raises, and OSError when nothing would be heard any more."""
         self._start(self._arrived)
         try:
             self._over.get()
@@ -62,6 +69,8 @@ class Arrivals:
     def _arrived(self) -> None:
         try:
             goes_on = self._take()
+            if not self._watched():
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         except Exception as exc:  # the event loop must not see it: it is raised where ``run`` waits
             self._over.throw(exc)
         else:

@@ -73,7 +73,7 @@ class PublicSocket:
             return True
 
         with closing(gevent.get_hub().loop.io(self._socket.fileno(), READ)) as arrival:
-            arrivals = Arrivals(arrival.start, arrival.stop, receive_some)
+            arrivals = Arrivals(arrival.start, arrival.stop, receive_some, lambda: arrival.active)
             while True:
                 try:
                     arrivals.run()

@@ -213,6 +213,15 @@ def test_the_accept_loop_outlives_a_lack_of_memory(listener, accepted, spawn):
     assert pauses == [no_memory]
 
 
+def test_a_listener_that_the_event_loop_lacks_the_memory_to_watch_is_not_deaf_for_ever(listener, accepted, spawn, deaf):
+    pauses, watcher = [], deaf(accepting)
+    spawn(accepting.serve, listener, accepted.append, pauses.append)
+    wait_until(lambda: watcher.watches == 2)
+    with dial(listener):
+        wait_until(lambda: accepted)
+    assert [exc.errno for exc in pauses] == [errno.ENOMEM]
+
+
 def test_a_caller_for_whom_there_is_no_memory_leaves_no_descriptor(listener, monkeypatch):
     with dial(listener) as caller:
         monkeypatch.setattr(accepting, "RawSocket", Mock(side_effect=MemoryError))

@@ -128,6 +128,21 @@ def test_an_error_of_what_takes_is_raised_where_it_is_waited_for(spawn):
     assert running.successful() and watcher.callback is None
 
 
+def test_what_is_watched_no_more_is_an_error_behind_what_was_there(spawn):
+    watcher, taken = Watcher(), []
+
+    def run():
+        with pytest.raises(OSError, match="Cannot allocate memory"):
+            Arrivals(watcher.start, watcher.stop, lambda: not taken.append(1), lambda: len(taken) < 2).run()
+
+    running = spawn(run)
+    wait_until(lambda: watcher.callback)
+    watcher.tell()
+    assert not running.ready()
+    watcher.tell()
+    assert running.successful() and len(taken) == 2
+
+
 def test_who_is_killed_takes_no_more(spawn):
     watcher = Watcher()
     running = spawn(Arrivals(watcher.start, watcher.stop, lambda: True).run)

@@ -7,6 +7,7 @@ import gevent
 import pytest
 from support import BOUND_S, bounded, endpoint_of, wait_until
 
+from nodepass_gevent import udp
 from nodepass_gevent.config import Address
 from nodepass_gevent.frames import MAX_DATAGRAM
 from nodepass_gevent.net import bind, ports_drawn
@@ -172,6 +173,16 @@ class WithoutMemory:
 
     def __getattr__(self, name):
         return getattr(self.sock, name)
+
+
+def test_a_public_socket_that_the_event_loop_lacks_the_memory_to_watch_is_not_deaf_for_ever(spawn, deaf):
+    public, watcher = public_socket("127.0.0.1"), deaf(udp)
+    with user() as sock, closing(public):
+        serving = spawn(public.serve, echo)
+        wait_until(lambda: watcher.watches == 2)
+        sock.sendto(b"x", ("127.0.0.1", public.port))
+        assert sock.recv(100) == b"x"
+        serving.kill()
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOMEM, "out of memory"), MemoryError()])
