@@ -363,10 +363,11 @@ class Reception:
         )
         session = Session(caller.connection, pool, _refuse_speech, ping_interval_s=self._config.report_interval_s)
         client = Client(1, origin, caller.connection, session, pool)
+        id = secrets.token_bytes(opening.SESSION_LENGTH)  # first: a caller for which there is none is not served
         if not caller.decide(client):
             return None
         try:
-            self._clients.admit(client, secrets.token_bytes(opening.SESSION_LENGTH))
+            self._clients.admit(client, id)
         except MemoryError:
             pool.close()  # which ends its session: it would last, and no user would come to it
             raise

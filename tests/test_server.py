@@ -1,5 +1,7 @@
 """Callers of the tunnel port: who is known as the client, and what becomes of everybody else."""
 
+import errno
+import secrets
 from contextlib import closing
 from unittest.mock import Mock
 
@@ -9,6 +11,7 @@ from support import bounded, data_segments_in, is_reset, read_all, read_exactly,
 from tunnel import ELSEWHERE, HERE, closed, dial, is_served, quiet, read_line, without_offer
 
 from nodepass_gevent import net
+from nodepass_gevent.opening import SESSION_LENGTH
 
 SHORT = {"caller_timeout_s": 0.05}
 
@@ -27,6 +30,23 @@ def test_a_caller_whose_data_connection_completes_is_the_client(serve, connect, 
     assert without_offer(client.first_line) == b"//%d#%d" % (running.data, mode)
     assert said.find(r"INFO client 127\.0\.0\.1:\d+ connected")
     assert is_served(connect(running, "user"), client)
+
+
+def test_a_caller_of_whom_no_client_can_be_made_becomes_one_by_its_next_data_connection(serve, connect, monkeypatch):
+    draw, failures = secrets.token_bytes, [OSError(errno.EIO, "no random bytes")]
+
+    def draw_or_fail(size):
+        if size == SESSION_LENGTH and failures:
+            raise failures.pop()
+        return draw(size)
+
+    monkeypatch.setattr(secrets, "token_bytes", draw_or_fail)
+    running = serve()
+    client = connect(running)
+    with dial(running.data) as data:
+        assert closed(data)
+    assert not failures
+    assert is_served(connect(running, "user"), client.join().known())
 
 
 @pytest.mark.parametrize("mode", [0, 1])
