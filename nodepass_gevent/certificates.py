@@ -40,14 +40,13 @@ class FromFiles(Generic[Value]):
         seen = stamps(*self._paths)
         if seen == self._seen:
             return False
-        self._seen = seen
         try:
             self.value = self._read(*self._paths)
         except ConfigError as exc:
-            if may_pass(exc):
-                self._seen = ()
+            self._seen = () if may_pass(exc) else seen
             self._log.error("not reloaded, the old one stays in use: %s", exc)
             return False
+        self._seen = seen
         return True
 
 

@@ -46,7 +46,11 @@ class KeyRing:
                 self._seen = ()
             self._log.error("tunnel key not reloaded, the old one stays in use: %s", exc)
             return
-        roots = _derive_aside(self._config, keys)
+        try:
+            roots = _derive_aside(self._config, keys)
+        except (RuntimeError, MemoryError):  # RuntimeError: the system gives no thread for it
+            self._seen = ()
+            raise
         if self._seen == seen:  # it may have changed once more meanwhile
             self.roots = roots
             self._log.info("tunnel key: %d read from %s", len(keys), shown_path(self._config.tunnel_key_file))

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -167,6 +168,17 @@ def test_a_file_for_which_there_is_no_descriptor_is_read_the_next_time(file, cap
     with out_of_descriptors():
         ring.reload()
     assert ring.roots == roots(OLD) and "too many open files" in caplog.text
+    ring.reload()
+    assert ring.roots == roots(NEW)
+
+
+def test_a_passphrase_for_which_there_is_no_thread_is_stretched_the_next_time(file, monkeypatch):
+    ring = KeyRing(config(tunnel_key_file=file(OLD)))
+    file(NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr(keyring, "_derive_aside", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError):
+            ring.reload()
     ring.reload()
     assert ring.roots == roots(NEW)
 
