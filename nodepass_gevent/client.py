@@ -13,8 +13,8 @@ from .crew import Crew
 from .deadlines import deadline, shared_deadline
 from .dialing import PlainDial
 from .dialing_pool import DialingPool
+from .egress import Egress
 from .errors import Busy, CertificateRefused, KeyMismatch, NoPlace, PolicyError, ProtocolError, RefusedByPeer
-from .forward import Egress
 from .hearing import Signals, Silence, refusal
 from .keyring import KeyRing
 from .metrics import Counters

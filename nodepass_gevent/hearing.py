@@ -11,8 +11,8 @@ from gevent.event import Event
 
 from . import wire
 from .config import Limits
+from .egress import Egress
 from .errors import Busy, LaunchFailed, PeerLeft, ProtocolError
-from .forward import Egress
 from .launching import Abortable
 from .metrics import Counters
 from .wire import Bye, Fail, Launch, Need, Ping

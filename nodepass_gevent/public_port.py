@@ -1,6 +1,6 @@
 """The public port: open all the time, or, where several processes share it, while a client is there to serve its users.
 
-What becomes of a user is decided in ``forward``. Here is only when users may come, and that none is lost at the end.
+What becomes of a user is decided in ``ingress``. Here is only when users may come, and that none is lost at the end.
 """
 
 import socket
@@ -17,8 +17,8 @@ from .admission import Admission
 from .clients import Clients
 from .config import Config
 from .errors import NoDataConnection
-from .forward import Ingress
 from .handover import PUBLIC, Sockets, bound, named
+from .ingress import Ingress
 from .transport import RawSocket
 from .udp import PublicSocket
 from .values import Address

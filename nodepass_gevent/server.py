@@ -2,7 +2,7 @@
 
 Where several processes share the tunnel port and the public port, each has its own data port, for both profiles. What
 becomes of a caller is decided in ``reception``, when users may come in ``public_port``, what becomes of them in
-``forward``.
+``ingress``.
 """
 
 import errno
@@ -25,8 +25,8 @@ from .clients import Clients
 from .config import Config
 from .crew import Crew
 from .errors import reason
-from .forward import Ingress
 from .handover import Sockets, bound
+from .ingress import Ingress
 from .keyring import KeyRing
 from .metrics import Counters
 from .penalties import Penalties

@@ -9,8 +9,9 @@ from support import LIMITS, LOOPBACK, wait_until
 
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.crew import Crew
+from nodepass_gevent.egress import Egress
 from nodepass_gevent.errors import NoDataConnection
-from nodepass_gevent.forward import Egress, Ingress
+from nodepass_gevent.ingress import Ingress
 from nodepass_gevent.metrics import NUMBERS, Counters
 from nodepass_gevent.pool import AcceptingPool
 from nodepass_gevent.relay import Exchange

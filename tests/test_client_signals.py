@@ -90,7 +90,7 @@ def test_the_reason_of_a_failed_dial_is_told(v2, monkeypatch, failure, why):
     def connect(*_arguments, **_options):
         raise failure
 
-    monkeypatch.setattr("nodepass_gevent.forward.connect", connect)
+    monkeypatch.setattr("nodepass_gevent.egress.connect", connect)
     v2.server.say(b"//%b#1\n" % ID)
     assert v2.line() == b"//0123abcd?why=%b#fail\n" % why
     reset(data)

@@ -13,7 +13,7 @@ from proxyprotocol.v2 import ProxyProtocolV2
 from support import bounded, is_reset, read_all, read_exactly, wait_until
 
 from nodepass_gevent.config import Address
-from nodepass_gevent.forward import Egress
+from nodepass_gevent.egress import Egress
 from nodepass_gevent.frames import format_frame
 from nodepass_gevent.udp import TargetSocket
 from nodepass_gevent.unframed import ONE_SEGMENT

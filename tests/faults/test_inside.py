@@ -51,7 +51,7 @@ def test_exchanges_that_are_killed_wherever_they_are_leave_nothing_behind(target
 
 IN_EXCHANGES = (
     "relay:_Flow._copy@150", "relay:_Flow._copy@400", "relay:_Flow._end@30", "relay:Exchange.run@50",
-    "relay:Exchange.__init__@55", "forward:Ingress._carry@60", "forward:Egress._tcp@70",
+    "relay:Exchange.__init__@55", "ingress:Ingress._carry@60", "egress:Egress._tcp@70",
 )  # fmt: skip
 
 

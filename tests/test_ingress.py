@@ -6,7 +6,6 @@ import pytest
 from exchanges import ID, SHORT_S, FakeLink
 from support import BOUND_S, is_reset, read_all, read_exactly, reset, wait_until
 
-from nodepass_gevent import forward
 from nodepass_gevent.errors import LaunchFailed
 
 
@@ -64,8 +63,11 @@ def test_a_user_for_whom_there_is_no_memory_for_a_greenlet_is_reset_with_its_dat
 def test_a_user_for_whom_there_is_no_memory_to_begin_is_reset_with_its_data_connection(ingress, monkeypatch, what):
     side = ingress()
     taken = side.add_data()
-    where = (side.link, "send") if what == "launch" else (forward, "Exchange")
-    monkeypatch.setattr(*where, Mock(side_effect=MemoryError))
+    fails = Mock(side_effect=MemoryError)
+    if what == "launch":
+        monkeypatch.setattr(side.link, "send", fails)
+    else:
+        monkeypatch.setattr("nodepass_gevent.ingress.Exchange", fails)
     accepted, user = side.pair()
     with pytest.raises(MemoryError):
         side.ingress.user(accepted)

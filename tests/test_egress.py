@@ -9,17 +9,17 @@ from exchanges import ID, SHORT_S, address_of, happened
 from secure import transports
 from support import Flooded, as_stream, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
 
-from nodepass_gevent import forward, net
+from nodepass_gevent import net
 from nodepass_gevent.config import Address
+from nodepass_gevent.egress import FIRST, Egress
 from nodepass_gevent.errors import ProtocolError
-from nodepass_gevent.forward import Egress
 from nodepass_gevent.wire import Kind, Launch
 
 
 @pytest.fixture(autouse=True, params=[False, True], ids=["calm", "busy"])
 def busy(request, monkeypatch):
     """While others wait for their turn, what a user has said goes along with the handshake."""
-    monkeypatch.setattr(forward, "soon", Mock(busy=request.param))
+    monkeypatch.setattr("nodepass_gevent.egress.soon", Mock(busy=request.param))
     return request.param
 
 
@@ -81,7 +81,7 @@ def test_what_a_user_has_said_comes_once_and_counts_once(egress, target, busy, f
         assert read_all(accepted) == whole
     assert read_all(server) == b""
     assert side.counted == {"tcp_exchanges": 1, "bytes_up": len(whole)}
-    assert said[0] == (whole[: forward.FIRST] if busy else b"")
+    assert said[0] == (whole[:FIRST] if busy else b"")
 
 
 def test_the_header_of_the_proxy_protocol_stands_before_what_a_user_has_said(egress, target):

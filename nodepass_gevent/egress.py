@@ -1,8 +1,7 @@
-"""The way of a user: Ingress, from the public port to a launch; Egress, from a launch to the target.
+"""The way of a launch to the target; it does not know on which side of the tunnel it runs.
 
-What is TCP's stands here, what is UDP's in ``datagrams``. Neither knows which side of the tunnel it runs on. Each
-exchange is one greenlet of ``exchanges``, the pool that is the limit of them all; it outlives the session that
-launched it.
+What is TCP's stands here, what is UDP's in ``datagrams_egress``. Each exchange is one greenlet of ``exchanges``, the
+pool that is the limit of them all; it outlives the session that launched it.
 """
 
 import logging
@@ -18,21 +17,11 @@ from . import access, proxy_protocol
 from . import log as logs
 from .access import AccessLog
 from .alarm import soon
+from .carrying import conclude, observe_answer, run, tell_full
 from .config import Config
 from .crew import Crew
-from .datagrams import DatagramIngress, Entrance
 from .datagrams_egress import DatagramEgress
-from .errors import (
-    GONE,
-    ConnectError,
-    LaunchFailed,
-    NoDataConnection,
-    NodePassError,
-    ProtocolError,
-    TunnelError,
-    reason,
-)
-from .launching import Launched, Launcher, Link
+from .errors import GONE, ConnectError, NoDataConnection, NodePassError, ProtocolError, reason
 from .metrics import Counters
 from .net import connect
 from .relay import Exchange
@@ -43,7 +32,6 @@ from .wire import Kind, Launch
 CHUNK = 4096  # bytes per read of what nobody wants
 LOOK_S = 0.01  # between two looks whether a peer has reset a connection on which nothing more comes
 FIRST = 4096  # bytes that go along with a handshake: there is room for more in the send buffer of a new connection
-FULL = "all places are taken, %d of semaphore-limit: further users wait"
 
 
 class ById(Protocol):
@@ -60,133 +48,6 @@ class ById(Protocol):
 
     def outlives(self, id: bytes) -> bool:
         """Whether what was kept under that id has outlived the session."""
-
-
-_Begun = tuple[Launched, Exchange, float]  # an exchange that does not run yet, and since when (monotonic)
-
-
-class Ingress:
-    """Users of the public port; how a peer is found, ``Launcher`` knows."""
-
-    def __init__(
-        self,
-        link: Callable[[float], Link],
-        exchanges: Crew,
-        config: Config,
-        counters: Counters,
-        entrance: Entrance | None = None,
-    ) -> None:
-        self._launcher = Launcher(link)
-        self._exchanges = exchanges
-        self._config = config
-        self._counters = counters
-        self._log = logs.of(config.name)
-        self._access = AccessLog(config, access.PUBLIC)
-        self._full = logs.Seldom(self._log)
-        self.udp = DatagramIngress(self._launcher, exchanges, config, counters, entrance)
-
-    def room(self) -> int:
-        """Say for how many users there is room."""
-        return self._exchanges.free_count()
-
-    def wait_for_room(self) -> None:
-        """Wait until there is room for a user."""
-        if self._exchanges.full():
-            self._full.warning(FULL, self._config.semaphore_limit)
-            self._exchanges.wait_available()
-
-    def settle(self, timeout_s: float) -> None:
-        """Wait until nobody who has come waits for a launch, for ``timeout_s`` at most."""
-        self._launcher.settle(timeout_s)
-
-    def user(self, user: Stream, ended: Callable[[], object] | None = None) -> None:
-        """Start the exchange of a TCP user; ``ended()`` is called behind it.
-
-        With a data connection that is ready it is launched before anything else has its turn. Its greenlet must not be
-        killed before it has begun: nobody else closes user and data connection. MemoryError: both are reset.
-        """
-        self._counters.tcp_exchanges += 1
-        came = time.monotonic()
-        begun = None
-        try:
-            launched = self._launcher.launch_at_once(Kind.TCP, user.peer)
-            begun = self._begin(user, came, launched) if launched else None
-            self._exchanges.spawn(self._tcp, user, came, begun, ended)
-        except MemoryError:  # there is no greenlet to end this exchange
-            self._counters.exchanges_failed += 1
-            user.reset()
-            if begun:
-                id, data, link = begun[0]
-                del link.launched[id]
-                data.reset()
-            if ended:
-                ended()
-            raise
-
-    def _tcp(self, user: Stream, came: float, begun: _Begun | None, ended: Callable[[], object] | None) -> None:
-        end = came + self._config.limits.pool_wait_s
-        with user:
-            try:
-                if begun is None:
-                    begun = self._begin(user, came, self._wait(came, end, user))
-                if not self._carry(user, begun, end):
-                    self._counters.launches_repeated += 1
-                    begun = self._begin(user, came, self._wait(came, end, user))
-                    self._carry(user, begun)
-            except TunnelError as exc:
-                self._counters.exchanges_failed += 1
-                self._log.warning("user %s refused: %s", user, exc)
-                self._access.nothing("tcp", b"", user.peer, came, (access.NO_DATA_CONNECTION, str(exc)))
-                user.reset()
-            except BaseException:
-                if begun:
-                    _, data, _ = begun[0]
-                    data.reset()  # it may be that nothing was carried yet
-                raise
-            finally:
-                if ended:
-                    ended()
-
-    def _wait(self, came: float, end: float, user: Stream) -> Launched:
-        try:
-            return self._launcher.launch(Kind.TCP, end - time.monotonic(), user.peer)
-        except gevent.GreenletExit:
-            self._access.nothing("tcp", b"", user.peer, came, (access.CUT, ""))
-            raise
-
-    def _begin(self, user: Stream, came: float, launched: Launched) -> _Begun:
-        """Register the exchange of a user on the data connection that it was given."""
-        id, data, link = launched
-        try:
-            on_answer = partial(_observe_answer, self._counters, came)
-            running = Exchange(user, data, self._config.limits.half_closed_timeout_s, on_answer)
-            begun = launched, running, time.monotonic()
-            link.launched[id] = running
-        except MemoryError:  # nobody else closes it
-            data.reset()
-            raise
-        return begun
-
-    def _carry(self, user: Stream, begun: _Begun, end: float = 0) -> bool:
-        """Carry a user on its data connection; False when that is dead before a byte and before ``end`` (0: never)."""
-        (id, data, link), running, started = begun
-        with data:
-            tell = partial(self._access.tcp, id, user.peer, (user, data), started, running.traffic)
-            try:
-                error = _run(running, self._config.limits.idle_timeout_s, self._counters, tell)
-            finally:
-                link.launched.pop(id, None)
-            if end and not running.began and _is_dead(error, user, end):
-                self._log.debug("data connection %s of user %s was dead: %s", id.decode(), user, error)
-                data.reset()
-                return False
-            if isinstance(error, LaunchFailed):
-                self._counters.launches_failed += 1
-                self._log.warning("user %s reset: %s", user, error)
-            tell(error)
-            if error:
-                _conclude(user, data, error, running.complete, self._counters)
-        return True
 
 
 class Egress:
@@ -226,7 +87,7 @@ class Egress:
             if not self._waiting and not self._exchanges.full():
                 self._exchanges.spawn(self._run, launch)
                 return
-            self._full.warning(FULL, self._config.semaphore_limit)
+            tell_full(self._full, self._config)
             if len(self._waiting) < self._config.max_pool_capacity and launch.id not in self._waiting:
                 self._waiting[launch.id] = gevent.spawn(self._wait_for_room, launch)
                 self._pool.keep(launch.id)
@@ -317,13 +178,13 @@ class Egress:
             if introduces:
                 target.sendall(proxy_protocol.header(self._config.proxy_protocol, self._user(launch), target.peer))
             started = time.monotonic()
-            on_answer = partial(_observe_answer, self._counters, came)
+            on_answer = partial(observe_answer, self._counters, came)
             running = Exchange(data, target, limits.half_closed_timeout_s, on_answer, len(says))
             tell = partial(self._access.tcp, launch.id, self._user(launch), (data, target), started, running.traffic)
-            error = _run(running, limits.idle_timeout_s, self._counters, tell)
+            error = run(running, limits.idle_timeout_s, self._counters, tell)
             tell(error)
             if error:
-                _conclude(data, target, error, running.complete, self._counters)
+                conclude(data, target, error, running.complete, self._counters)
 
     def _check_network(self, launch: Launch, data: Transport) -> None:
         """Refuse what this side is not to carry, whatever the server takes from its users: ConnectError."""
@@ -352,48 +213,3 @@ class Egress:
 
 def _protocol(launch: Launch) -> str:
     return "tcp" if launch.kind is Kind.TCP else "udp"
-
-
-def _is_dead(error: BaseException | None, user: Stream, end: float) -> bool:
-    """Whether an exchange that has read nothing, not even an end, from either side ended by its data connection.
-
-    Nothing can be lost or come twice when its user is given another one. A peer that says so has not taken the
-    connection; a broken one counts only while the user is as good as new, for later it is a target's own reset.
-    """
-    if isinstance(error, LaunchFailed):
-        return error.why == GONE
-    return isinstance(error, ConnectionError) and time.monotonic() < end and user.peek() is not False
-
-
-def _run(
-    exchange: Exchange, idle_timeout_s: float, counters: Counters, on_kill: Callable[[BaseException], object]
-) -> Exception | None:
-    """Run an exchange to its end, its bytes being counted all the while."""
-    traffic = exchange.traffic
-    counters.running.add(traffic)
-    try:
-        return exchange.run(idle_timeout_s)
-    except gevent.GreenletExit as exc:
-        on_kill(exc)
-        raise
-    finally:
-        counters.ended(traffic)
-
-
-def _observe_answer(counters: Counters, since: float) -> None:
-    counters.first_bytes.observe(time.monotonic() - since)
-
-
-def _conclude(
-    user_side: Transport, target_side: Transport, error: BaseException, complete: tuple[bool, bool], counters: Counters
-) -> None:
-    """Count a failure, and pass that of one side on to the other as a reset.
-
-    After a silence nothing is wrong with what was sent before. Who was sent all of it and its end gets no reset: that
-    would throw away what is still on the way to a slow reader.
-    """
-    counters.exchanges_failed += 1
-    silence = isinstance(error, TimeoutError) and error.errno is None
-    for side, is_complete in zip((user_side, target_side), complete, strict=True):
-        if not (silence and is_complete):
-            side.reset()
