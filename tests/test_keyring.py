@@ -51,7 +51,7 @@ def test_a_key_comes_from_the_setting_or_from_the_file(file):
 
 
 def test_a_file_holds_two_keys_and_the_first_one_proves(file):
-    path = file(f"\ufeff# since May\r\n\r\n  {NEW}  \r\n# before\n\t{OLD}")
+    path = file(f"\ufeff# since May\r\n\r\n  {NEW}  \r\n\t# before\n\t{OLD}")
     assert KeyRing(config(tunnel_key_file=path)).roots == roots(NEW, OLD)
 
 
@@ -81,6 +81,11 @@ def test_a_file_that_holds_no_key_is_refused_in_one_line(file, text, why):
 def test_a_file_that_others_may_use_is_refused(file, mode):
     with pytest.raises(ConfigError, match=f"has mode {mode:04o}: others may use it; chmod 600"):
         read_keys(config(tunnel_key_file=file(NEW, mode)))
+
+
+def test_a_file_may_be_as_large_as_is_read(file):
+    text = f"{NEW}\n#"
+    assert read_keys(config(tunnel_key_file=file(text.ljust(keyring.MAX_FILE, "#"))))
 
 
 def test_a_file_may_be_for_reading_only(file):
