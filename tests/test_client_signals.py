@@ -122,7 +122,7 @@ def test_a_launch_whose_id_never_comes_is_answered_gone(v2):
 
 
 def test_launches_beyond_all_limits_are_answered_busy(v2):
-    v2 = v2(semaphore_limit=1, min_pool_capacity=1, max_pool_capacity=1)
+    v2 = v2(semaphore_limit=1, min_pool_capacity=1, max_pool_capacity=1, drain_linger_s=0.1)
     v2.join(ID)
     v2.server.say(b"".join(b"//0000000%d#1\n" % number for number in range(4)))
     assert v2.line() + v2.line() == b"//00000002?why=busy#fail\n//00000003?why=busy#fail\n"

@@ -12,7 +12,7 @@ from tunnel import HERE, quiet
 
 from nodepass_gevent import opening, tls
 from nodepass_gevent.client import Client
-from nodepass_gevent.config import Address, Config, Pins
+from nodepass_gevent.config import Address, Config, Limits, Pins
 from nodepass_gevent.errors import ConnectError, PolicyError, ProtocolError, SessionLost
 from nodepass_gevent.tls_context import ServerCertificate
 
@@ -317,8 +317,11 @@ def test_data_connections_are_held_to_the_same_demands_as_the_control_channel(
     shown = ServerCertificate(*(right if data == "right" else wrong).write(tmp_path / "data").values())
     server = two_faced(control, shown, 1 if demand == "pin" else 2)
     joined = join(
-        server.tunnel.getsockname()[1], min_pool_capacity=1, **settings.get(demand, {"pin": right.pin})
-    )  # the pool dials one
+        server.tunnel.getsockname()[1],
+        min_pool_capacity=1,  # the pool dials one
+        limits=Limits(drain_linger_s=0.1),  # for who is refused, and does not hang up here
+        **settings.get(demand, {"pin": right.pin}),
+    )
     serving = gevent.spawn(lambda: _outcome(server.run))
     if data == "right":
         assert not isinstance(serving.get(), OSError)
