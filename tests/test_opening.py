@@ -95,6 +95,8 @@ def test_a_welcome_is_read_and_written():
     assert opening.parse_welcome(line) == WELCOMED
     assert opening.format_welcome(WELCOMED) == line + b"\n"
     assert opening.parse_welcome(b"//?why=busy#bye") == Bye(b"busy")
+    with pytest.raises(ProtocolError, match="not a welcome: "):
+        opening.parse_welcome(line.replace(b"#welcome", b"#hello"))
 
 
 def test_a_welcome_without_an_interval_leaves_the_server_a_second_to_be_heard():
