@@ -21,7 +21,7 @@ def _stamp(path: str | None) -> tuple:
         return ()
     try:
         status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: a NUL in the path
+    except OSError:
         return ()
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
