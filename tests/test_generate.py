@@ -100,6 +100,7 @@ def test_processes_have_ports_and_logs_by_their_number():
     assert (program["numprocs"], program["process_name"]) == ("3", "%(program_name)s_%(process_num)02d")
     assert program["stdout_logfile"] == "/var/log/nodepass-web_%(process_num)02d.log"
     assert command_of(program, 2)[-1] == "server://0.0.0.0:10102/0.0.0.0:8002?tls=1"
+    assert section("web", EACH_ITS_PORTS, "--numprocs", "100")["numprocs"] == "100"
 
 
 def test_each_process_is_checked():
@@ -396,6 +397,8 @@ def test_a_script_is_run_again_by_its_absolute_path(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     assert own_command("nodepass", sys.executable) == OwnCommand((str(script),))
+    script.chmod(0o644)  # which nobody can run
+    assert own_command("nodepass", sys.executable).words == (sys.executable, "-m", "nodepass_gevent")
 
 
 def test_a_module_is_run_again_from_the_directory_that_has_it(tmp_path):
