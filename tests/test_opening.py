@@ -202,6 +202,7 @@ def test_a_malformed_proof_is_refused(line):
     "line",
     [
         b"", b"//auth?%b&%b#s" % (S, M), b"//auth?%b&%b&i=5#s" % (S, M), b"//auth?%b&%b&i=5&p=x#s" % (S, M),
+        b"//auth?%b&%b&i=x&p=5#s" % (S, M),
         b"//auth?%b&i=5&p=1#s" % M, b"//auth?%b&i=5&p=1#s" % S, b"//auth?%bA&%b&i=5&p=1#s" % (S, M),
         b"//auth?%b&%b&i=5&p=1#c" % (S, M), b"//0123456789abcdef?c=need&i=5&p=1024#welcome",
     ],
