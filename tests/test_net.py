@@ -133,9 +133,10 @@ def test_a_name_is_bound_at_its_ipv4_address(monkeypatch, no_leaks):
         assert sock.getsockname()[0] == "127.0.0.1"
 
 
-def test_an_address_of_another_machine_is_refused_with_what_to_write():
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_address_of_another_machine_is_refused_with_what_to_write(shared):
     with pytest.raises(OSError, match="which is no address of this machine") as caught:
-        net.listen(Address("192.0.2.1", 0), LIMITS)
+        net.listen(Address("192.0.2.1", 0), LIMITS, shared=shared)
     assert caught.value.errno == errno.EADDRNOTAVAIL
 
 
