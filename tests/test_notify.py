@@ -139,6 +139,14 @@ def test_the_watchdog_is_fed_well_within_its_time(notify, told, spawn):
     assert time.monotonic() - began < 2.9
 
 
+def test_a_watchdog_that_has_time_keeps_no_status_back(notify, told, spawn, monkeypatch):
+    monkeypatch.setattr("nodepass_gevent.notify.STATUS_S", 0.01)
+    manager, environ = told
+    notifier, texts = notify(environ | {"WATCHDOG_USEC": "30000000"}), ["1 tunnel", "2 tunnels"]
+    spawn(notifier.report_for_ever, lambda: texts.pop(0) if texts[1:] else texts[0])
+    assert [manager.receive() for _ in range(2)] == ["WATCHDOG=1\nSTATUS=1 tunnel", "WATCHDOG=1\nSTATUS=2 tunnels"]
+
+
 def test_a_stuck_event_loop_feeds_no_watchdog(notify, told, spawn):
     manager, environ = told
     spawn(notify(environ | {"WATCHDOG_USEC": "100000"}).report_for_ever, lambda: "x")
