@@ -129,6 +129,12 @@ def test_a_role_that_fails_twice_is_started_again_at_once_and_then_after_a_pause
     assert pauses(caplog) == ["now", "in 0.1 s"]
 
 
+def test_who_has_tried_once_in_vain_has_begun(serve):
+    role = Failing(OSError("no"))
+    serve(role)
+    assert role.begun.is_set()
+
+
 def test_the_pause_grows_to_the_cooldown_and_no_further(serve, caplog):
     serve(Failing(*[OSError("broken")] * 4, cooldown_s=0.12))
     assert pauses(caplog) == ["now", "in 0.1 s", "in 0.12 s", "in 0.12 s"]
