@@ -8,13 +8,14 @@ from unittest.mock import Mock
 
 import gevent
 import pytest
-from support import BOUND_S, LIMITS, is_reset, read_all, read_exactly, reload, reset, wait_until
+from support import BOUND_S, LIMITS, bounded, is_reset, read_all, read_exactly, reload, reset, wait_until
 from test_v2_server import call, closed  # noqa: F401  the fixture
 from tunnel import is_served, quiet, read_line
 
 from nodepass_gevent import log as logs
 from nodepass_gevent.clients import Clients
 from nodepass_gevent.config import Address
+from nodepass_gevent.errors import NoDataConnection
 from nodepass_gevent.hearing import Answers
 from nodepass_gevent.metrics import Counters
 
@@ -362,6 +363,14 @@ def test_a_client_without_the_capability_is_told_no_bye(serve, call, spawn):  # 
     client = call(serve())
     spawn(client.running.greenlet.kill)
     assert read_all(client.control).strip(b"\n") == b""
+
+
+def test_users_who_go_on_waiting_at_the_next_server_do_so_for_the_time_that_they_have():
+    before, heirs = Clients(LIMITS, logs.of("")), Clients(LIMITS, logs.of(""))
+    before.heirs = heirs
+    before.close()
+    with bounded(), pytest.raises(NoDataConnection, match="no client is connected"):
+        before.wait(0.01)
 
 
 def test_users_who_wait_while_the_server_stops_are_reset_and_not_kept_until_its_client_answers(client, connect, spawn):
