@@ -67,7 +67,7 @@ class Backoff:
     def pause_s(self, lived_s: float, *, clean: bool = False) -> float:
         """Give the pause after a try that worked for ``lived_s`` seconds, and ended in good order when ``clean``."""
         healthy_s = min(HEALTHY_PER_PAUSE * self._next_s, CLEAN_S if clean else math.inf)
-        if lived_s and lived_s >= healthy_s:
+        if lived_s >= healthy_s:
             self._next_s = 0.0
         pause_s = self._next_s
         self._next_s = min(max(pause_s * 2, FIRST_PAUSE_S), self._longest_s())
