@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import secrets
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import gevent
 
@@ -113,7 +113,7 @@ class Reception:
 
     def join_stranger(self, stream: Stream, data: Data) -> None:
         """Do as ``join_session``, in the bounded table: until its tag is verified it may be anybody's."""
-        with suppress(ConnectionAbortedError), self._callers.noted(net.origin_of(stream.peer[0]), stream):
+        with self._callers.noted(net.origin_of(stream.peer[0]), stream):
             self.join_session(stream, data)
 
     def greet(self, stream: Stream) -> None:
