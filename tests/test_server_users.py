@@ -4,11 +4,14 @@ import errno
 import os
 import random
 import socket
+from unittest.mock import Mock
 
+import gevent
 import pytest
 from support import LOOPBACK, bounded, is_reset, out_of_descriptors, read_all, read_exactly, wait_until
 from tunnel import dial, is_served, read_line, without_offer
 
+from nodepass_gevent import accepting, net
 from nodepass_gevent.config import Address, Config
 from nodepass_gevent.server import Server
 
@@ -171,6 +174,31 @@ def test_when_no_data_port_is_free_the_error_says_so(monkeypatch, no_leaks):
         monkeypatch.setattr(random, "sample", lambda _population, k: [taken.getsockname()[1]] * 3)
         with pytest.raises(OSError, match="no free data port in 1024-8191"):
             Server(Config(role="server", tunnel=LOOPBACK, target=LOOPBACK)).run()
+
+
+def test_what_else_keeps_a_data_port_from_being_opened_is_said_as_it_is(monkeypatch, no_leaks):
+    listen = net.listen
+
+    def listen_once(address, limits, **options):
+        if address.port:  # it is drawn
+            raise OSError(errno.EMFILE, "too many open files")
+        return listen(address, limits, **options)
+
+    monkeypatch.setattr(net, "listen", listen_once)
+    with pytest.raises(OSError, match="too many open files"):
+        Server(Config(role="server", tunnel=LOOPBACK, target=LOOPBACK)).run()
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "said"),
+    [(OSError(errno.EIO, "broken"), OSError, "broken"), (ZeroDivisionError(), RuntimeError, "an accept loop ended")],
+)
+def test_a_listener_that_fails_ends_the_server_by_its_error(monkeypatch, no_leaks, failure, kind, said):
+    monkeypatch.setattr(accepting, "serve", Mock(side_effect=failure))
+    monkeypatch.setattr(gevent.get_hub(), "print_exception", Mock())
+    with bounded(), pytest.raises(kind, match=said) as caught:
+        Server(Config(role="server", tunnel=LOOPBACK, target=LOOPBACK, network="tcp")).run()
+    assert failure in (caught.value, caught.value.__cause__)
 
 
 def test_random_data_ports_are_those_of_the_original(serve):
