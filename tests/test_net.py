@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import select
 import socket
@@ -311,6 +312,12 @@ def test_the_ports_that_the_kernel_draws_are_known():
     with closing(socket.socket()) as drawn:
         drawn.bind(("127.0.0.1", 0))
         assert drawn.getsockname()[1] in net.ports_drawn()
+
+
+@pytest.mark.parametrize("read", [Mock(side_effect=FileNotFoundError), Mock(return_value=io.StringIO("hidden"))])
+def test_where_nothing_tells_which_ports_the_kernel_draws_it_may_be_any(read, monkeypatch):
+    monkeypatch.setattr(net, "open", read, raising=False)
+    assert net.ports_drawn.__wrapped__() == range(1, 65536)
 
 
 def test_a_connect_without_an_answer_times_out(no_leaks):
