@@ -585,6 +585,14 @@ def test_hosts_that_are_addresses_are_served(ask, host):
     assert ask(service())("/status.json", Host=host)[0] == 200
 
 
+def test_who_names_no_host_is_served(ask):
+    """A health check in HTTP/1.0."""
+    request = ask(service())
+    with socket.create_connection(("127.0.0.1", request.server.port), BOUND_S) as caller:
+        caller.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert read_all(caller).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:9100", "127.0.0.1.evil.example", "localhost.evil", ""])
 def test_a_name_that_a_browser_was_told_for_our_address_is_refused(ask, host):
     assert ask(service())("/status.json", Host=host)[0] == 421
@@ -647,6 +655,7 @@ def test_an_address_that_has_no_name_yet_is_told_and_tried_again(said, no_leaks)
     try:
         wait_until(lambda: said.find("WARNING status: resolve no-such-name.invalid: .*; trying again"))
         wait_until(lambda: said.find("DEBUG status: resolve no-such-name.invalid: "))
+        assert said.find("status: resolve").string.startswith("WARNING ")  # the first time
     finally:
         server.stop()
 
