@@ -719,6 +719,18 @@ def test_what_is_launched_outlives_a_session_that_ends_in_good_order_until_it_is
         take(pool, first)
 
 
+def test_dials_that_fail_while_the_session_ends_are_no_warning(dialler, dialing, caplog):
+    caplog.set_level(logging.DEBUG)
+    dialler.open.clear()
+    dialler.failure = ConnectionRefusedError()
+    pool = dialing(1)
+    wait_until(lambda: dialler.in_flight)
+    pool.leave()
+    dialler.open.set()
+    wait_until(lambda: caplog.records)
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+
+
 def test_no_more_is_dialled_than_the_peer_takes(dialler, dialing):
     pool = dialing(2, maximum=4)
     wait_until(lambda: len(pool) == 2)
