@@ -24,6 +24,13 @@ def test_it_shows_the_certificate_that_the_one_before_has_made(serve):  # noqa: 
     assert after.server.describe().certificate == before.server.describe().certificate is not None
 
 
+def test_one_that_does_not_listen_any_more_hands_over_nothing(serve):  # noqa: F811
+    before = serve()
+    before.greenlet.kill()  # and it might try again
+    assert before.server._sockets.duplicate() == {}
+    serve(before, semaphore_limit=7)
+
+
 @pytest.fixture
 def waits(serve, connect):  # noqa: F811
     """Give a server without a client, and a user who waits for one there."""
