@@ -103,6 +103,10 @@ def test_processes_have_ports_and_logs_by_their_number():
     assert section("web", EACH_ITS_PORTS, "--numprocs", "100")["numprocs"] == "100"
 
 
+def test_clients_share_no_ports():
+    assert command_of(section("web", CLIENT, "--numprocs", "2"))[1:] == [CLIENT]
+
+
 def test_each_process_is_checked():
     url = "server://:655%(process_num)02d/:8080"
     words = ("web", url, "--numprocs", "40")
