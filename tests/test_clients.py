@@ -365,6 +365,16 @@ def test_a_client_without_the_capability_is_told_no_bye(serve, call, spawn):  # 
     assert read_all(client.control).strip(b"\n") == b""
 
 
+def test_at_a_server_that_tries_again_users_wait_for_a_client_as_before():
+    clients = Clients(LIMITS, logs.of(""))
+    clients.close()
+    with pytest.raises(NoDataConnection, match="the server is stopping"):
+        clients.wait(0)
+    clients.open()
+    with pytest.raises(NoDataConnection, match="no client is connected"):
+        clients.wait(0)
+
+
 def test_users_who_go_on_waiting_at_the_next_server_do_so_for_the_time_that_they_have():
     before, heirs = Clients(LIMITS, logs.of("")), Clients(LIMITS, logs.of(""))
     before.heirs = heirs
