@@ -3,6 +3,8 @@
 import contextlib
 import select
 import socket
+from dataclasses import replace
+from unittest.mock import Mock
 
 import gevent
 import pytest
@@ -10,9 +12,10 @@ from support import BOUND_S, LIMITS, is_reset, read_all, read_exactly, reload, r
 from test_client import port_of, server  # noqa: F401  the fixture
 from test_v2_client import OFFER, SESSION, Offering
 
-from nodepass_gevent import net
+from nodepass_gevent import hearing, net
 from nodepass_gevent.config import Address
 from nodepass_gevent.errors import ConnectError, PolicyError, SessionEnded, SessionLost
+from nodepass_gevent.hearing import Silence
 
 ID = b"0123abcd"
 ALL = b"need,fail,bye,from"
@@ -126,6 +129,17 @@ def test_launches_beyond_all_limits_are_answered_busy(v2):
     v2.join(ID)
     v2.server.say(b"".join(b"//0000000%d#1\n" % number for number in range(4)))
     assert v2.line() + v2.line() == b"//00000002?why=busy#fail\n//00000003?why=busy#fail\n"
+
+
+# Silence of a v1 server
+
+
+def test_the_longest_of_its_intervals_says_how_long_a_server_may_be_silent(monkeypatch):
+    silence = Silence(replace(LIMITS, dead_timeout_s=1, dead_intervals=3))
+    monkeypatch.setattr(hearing, "time", Mock(monotonic=Mock(side_effect=[100, 160, 165])))
+    for limit_s in (None, 180, 180):
+        silence.note_ping()
+        assert silence.limit_s() == limit_s
 
 
 # bye
