@@ -33,6 +33,7 @@ from nodepass_gevent.metrics import BOUNDS_S, NUMBERS, Counters, Histogram
 from nodepass_gevent.service import Service
 from nodepass_gevent.state import Description, Ended, Peer, Presented
 from nodepass_gevent.status import HISTORY_S, Status, quantile
+from nodepass_gevent.status_answers import Application
 from nodepass_gevent.status_server import CONNECTIONS, REQUEST_BYTES, StatusServer
 
 TOKEN = "a-token-of-16-characters"
@@ -585,6 +586,14 @@ def test_hosts_that_are_addresses_are_served(ask, host):
     assert ask(service())("/status.json", Host=host)[0] == 200
 
 
+@pytest.mark.parametrize("host", ["status.example:9100", "STATUS.example"])
+def test_the_name_that_the_address_has_in_the_settings_is_ours(host):
+    said = []
+    application = Application(Address("Status.Example", 9100), None, state(service()))
+    asked = {"REQUEST_METHOD": "GET", "HTTP_HOST": host, "PATH_INFO": "/healthz", "QUERY_STRING": ""}
+    assert (application(asked, lambda code, _: said.append(code)), said) == ([b"ok\n"], ["200 OK"])
+
+
 def test_who_names_no_host_is_served(ask):
     """A health check in HTTP/1.0."""
     request = ask(service())
@@ -609,7 +618,7 @@ def test_a_token_opens_what_tells_more_than_that_the_process_is_alive(ask):
         assert request(path, Authorization=f"Bearer {TOKEN}", Host="a.name")[0] == 200
     assert request("/healthz")[::2] == (200, "ok\n") and request("/")[2].endswith("</html>\n")
     assert request("/readyz")[::2] == (503, "")
-    assert "no client" in request("/readyz", Authorization=f"bearer {TOKEN}")[2]
+    assert "no client" in request("/readyz", Authorization=f"bearer  {TOKEN} ")[2]
 
 
 def test_a_fault_of_ours_is_a_500_and_one_line_and_the_next_request_is_served(ask, said):
@@ -759,6 +768,22 @@ def test_who_asks_in_time_is_answered_also_where_another_one_waits(ask, monkeypa
         wait_until(lambda: len(request.server._unread) == CONNECTIONS)
         gevent.idle()
         callers[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_all(callers[0]).startswith(b"HTTP/1.1 200 ")
+
+
+def test_who_has_asked_is_answered_however_long_that_takes_and_the_next_gives_way(ask, monkeypatch):
+    monkeypatch.setattr(status_server, "ASK_S", 0.3)
+    each, answers = service(), Flag()
+    request = ask(each)
+    describe = each.role.describe
+    each.role.describe = lambda: answers.wait() and describe()
+    with contextlib.ExitStack() as stack:
+        address = "127.0.0.1", request.server.port
+        callers = [stack.enter_context(socket.create_connection(address, BOUND_S)) for _ in range(CONNECTIONS + 1)]
+        wait_until(lambda: len(request.server._unread) == CONNECTIONS)
+        callers[0].sendall(b"GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert read_all(callers[1]) == b""
+        answers.set()
         assert read_all(callers[0]).startswith(b"HTTP/1.1 200 ")
 
 
