@@ -365,6 +365,13 @@ def test_a_client_without_the_capability_is_told_no_bye(serve, call, spawn):  # 
     assert read_all(client.control).strip(b"\n") == b""
 
 
+def test_a_client_that_is_ending_is_none_that_is_connected():
+    clients = Clients(LIMITS, logs.of(""))
+    clients.admit(Mock(alive=False), b"former")
+    clients.admit(alive := Mock(alive=True), b"present")
+    assert clients.describe() == (alive.describe(),)
+
+
 def test_at_a_server_that_tries_again_users_wait_for_a_client_as_before():
     clients = Clients(LIMITS, logs.of(""))
     clients.close()
