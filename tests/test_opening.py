@@ -212,7 +212,7 @@ def test_a_malformed_answer_to_a_proof_is_refused(line):
         opening.parse_server_proof(line)
 
 
-@pytest.mark.parametrize("nonce", [b"", b"AAEC", b"AAECAwQFBgcICQoLDA0ODx", b"A" * 23, b"~" * 22])
+@pytest.mark.parametrize("nonce", [b"", b"AAEC", b"A", b"AAECAwQFBgcICQoLDA0ODx", b"A" * 23, b"~" * 22])
 def test_an_offer_with_a_nonce_that_is_none_is_refused(nonce):
     with pytest.raises(ProtocolError):
         opening.offers_v2(opening.parse_first_line(b"//1234?v=2&n=%b#0" % nonce))
