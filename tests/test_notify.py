@@ -68,6 +68,8 @@ def test_the_manager_is_told_what_happens(notify, told):
     assert manager.receive() == "READY=1"
     notifier.stopping(7.5)
     assert manager.receive() == "STOPPING=1\nSTATUS=stopping\nEXTEND_TIMEOUT_USEC=7500000"
+    notifier.close()
+    assert not notifier
 
 
 def test_a_reload_before_the_tunnels_have_begun_does_not_make_it_ready(notify, told):
