@@ -140,6 +140,12 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.parametrize(("network", "words"), [("both", "tcp and udp"), ("tcp", "tcp"), ("udp", "udp")])
+def test_what_the_public_port_carries_is_told(serve, said, network, words):
+    serve(network=network)
+    assert said.find(rf", public 127\.0\.0\.1:[0-9]+ \({words}\), tls 0")
+
+
 def test_datagrams_take_at_most_half_of_the_slots(serve, connect):
     running = serve(network="both", semaphore_limit=4, udp_read_timeout_s=5)
     client = connect(running).join(3)
