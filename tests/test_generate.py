@@ -236,6 +236,7 @@ def test_a_unit_is_told_by_the_process_how_it_is_and_restarts_it_unless_its_sett
         ([SERVER], False),
         (["server://:10101/:443"], True),
         (["server://:1023/:8080"], True),
+        (["server://:1024/:8080"], False),
         ([SERVER, "--data-port=1000"], True),
         ([SERVER, "--status=127.0.0.1:910"], True),
         (["server://:0/:0"], False),
