@@ -313,6 +313,7 @@ def test_a_client_that_says_bye_is_answered_and_its_exchanges_go_on(client, conn
     assert closed(client.control)
     assert is_reset(idle)
     wait_until(lambda: said.find(r"INFO client 127\.0\.0\.1:\d+ left: it said bye"))
+    wait_until(lambda: client.running.server.peers == 0)
     data.sendall(b"answer")
     assert read_exactly(user, 6) == b"answer"
     second = connect(client.running, "user")  # waits for the next client
