@@ -160,11 +160,12 @@ def test_a_stuck_event_loop_feeds_no_watchdog(notify, told, spawn):
 
 
 @pytest.mark.parametrize("variables", [{}, {"WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "0"}])
-def test_without_a_watchdog_of_ours_only_the_status_is_told(notify, told, spawn, variables):
+def test_without_a_watchdog_of_ours_only_the_status_is_told(notify, told, spawn, variables, monkeypatch):
+    monkeypatch.setattr("nodepass_gevent.notify.STATUS_S", 0.01)
     manager, environ = told
     if "WATCHDOG_PID" in variables:
         environ = environ | {"WATCHDOG_USEC": "40000"}
     spawn(notify(environ | variables).report_for_ever, lambda: "x")
     assert manager.receive() == "STATUS=x"
-    gevent.idle()
+    gevent.sleep(0.05)
     assert manager.waiting() == []
