@@ -142,10 +142,12 @@ def test_a_tunnel_that_is_removed_says_what_it_will_cut(world, caplog):
     assert "tunnel removed; exchanges: 1, cut in 0.01 s if they last" in caplog.messages
 
 
-def test_an_address_that_has_changed_is_told(world, caplog):
-    world.apply(CONFIG)
-    world.apply(replace(CONFIG, target=Address("h", 3), semaphore_limit=7))
-    assert f"settings changed: public {CONFIG.target} -> h:3, semaphore-limit" in caplog.messages
+@pytest.mark.parametrize(("role", "word"), [("server", "public"), ("client", "target")])
+def test_an_address_that_has_changed_is_told(world, caplog, role, word):
+    config = replace(CONFIG, role=role)
+    world.apply(config)
+    world.apply(replace(config, target=Address("h", 3), semaphore_limit=7))
+    assert f"settings changed: {word} {CONFIG.target} -> h:3, semaphore-limit" in caplog.messages
 
 
 LIVE = {
