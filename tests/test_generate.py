@@ -103,10 +103,6 @@ def test_processes_have_ports_and_logs_by_their_number():
     assert section("web", EACH_ITS_PORTS, "--numprocs", "100")["numprocs"] == "100"
 
 
-def test_clients_share_no_ports():
-    assert command_of(section("web", CLIENT, "--numprocs", "2"))[1:] == [CLIENT]
-
-
 def test_each_process_is_checked():
     url = "server://:655%(process_num)02d/:8080"
     words = ("web", url, "--numprocs", "40")
@@ -143,8 +139,28 @@ def test_one_process_may_have_tunnels_on_one_port(tmp_path):
     assert "reuse" not in section("dns", "--config", str(path))["command"]
 
 
-def test_clients_need_no_ports_of_their_own():
-    assert section("web", CLIENT, "--numprocs", "2")["numprocs"] == "2"
+def test_clients_need_no_ports_of_their_own_and_share_none():
+    program = section("web", CLIENT, "--numprocs", "2")
+    assert (program["numprocs"], command_of(program)) == ("2", [*COMMAND.words, CLIENT])
+
+
+def test_a_server_beside_a_client_says_in_its_section_that_it_shares_its_ports(tmp_path):
+    path = tmp_path / "n.conf"
+    path.write_text(f"[tunnel x]\nurl = {SERVER}\n[tunnel y]\nurl = {CLIENT}\n")
+    words = ("web", "--config", str(path), "--numprocs", "2")
+    assert refusal(supervisor, *words) == (
+        "numprocs: 2 processes need reuse-port = 1 in each server's section [from command line]"
+    )
+    path.write_text(f"[tunnel x]\nurl = {SERVER}\nreuse-port = 1\n[tunnel y]\nurl = {CLIENT}\n")
+    assert "reuse" not in section(*words)["command"]
+
+
+def test_paths_that_no_line_can_hold_are_refused(tmp_path):
+    path = tmp_path / "two\nlines"
+    path.write_text(f"[tunnel x]\nurl = {SERVER}\n")
+    why = refusal(supervisor, "web", "--config", str(path))
+    assert why == f"config: '{tmp_path}/two\\nlines' holds control characters [from command line]"
+    assert refusal(supervisor, "web", SERVER, f"--log-dir={path}").startswith(f"log-dir: '{tmp_path}/two\\nlines' must")
 
 
 @pytest.mark.parametrize("text", ["0", "101", "x", "-1", "1e1", ""])
