@@ -11,7 +11,7 @@ from nodepass_gevent import alarm, dialing_pool
 from nodepass_gevent.alarm import soon
 from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, ROUND_S, DialingPool
 from nodepass_gevent.dials import RETRY_MAX_S, RETRY_MIN_S
-from nodepass_gevent.errors import NoDataConnection, PolicyError, PoolClosed, ProtocolError
+from nodepass_gevent.errors import ConnectError, NoDataConnection, PolicyError, PoolClosed, ProtocolError
 from nodepass_gevent.transport import Stream
 
 
@@ -717,6 +717,12 @@ def test_what_is_launched_outlives_a_session_that_ends_in_good_order_until_it_is
     assert is_reset(dialler.peers[2])
     with pytest.raises(PoolClosed):
         take(pool, first)
+
+
+@pytest.mark.parametrize("failure", [OSError("refused"), ConnectError("no address", "resolve"), MemoryError()])
+def test_what_cannot_be_dialled_at_once_a_greenlet_dials(dialing, failure):
+    pool = dialing(1, at_once=Mock(begin=Mock(side_effect=failure)))
+    wait_until(lambda: len(pool) == 1)
 
 
 def test_dials_that_fail_while_the_session_ends_are_no_warning(dialler, dialing, caplog):
