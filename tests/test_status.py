@@ -789,6 +789,7 @@ def test_who_has_asked_is_answered_however_long_that_takes_and_the_next_gives_wa
 
 def test_a_stop_leaves_nobody_open_who_waits_for_room(ask, monkeypatch):
     monkeypatch.setattr(status_server, "ASK_S", 3600.0)
+    monkeypatch.setattr(status_server, "REQUEST_S", 3600.0)
     request = ask(service())
     with contextlib.ExitStack() as stack:
         address = "127.0.0.1", request.server.port
