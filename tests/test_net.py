@@ -308,6 +308,17 @@ def test_a_connection_that_would_reach_itself_is_refused(no_leaks, monkeypatch, 
         net.connect([endpoint], 5, LIMITS)
 
 
+def test_a_connection_to_the_same_port_of_another_address_is_none_to_itself(no_leaks, monkeypatch):
+    class Alike(net.RawSocket):
+        def connect_ex(self, address):
+            self.bind(("127.0.0.1", address[1]))
+            return super().connect_ex(address)
+
+    with closing(net.listen(Address("127.0.0.2", 0), LIMITS)) as listener:
+        monkeypatch.setattr(net, "RawSocket", Alike)
+        net.connect([endpoint_of(listener)], 5, LIMITS).close()
+
+
 def test_the_ports_that_the_kernel_draws_are_known():
     with closing(socket.socket()) as drawn:
         drawn.bind(("127.0.0.1", 0))
