@@ -164,6 +164,6 @@ class Tunnels:
 def _told(name: str, before: Config, now: Config) -> str:
     """Name a setting that has changed, an address with what it was and is."""
     old, new = getattr(before, name, None), getattr(now, name, None)
-    moved = f" {old} -> {new}" if isinstance(old, Address) and isinstance(new, Address) else ""
+    moved = f" {old} -> {new}" if isinstance(old, Address) else ""
     word = "public" if name == "target" and now.role == "server" else setting_name(name)
     return word + moved
