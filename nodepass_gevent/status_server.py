@@ -146,14 +146,9 @@ class _Bounded:
         return self._left == 0
 
     def readline(self, size: int = -1) -> bytes:
-        return self._took(self._file.readline(min(size, self._left) if size >= 0 else self._left))
-
-    def read(self, size: int = -1) -> bytes:
-        return self._took(self._file.read(min(size, self._left) if size >= 0 else self._left))
-
-    def _took(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        return data
+        line = self._file.readline(min(size, self._left) if size >= 0 else self._left)
+        self._left -= len(line)
+        return line
 
 
 class _Handler(pywsgi.WSGIHandler):
