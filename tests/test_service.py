@@ -272,6 +272,18 @@ def test_without_memory_for_a_pause_the_next_try_comes_all_the_same(spawn):
         assert role.works.wait()
 
 
+def test_a_service_that_is_started_runs_its_role_and_looks_at_its_files_until_it_is_stopped():
+    role = Failing()
+    assert role.config.adopt(replace(role.config, reload_interval_s=0.01))
+    served = Service(role)
+    served.start()
+    wait_until(lambda: role.works.is_set() and role.reloads > 1)
+    served.stop()
+    reloads = role.reloads
+    gevent.sleep(0.05)
+    assert role.reloads == reloads
+
+
 def test_an_interval_that_a_reload_has_changed_counts_at_once(spawn):
     role = Failing(PolicyError("no"), cooldown_s=3600)
     service = Service(role)
