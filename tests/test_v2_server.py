@@ -336,6 +336,17 @@ def test_bytes_that_a_client_does_not_acknowledge_end_its_session_after_the_time
     assert control.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
 
 
+@pytest.mark.parametrize("profile", [1, 2])
+def test_data_connections_that_stay_idle_are_held_to_that_time_too(serve, connect, call, monkeypatch, profile):
+    monkeypatch.setattr("nodepass_gevent.idle.ROUND_S", 0.01)
+    running = serve(tcp_user_timeout_s=1.5)
+    (connect(running).join().known() if profile == 1 else call(running).join())
+    pool = running.server._clients.current().pool
+    wait_until(lambda: len(pool) == 1)
+    (data,) = pool._idle.values()
+    wait_until(lambda: data.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500)
+
+
 def test_unknown_signals_are_counted_and_passed_over(serve, connect, call):
     running = serve()
     client = call(running).join()
