@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import gevent
 import pytest
+from gevent.event import Event
 from support import LOOPBACK, bounded, is_reset, out_of_descriptors, read_all, read_exactly, wait_until
 from tunnel import dial, is_served, read_line, without_offer
 
@@ -200,7 +201,14 @@ def test_what_else_keeps_a_data_port_from_being_opened_is_said_as_it_is(monkeypa
     [(OSError(errno.EIO, "broken"), OSError, "broken"), (ZeroDivisionError(), RuntimeError, "an accept loop ended")],
 )
 def test_a_listener_that_fails_ends_the_server_by_its_error(monkeypatch, no_leaks, failure, kind, said):
-    monkeypatch.setattr(accepting, "serve", Mock(side_effect=failure))
+    failures = [failure]
+
+    def serve(*_args, **_options):
+        if failures:
+            raise failures.pop()
+        Event().wait()  # the other ones go on
+
+    monkeypatch.setattr(accepting, "serve", serve)
     monkeypatch.setattr(gevent.get_hub(), "print_exception", Mock())
     with bounded(), pytest.raises(kind, match=said) as caught:
         Server(Config(role="server", tunnel=LOOPBACK, target=LOOPBACK, network="tcp")).run()
