@@ -402,6 +402,15 @@ def test_users_who_wait_while_the_server_stops_are_reset_and_not_kept_until_its_
     stopping.join(BOUND_S)
 
 
+def test_users_who_wait_while_the_server_stops_have_no_longer_than_its_shutdown_timeout(client, connect, spawn):
+    client = client(0, shutdown_timeout_s=0.1)
+    user = connect(client.running, "user")
+    assert client.signal() == b"//1#need"
+    began = time.monotonic()
+    spawn(client.running.greenlet.kill)
+    assert is_reset(user) and time.monotonic() - began < 0.9
+
+
 def test_a_client_of_which_nobody_can_be_told_for_want_of_memory_is_not_kept(monkeypatch):
     clients = Clients(LIMITS, logs.of(""))
     monkeypatch.setattr(clients, "_came", Mock(set=Mock(side_effect=MemoryError)))
