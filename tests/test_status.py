@@ -594,6 +594,11 @@ def test_the_name_that_the_address_has_in_the_settings_is_ours(host):
     assert (application(asked, lambda code, _: said.append(code)), said) == ([b"ok\n"], ["200 OK"])
 
 
+def test_what_is_no_time_to_begin_at_is_refused(ask):
+    request = ask(service())
+    assert request("/status.json?since=soon")[::2] == (400, "since is a Unix time\n")
+
+
 def test_who_names_no_host_is_served(ask):
     """A health check in HTTP/1.0."""
     request = ask(service())
