@@ -125,7 +125,7 @@ class DatagramEgress:
             with suppress(OSError):  # to close before the peer has ended could take the answer away from it
                 data.linger(self._config.limits.drain_linger_s)
 
-    def _ask(self, launch: Launch, target: TargetSocket, datagram: bytes, carried: "_Carried") -> bytes:
+    def _ask(self, launch: Launch, target: TargetSocket, datagram: bytes, carried: _Carried) -> bytes:
         """Give the target's answer; an empty one when it is silent, refuses by ICMP, or says too much."""
         try:
             target.send(self._header(launch, target) + datagram)
@@ -148,7 +148,7 @@ class DatagramEgress:
         carried.end = access.ENDED, ""
         return answer
 
-    def _answer(self, data: Transport, answer: bytes, carried: "_Carried") -> None:
+    def _answer(self, data: Transport, answer: bytes, carried: _Carried) -> None:
         try:
             with shared_deadline(self._config.udp_read_timeout_s, "answer to the tunnel"):
                 data.send_last(answer)

@@ -764,13 +764,19 @@ def test_callers_that_say_nothing_or_half_a_request_give_way_to_others_at_once(a
         assert request("/healthz")[0] == 200
 
 
+def one_too_many(stack, server):
+    """Call for all connections that there is room for, and one more, which waits for room."""
+    address = "127.0.0.1", server.port
+    callers = [stack.enter_context(socket.create_connection(address, BOUND_S)) for _ in range(CONNECTIONS + 1)]
+    wait_until(lambda: len(server._unread) == CONNECTIONS)
+    return callers
+
+
 def test_who_asks_in_time_is_answered_also_where_another_one_waits(ask, monkeypatch):
     monkeypatch.setattr(status_server, "ASK_S", 3600.0)
     request = ask(service())
     with contextlib.ExitStack() as stack:
-        address = "127.0.0.1", request.server.port
-        callers = [stack.enter_context(socket.create_connection(address, BOUND_S)) for _ in range(CONNECTIONS + 1)]
-        wait_until(lambda: len(request.server._unread) == CONNECTIONS)
+        callers = one_too_many(stack, request.server)
         gevent.idle()
         callers[0].sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert read_all(callers[0]).startswith(b"HTTP/1.1 200 ")
@@ -783,9 +789,7 @@ def test_who_has_asked_is_answered_however_long_that_takes_and_the_next_gives_wa
     describe = each.role.describe
     each.role.describe = lambda: answers.wait() and describe()
     with contextlib.ExitStack() as stack:
-        address = "127.0.0.1", request.server.port
-        callers = [stack.enter_context(socket.create_connection(address, BOUND_S)) for _ in range(CONNECTIONS + 1)]
-        wait_until(lambda: len(request.server._unread) == CONNECTIONS)
+        callers = one_too_many(stack, request.server)
         callers[0].sendall(b"GET /status.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert read_all(callers[1]) == b""
         answers.set()
@@ -797,9 +801,7 @@ def test_a_stop_leaves_nobody_open_who_waits_for_room(ask, monkeypatch):
     monkeypatch.setattr(status_server, "REQUEST_S", 3600.0)
     request = ask(service())
     with contextlib.ExitStack() as stack:
-        address = "127.0.0.1", request.server.port
-        callers = [stack.enter_context(socket.create_connection(address, BOUND_S)) for _ in range(CONNECTIONS + 1)]
-        wait_until(lambda: len(request.server._unread) == CONNECTIONS)
+        callers = one_too_many(stack, request.server)
         gevent.idle()
         request.server.stop()
         assert [read_all(caller) for caller in callers] == [b""] * len(callers)
