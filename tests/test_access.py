@@ -6,7 +6,6 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
-import gevent
 import pytest
 from exchanges import ID, LIMIT, SHORT_S, Full, address_of
 from support import is_reset, read_all, read_exactly, reset, silent_endpoint, wait_until
@@ -197,7 +196,7 @@ def test_an_exchange_that_is_cut_before_it_begins(egress, lines, waits_for):
     with silent_endpoint() as endpoint:
         side = egress(target=Address(*endpoint.sockaddr))
         server = side.launch(Kind.UDP if waits_for == "a datagram" else Kind.TCP)
-        gevent.sleep(SHORT_S)
+        wait_until(lambda: side.counters.tcp_exchanges or side.counters.udp_exchanges)
         side.exchanges.kill()
     (line,) = lines(side)
     assert (line["id"], line["end"], line["bytes_up"]) == (ID.decode(), "cut", 0)
@@ -207,7 +206,7 @@ def test_an_exchange_that_is_cut_before_it_begins(egress, lines, waits_for):
 def test_a_user_who_is_cut_while_waiting_for_a_data_connection(ingress, lines):
     side = ingress()
     user = side.user()
-    gevent.sleep(SHORT_S)
+    wait_until(lambda: side.ingress._launcher._waiting)
     side.exchanges.kill()
     assert is_reset(user)
     assert [(line["end"], line["user"]) for line in lines(side)] == [("cut", str(address_of(user)))]
@@ -215,9 +214,10 @@ def test_a_user_who_is_cut_while_waiting_for_a_data_connection(ingress, lines):
 
 def test_a_target_that_refuses_is_told_though_the_exchange_is_cut_behind_it(egress, lines):
     side = egress(target=Address("127.0.0.1", 1))
-    side.egress._fail = lambda id, why: True
+    told = []
+    side.egress._fail = lambda id, why: told.append(why) or True
     side.launch(Kind.TCP)
-    gevent.sleep(SHORT_S)
+    wait_until(lambda: told)
     side.exchanges.kill()
     (line,) = lines(side)
     assert (line["end"], line["reason"]) == ("no target", "refused")
