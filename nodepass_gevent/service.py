@@ -21,7 +21,7 @@ from .state import Description, Ended, wall_clock
 FIRST_PAUSE_S = 0.1  # after a second failure in a row; the first is followed by a try at once
 REPEAT_S = 60.0  # a reason that stays the same is logged that often
 CLEAN_S = 1.0  # a session that lived this long and ended in good order is followed by a try at once
-NO_MEMORY_S = 0.05
+NO_MEMORY_S = 0.05  # the process stands still for that long when there is no memory to wait
 HEALTHY_PER_PAUSE = 12  # a session that lived this many pauses ends the row: a minute at a pause of 5 s
 
 
