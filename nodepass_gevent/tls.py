@@ -20,6 +20,7 @@ RECORD = 16384  # bytes of plain text in the largest TLS record
 BATCH = 4 * RECORD  # bytes encrypted before one write
 HEADER = 5  # bytes of a record: type, version, length
 OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
+LITTLE = 1024  # bytes; OpenSSL's buffers are longer behind any handshake
 MOST_BEHIND = 2 * BATCH  # bytes that wait for a peer which makes us answer (key updates) and does not read
 
 _raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text on its way to OpenSSL; nobody switches meanwhile
@@ -38,13 +39,14 @@ _NO_CERTIFICATE = "peer did not return a certificate"
 def accept(stream: Stream, context: SSL.Context, alpn: bytes = b"", before: bytes = b"") -> "TLSStream":
     """Make the server's handshake, with ``before``, in clear, ahead of its first flight; the caller sets the deadline.
 
+    In profile v2 its end, which no client waits for, goes out with what the caller says next.
     Raises OSError, ProtocolError, and CertificateRefused, of which the caller is to ``tell`` the peer when it likes.
     """
     connection = SSL.Connection(context, None)
     connection.set_app_data(Verdict())
     connection.set_accept_state()
     transport = TLSStream(stream, connection)
-    transport.finish_handshake(before)
+    transport.finish_handshake(before, speaks=bool(alpn))
     _check_profile(connection, alpn)
     return transport
 
@@ -115,23 +117,36 @@ class TLSStream(Transport):
         self.unsent = b""  # cipher text
         self._ended = False  # close_notify has come
         self._finished = False  # ours is written
-        self.buffered = True  # bytes may have come right behind the handshake
+        self.buffered = False
         self._records = 0  # that OpenSSL holds, whole and unread; at most: some are not of data
         self._lacking = 0  # bytes of the record that has begun
         self._header = b""  # of the next one, as far as it has come
 
-    def finish_handshake(self, before: bytes = b"") -> None:
-        """Answer the peer until the handshake is done; ``before``, in clear, goes out with the first answer."""
+    def finish_handshake(self, before: bytes = b"", *, speaks: bool = False) -> None:
+        """Answer the peer until the handshake is done; ``before``, in clear, goes out with the first answer.
+
+        Whoever ``speaks`` next has the last answer go out with that.
+        """
         done = False
         while not done:
             count = self.stream.recv_into(_raw[:RECORD])
             if not count:
                 raise ConnectionAbortedError("the peer closed during the TLS handshake")
             self._feed(count)
-            done, before = self.advance(before), b""
+            done, before = self.advance(before, speaks=speaks), b""
+        try:  # bytes may have come right behind it, and as a rule have not
+            self._connection.recv(1, socket.MSG_PEEK)
+        except SSL.WantReadError:
+            self._records = 0
+        except SSL.Error:  # told to who reads
+            pass
+        self.buffered = self._records > 0
 
-    def advance(self, before: bytes = b"") -> bool:
-        """Go on in the handshake with what has come, and send ``before`` and what follows; True when it is done."""
+    def advance(self, before: bytes = b"", *, speaks: bool = False) -> bool:
+        """Go on in the handshake with what has come, and send ``before`` and what follows; True when it is done.
+
+        Of whoever ``speaks`` next the last answer is left for then.
+        """
         done = True
         try:
             self._connection.do_handshake()
@@ -146,7 +161,7 @@ class TLSStream(Transport):
                 raise CertificateRefused(problem, alert) from exc
             self.stream.sendall(alert)
             raise _translate(exc) from exc
-        if answer := before + self._flight():
+        if not (done and speaks) and (answer := before + self._flight()):
             self.stream.sendall(answer)
         return done
 
@@ -199,9 +214,13 @@ class TLSStream(Transport):
             if not count:
                 raise ConnectionAbortedError("the TLS stream was cut off")
             filled = begin = 0
-            for end in self._ends_of_records(count):  # one by one: OpenSSL's buffers grow, and never shrink again
-                self._connection.bio_write(_raw[begin:end])
+            ends = self._ends_of_records(count)
+            last = ends[-2:]
+            for end in ends:  # one by one: OpenSSL's buffers grow, and never shrink again
                 self._records += 1
+                if end - begin <= LITTLE and end not in last:
+                    continue  # as tickets, of which OpenSSL tells nothing: before the last it takes them all together
+                self._connection.bio_write(_raw[begin:end])
                 filled += self._decrypt(buffer[filled:])
                 begin = end
             if begin < count:
@@ -219,18 +238,18 @@ class TLSStream(Transport):
         """Find where records end in the cipher text that has come (RFC 8446, 5.1)."""
         if not self._lacking and not self._header and count == HEADER + (_raw[3] << 8 | _raw[4]):
             return [count]  # just one, as of most requests and answers
-        before = len(self._header)
-        text = self._header + bytes(_raw[:count]) if before else _raw[:count]
-        self._header, ends, end = b"", [], self._lacking
-        while end <= len(text):
-            if end:
-                ends.append(end - before)
-            if len(text) - end < HEADER:
-                self._header = bytes(text[end:])
-                end = len(text)
-                break
+        before, end, ends = len(self._header), self._lacking, []
+        text = self._header + bytes(_raw[:count]) if before else _raw
+        last = before + count - HEADER  # where a header may begin that is whole
+        if end:
+            ends.append(end - before)
+        while end <= last:
             end += HEADER + (text[end + 3] << 8 | text[end + 4])
-        self._lacking = end - len(text)
+            ends.append(end - before)
+        if end - before > count:  # not yet
+            ends.pop()
+        self._lacking = max(end - before - count, 0)
+        self._header = bytes(text[end : before + count])
         return ends
 
     def _decrypt(self, buffer: memoryview) -> int:

@@ -24,6 +24,8 @@ from nodepass_gevent.transport import Stream
 
 LATE = bytes(range(256)) * 1200  # about 300 KiB
 RECORD = 16384
+HEADER, TAG = 5, 16  # bytes of a record
+TICKET = 79  # bytes of a record; OpenSSL sends two behind the handshake
 
 
 @pytest.fixture(params=["1.2", "1.3"])
@@ -48,6 +50,11 @@ class Dribbling(Stream):
 
     def pull(self, buffer):
         return super().pull(buffer[: self.size])
+
+
+def unread(stream):
+    """Count the bytes that wait in the kernel."""
+    return len(stream.seen(1 << 20))
 
 
 def read_to_end(transport):
@@ -109,6 +116,52 @@ def test_what_openssl_holds_is_announced_as_buffered(ends):
     assert client.recv(100) == b"ello"
     assert client.peek() is None
     assert not client.buffered
+
+
+@pytest.mark.parametrize("said", [b"hello", b""])
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+def test_what_comes_right_behind_the_handshake_is_announced_as_buffered(raw, spawn, version, said):
+    stream, peer = raw
+    client = SSL.Connection(client_context(version).context, None)
+    client.set_connect_state()
+    accepting = spawn(tls.accept, stream, presented().contexts[b""])
+    while advance(client):
+        peer.sendall(client.bio_read(RECORD))
+        client.bio_write(peer.recv(RECORD))
+    client.send(said) if said else client.shutdown()
+    peer.sendall(client.bio_read(RECORD))  # with the last flight of the handshake, in TLS 1.3
+    server = accepting.get()
+    assert server.buffered or version == "1.2"
+    assert server.recv(10) == said
+
+
+def advance(client):
+    """Go on in a client's handshake; whether it needs an answer."""
+    try:
+        client.do_handshake()
+    except SSL.WantReadError:
+        return True
+    return False
+
+
+def test_tickets_and_what_is_behind_them_leave_nothing_buffered(no_leaks):
+    near, far = stream_pair()
+    with bounded(), near, far:
+        server, client = handshake(near, far)
+        assert not server.buffered
+        server.sendall(b"an id")
+        wait_until(lambda: unread(far) == 2 * TICKET + HEADER + 5 + 1 + TAG)
+        assert client.recv(5) == b"an id"
+        assert not client.buffered
+
+
+def test_little_records_that_come_together_are_read_whole(ends):
+    messages = [bytes([number]) * (number * 7 % 300) for number in range(1, 200)]
+    for sender, receiver in both_ways(ends):
+        for message in messages:
+            sender.sendall(message)
+        assert receiver.recv_exactly(sum(map(len, messages))) == b"".join(messages)
+        assert not receiver.buffered
 
 
 def test_several_records_are_read_at_once(ends, spawn):
@@ -433,6 +486,25 @@ def test_an_opening_and_the_client_hello_go_out_in_one_segment(raw, spawn):
     assert data_segments_in(stranger) == 1
     reset(stranger)
     assert isinstance(dialling.get(), ConnectionError)
+
+
+def test_the_end_of_a_v2_handshake_goes_out_with_what_the_server_says_next(no_leaks, spawn):
+    server, how = of_profile_v2()
+    near, far = stream_pair()
+    with bounded(), near, far:
+        accepting = spawn(tls.accept, near, server, ALPN_DATA)
+        client = tls.dial(far, how)
+        accepted, before = accepting.get(), data_segments_in(far.socket)
+        assert unread(far) == 0
+        accepted.sendall(b"an id")
+        assert client.recv_exactly(5) == b"an id"
+        assert data_segments_in(far.socket) == before + 1
+
+
+def test_a_v1_client_need_not_wait_for_what_the_server_says_next(no_leaks):
+    near, far = stream_pair()
+    with bounded(), near, far:
+        handshake(near, far, "1.2")  # where the server has the last word
 
 
 def test_a_client_names_whom_it_calls(no_leaks, spawn):
