@@ -235,7 +235,7 @@ class Client:
                 if keys:
                     assert isinstance(ready, tls.TLSStream), "a tunnel key needs TLS"
                     return authentication.prove_data(ready, keys), ready
-                return wire.parse_id(ready.recv_exactly(wire.ID_LENGTH)), ready
+                return _wait_for_id(ready), ready
         except BaseException:
             stream.reset()
             raise
@@ -287,9 +287,7 @@ class Client:
         try:
             data = self._secure(stream, mode)
             with shared_deadline(limits.id_timeout_s, "id of a data connection"):
-                if not data.buffered:
-                    data.wait_for_arrival()  # no id is here so soon
-                return wire.parse_id(data.recv_exactly(wire.ID_LENGTH)), data
+                return _wait_for_id(data), data
         except BaseException:
             stream.reset()
             raise
@@ -316,11 +314,17 @@ class Client:
         if mode == OFF:
             return stream
         try:
-            with deadline(self.config.limits.tls_handshake_timeout_s, "TLS handshake"):
+            with shared_deadline(self.config.limits.tls_handshake_timeout_s, "TLS handshake"):
                 return tls.dial(stream, self._policy.context(mode, alpn), line)
         except CertificateRefused as exc:
             tls.tell(stream, exc, self.config.limits.drain_linger_s)
             raise
+
+
+def _wait_for_id(data: Transport) -> bytes:
+    if not data.buffered:
+        data.wait_for_arrival()  # no id is here so soon
+    return wire.parse_id(data.recv_exactly(wire.ID_LENGTH))
 
 
 def _read_lines(transport: Transport, lines: wire.Lines) -> list[bytes]:

@@ -161,7 +161,7 @@ class Egress:
             endpoints = self._target.get()
             # Alone, a handshake is done before the request, and the target gets ready meanwhile. In a crowd both go
             # together: the target is woken once for them, which costs the machine less.
-            says = data.recv_ready(FIRST) if in_crowd and not introduces and isinstance(data, Stream) else b""
+            says = data.recv_ready(FIRST) if in_crowd and not introduces and type(data) is Stream else b""
             target = connect(endpoints, limits.target_timeout_s, limits, says, speaks_first=introduces)
             self._target.prefer(target.peer)
         except ConnectError as exc:

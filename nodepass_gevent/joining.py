@@ -5,8 +5,8 @@ data port is held to a deadline and then closed: closing it at once would make a
 """
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
 import gevent
 
@@ -15,7 +15,7 @@ from . import log as logs
 from .callers import Callers, most_candidates
 from .clients import Client, Clients
 from .config import Config
-from .deadlines import deadline
+from .deadlines import deadline, shared_deadline
 from .errors import CertificateRefused, KeyMismatch, PoolClosed, ProtocolError, reason
 from .metrics import Counters
 from .opening import Data
@@ -23,6 +23,19 @@ from .pool import AcceptingPool
 from .ripening import Ripening
 from .tls_context import ServerCertificate
 from .transport import Stream, Transport
+
+
+class _Count:
+    """How many are in it."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __enter__(self) -> None:
+        self.now += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.now -= 1
 
 
 class Joining:
@@ -46,7 +59,7 @@ class Joining:
         self._candidates = Callers(most_candidates(config.max_pool_capacity))
         self._counters = counters
         self._on_wrong_tag = on_wrong_tag
-        self._running = 0
+        self._running = _Count()  # data connections that join; those that are held take nobody's place
         self._ripening = Ripening(config.limits, self._refused)
 
     def close(self) -> None:
@@ -55,23 +68,14 @@ class Joining:
 
     def _has_room(self, client: Client) -> bool:
         """Whether one more may join a client's pool: what is ready counts, and what is on its way."""
-        return client.pool.room > self._running + len(self._ripening)
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count a data connection while it joins, and only then: those that are held take nobody's place."""
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
+        return client.pool.room > self._running.now + len(self._ripening)
 
     def secure(self, stream: Stream, alpn: bytes = b"", before: bytes = b"") -> Transport:
         """Make the TLS handshake where the mode has one, with ``before``, in clear, ahead of it."""
         if not self._certificate:
             return stream
         try:
-            with deadline(self._limits.tls_handshake_timeout_s, "TLS handshake"):
+            with shared_deadline(self._limits.tls_handshake_timeout_s, "TLS handshake"):
                 return tls.accept(stream, self._certificate.contexts[alpn], alpn, before)
         except CertificateRefused as exc:
             self._counters.certificates_refused += 1
@@ -96,7 +100,7 @@ class Joining:
             return False
         try:
             if self._certificate:
-                with self._counted():
+                with self._running:
                     if not stream.seen(1):  # the ClientHello comes later, and perhaps after the first line
                         stream.sendall(first)
                         first = b""
@@ -152,7 +156,7 @@ class Joining:
                 why, alert = "no client is expected there, or its pool is full", b""
                 try:
                     if candidate or (client and self._has_room(client)):
-                        with self._counted() if client else self._candidates.noted(origin, stream):
+                        with self._running if client else self._candidates.noted(origin, stream):
                             data = self.secure(stream)
                             client = whose(origin)
                         if client and self._has_room(client):
@@ -192,6 +196,6 @@ def _send_id(
 ) -> bytes:
     while (id := os.urandom(wire.ID_LENGTH // 2).hex().encode()) in pool:
         pass
-    send = data.say if isinstance(data, Stream) else data.sendall  # in clear nobody may wait: it is accepted just now
+    send = data.say if type(data) is Stream else data.sendall  # in clear nobody may wait: it is accepted just now
     send(before + id + behind(id))  # in one write: the original's client reads it with one read
     return id
