@@ -153,7 +153,7 @@ class TLSStream(Transport):
         except SSL.WantReadError:
             done = False
         except SSL.Error as exc:
-            alert = before + self._flight()  # tells the peer why
+            alert = before + self._output(BATCH)  # tells the peer why
             problem = self._connection.get_app_data().problem
             if not problem and reasons(exc) == _NO_CERTIFICATE:
                 problem = "it has no certificate, and ca demands one"
@@ -161,23 +161,20 @@ class TLSStream(Transport):
                 raise CertificateRefused(problem, alert) from exc
             self.stream.sendall(alert)
             raise _translate(exc) from exc
-        if not (done and speaks) and (answer := before + self._flight()):
+        if not (done and speaks) and (answer := before + self._output(BATCH)):
             self.stream.sendall(answer)
         return done
 
-    def _flight(self) -> bytes:
-        """Give all that OpenSSL says in a handshake: with a long certificate, or chain, that is more than one read."""
-        flight = piece = self._output(BATCH)
-        while len(piece) == BATCH:
-            piece = self._output(BATCH)
-            flight += piece
-        return flight
-
-    def _output(self, size: int) -> bytes:
+    def _output(self, usual: int) -> bytes:
+        """Give all that OpenSSL says; that may be more than is ``usual``: a long chain, many tickets, key updates."""
+        said = b""
         try:
-            return self._connection.bio_read(size)
+            while len(piece := self._connection.bio_read(usual)) == usual:
+                said += piece
+            said += piece
         except SSL.WantReadError:
-            return b""
+            pass
+        return said
 
     def exporter(self, label: bytes, size: int) -> bytes:
         """Give what only the two ends of this very connection can compute (RFC 9266); ProtocolError before TLS 1.3."""
@@ -274,7 +271,7 @@ class TLSStream(Transport):
 
     def _answer(self) -> None:
         """Send what OpenSSL has answered by itself, to key updates; what the kernel does not take stays bounded."""
-        answer = self._output(BATCH + OVERHEAD)  # no longer than what was asked, and that came in one read
+        answer = self._output(BATCH + OVERHEAD)  # little more than was asked, and that came in one read
         if not answer or self._finished:  # behind our end nothing may be said
             return
         self.unsent += answer

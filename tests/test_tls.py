@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gevent
 import pages
 import pytest
 from OpenSSL import SSL
-from secure import client_context, handshake, key_updater, presented, stream_pair
+from secure import KeyUpdater, client_context, handshake, key_updater, presented, stream_pair
 from support import BOUND_S, bounded, data_segments_in, read_all, read_exactly, reset, segments_out, wait_until
 
 from nodepass_gevent import tls
@@ -123,16 +124,21 @@ def test_what_openssl_holds_is_announced_as_buffered(ends):
 def test_what_comes_right_behind_the_handshake_is_announced_as_buffered(raw, spawn, version, said):
     stream, peer = raw
     client = SSL.Connection(client_context(version).context, None)
-    client.set_connect_state()
     accepting = spawn(tls.accept, stream, presented().contexts[b""])
-    while advance(client):
-        peer.sendall(client.bio_read(RECORD))
-        client.bio_write(peer.recv(RECORD))
+    finish_handshake(client, peer)
     client.send(said) if said else client.shutdown()
     peer.sendall(client.bio_read(RECORD))  # with the last flight of the handshake, in TLS 1.3
     server = accepting.get()
     assert server.buffered or version == "1.2"
     assert server.recv(10) == said
+
+
+def finish_handshake(client, peer):
+    """Make a client's handshake; in TLS 1.3 its last flight is still to be sent."""
+    client.set_connect_state()
+    while advance(client):
+        peer.sendall(client.bio_read(RECORD))
+        client.bio_write(peer.recv(RECORD))
 
 
 def advance(client):
@@ -380,6 +386,28 @@ def test_a_key_update_that_comes_behind_our_end_breaks_nothing(updating, spawn):
             near.wait_for_arrival()
             near.pull(memoryview(bytearray(10)))
     assert near.unsent == b""
+
+
+def test_key_updates_right_behind_the_handshake_hold_nothing_up_that_is_said_behind_them(raw, spawn):
+    stream, peer = raw
+    made, key_log = client_context("1.3"), []
+    made.context.set_keylog_callback(lambda _connection, line: key_log.append(line))
+    client = SSL.Connection(made.context, None)
+    accepting = spawn(tls.accept, stream, presented().contexts[b""])
+    finish_handshake(client, peer)
+    updates = KeyUpdater(client, key_log)
+    peer.sendall(client.bio_read(RECORD) + b"".join(updates.record() for _ in range(500)))
+    server = accepting.get()
+    spawn(lambda: (server.sendall(LATE[:RECORD]), server.close()))
+    client.bio_write(read_all(peer))
+    assert b"".join(iter(partial(receive, client), b"")) == LATE[:RECORD]
+
+
+def receive(client):
+    try:
+        return client.recv(RECORD)
+    except SSL.WantReadError:
+        return b""
 
 
 @pytest.mark.parametrize("read", ["recv", "peek"])
