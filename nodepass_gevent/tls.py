@@ -138,8 +138,10 @@ class TLSStream(Transport):
             self._connection.recv(1, socket.MSG_PEEK)
         except SSL.WantReadError:
             self._records = 0
-        except SSL.Error:  # told to who reads
+        except SSL.ZeroReturnError:  # told to who reads
             pass
+        except SSL.Error as exc:  # OpenSSL says only once what is wrong
+            raise _translate(exc) from exc
         self.buffered = self._records > 0
 
     def advance(self, before: bytes = b"", *, speaks: bool = False) -> bool:

@@ -133,6 +133,15 @@ def test_what_comes_right_behind_the_handshake_is_announced_as_buffered(raw, spa
     assert server.recv(10) == said
 
 
+def test_what_is_wrong_right_behind_the_handshake_is_told(raw, spawn):
+    stream, peer = raw
+    client = SSL.Connection(client_context("1.3").context, None)
+    accepting = spawn(swallow, tls.accept, stream, presented().contexts[b""])
+    finish_handshake(client, peer)
+    peer.sendall(client.bio_read(RECORD) + b"\x17\x03\x03\x00\x20" + bytes(32))
+    assert "bad record mac" in str(accepting.get())
+
+
 def finish_handshake(client, peer):
     """Make a client's handshake; in TLS 1.3 its last flight is still to be sent."""
     client.set_connect_state()
