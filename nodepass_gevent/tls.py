@@ -213,11 +213,12 @@ class TLSStream(Transport):
             if not count:
                 raise ConnectionAbortedError("the TLS stream was cut off")
             filled = begin = 0
+            at_once = [self._lacking]  # of a record that OpenSSL has the beginning of
             ends = self._ends_of_records(count)
-            last = ends[-2:]
+            at_once += ends[-2:]
             for end in ends:  # one by one: OpenSSL's buffers grow, and never shrink again
                 self._records += 1
-                if end - begin <= LITTLE and end not in last:
+                if end - begin <= LITTLE and end not in at_once:
                     continue  # as tickets, of which OpenSSL tells nothing: before the last it takes them all together
                 self._connection.bio_write(_raw[begin:end])
                 filled += self._decrypt(buffer[filled:])

@@ -179,6 +179,42 @@ def test_little_records_that_come_together_are_read_whole(ends):
         assert not receiver.buffered
 
 
+def test_openssl_never_holds_a_record_and_another_one(no_leaks):
+    near, far = stream_pair()
+    cut = Dribbling(far.socket, far.peer)
+    cut.size = RECORD
+    with bounded(), near, cut:
+        server, client = handshake(near, cut)
+        client._connection = counting = Counting(client._connection)
+        server.sendall(LATE[: 3 * RECORD])
+        wait_until(lambda: unread(far) > 3 * RECORD)
+        with contextlib.suppress(BlockingIOError):
+            client.pull(memoryview(bytearray(RECORD)))  # tickets, and the most of a record
+        cut.size = 1 << 20
+        client.recv_exactly(3 * RECORD)
+    assert counting.most <= RECORD + tls.LITTLE + HEADER + 1 + TAG
+
+
+class Counting:
+    """Counts what OpenSSL is given between two reads."""
+
+    def __init__(self, connection):
+        self._connection = connection
+        self._given = self.most = 0
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def bio_write(self, piece):
+        self._given += len(piece)
+        self.most = max(self.most, self._given)
+        return self._connection.bio_write(piece)
+
+    def recv_into(self, *args):
+        self._given = 0
+        return self._connection.recv_into(*args)
+
+
 def test_several_records_are_read_at_once(ends, spawn):
     server, client = ends
     data = bytes(range(256)) * 256
