@@ -20,7 +20,7 @@ RECORD = 16384  # bytes of plain text in the largest TLS record
 BATCH = 4 * RECORD  # bytes encrypted before one write
 HEADER = 5  # bytes of a record: type, version, length
 OVERHEAD = 1024  # bytes; more than four records' headers and tags, or an alert
-LITTLE = 1024  # bytes; OpenSSL's buffers are longer behind any handshake
+LITTLE = 1024  # bytes; about what a handshake alone makes of OpenSSL's buffers
 MOST_BEHIND = 2 * BATCH  # bytes that wait for a peer which makes us answer (key updates) and does not read
 
 _raw = memoryview(bytearray(BATCH + OVERHEAD))  # cipher text on its way to OpenSSL; nobody switches meanwhile
@@ -39,7 +39,7 @@ _NO_CERTIFICATE = "peer did not return a certificate"
 def accept(stream: Stream, context: SSL.Context, alpn: bytes = b"", before: bytes = b"") -> "TLSStream":
     """Make the server's handshake, with ``before``, in clear, ahead of its first flight; the caller sets the deadline.
 
-    In profile v2 its end, which no client waits for, goes out with what the caller says next.
+    In profile v2 its end, which no client waits for, goes out with what is said next.
     Raises OSError, ProtocolError, and CertificateRefused, of which the caller is to ``tell`` the peer when it likes.
     """
     connection = SSL.Connection(context, None)
