@@ -55,7 +55,8 @@ class DialingPool:
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
         self._fills_now = False  # in this turn of the event loop
-        self._gathering = Alarm(lead_s / 6 or GATHER_S, in_lull=not lead_s)
+        # not in a lull where a dial takes a TLS handshake: it would hold up the answer to who has just been launched
+        self._gathering = Alarm(lead_s / 6 or GATHER_S, in_lull=bool(at_once and not lead_s))
         self._idle = Idle(self._look, user_timeout_s)
         self._ended: dict[bytes, Transport] = {}  # end of stream has come, in this round
         self._ended_before: dict[bytes, Transport] = {}  # and in the round before

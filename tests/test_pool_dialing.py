@@ -127,11 +127,26 @@ def test_the_pool_is_filled_and_refilled_the_moment_connections_are_used(minimum
 
 def test_a_connection_is_replaced_at_once_when_there_is_nobody_else_to_serve(dialler, dialing, monkeypatch):
     monkeypatch.setattr(dialing_pool, "GATHER_S", 3600)
-    pool = dialing(16)
+    pool = dialing(16, at_once=Mock(begin=Mock(side_effect=OSError)))  # a greenlet dials
     wait_until(lambda: len(pool) == 16)
     take(pool, dialler.ids[0]).close()
     assert len(dialler.ids) == 16
     wait_until(lambda: len(dialler.ids) == 17)
+
+
+def test_a_dial_that_takes_a_handshake_waits_for_its_time_although_nobody_else_is_to_be_served(
+    dialler, dialing, monkeypatch
+):
+    monkeypatch.setattr(dialing_pool, "GATHER_S", 3600)
+    pool = dialing(16)
+    wait_until(lambda: len(pool) == 16)
+    for id in dialler.ids[:8]:
+        take(pool, id).close()
+    for _ in range(10):
+        gevent.idle()
+    assert len(dialler.ids) == 16
+    take(pool, dialler.ids[8]).close()  # less than half is left
+    wait_until(lambda: len(dialler.ids) == 16 + 9)
 
 
 def test_a_dial_for_which_there_is_no_memory_is_made_in_the_next_round(dialler, dialing, clock, monkeypatch):
