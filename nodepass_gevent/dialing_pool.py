@@ -20,7 +20,7 @@ from .transport import Transport
 log = logging.getLogger(__name__)
 
 SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
-GATHER_S = 0.001  # while there are others to serve: dials in a batch cost both sides less, fewer wake-ups
+GATHER_S = 0.001  # with TLS, or others to serve: dials in a batch cost both sides less, fewer wake-ups
 DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
 
 
