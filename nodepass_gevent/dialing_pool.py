@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
 GATHER_S = 0.001  # with TLS, or others to serve: dials in a batch cost both sides less, fewer wake-ups
 DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
+LINE_S = 0.1  # as many more for each that the quickest dial takes: they are on the line, and not in the backlog
+NEAR_S = 0.01  # a quickest dial of less: one that begins when a connection is used comes early enough
 
 
 class DialingPool:
@@ -30,8 +32,8 @@ class DialingPool:
     ``dial()`` blocks and gives (id, transport), or raises OSError or NodePassError; it runs in a greenlet, unless
     ``at_once`` gets by without one. ``capacity`` starts at ``minimum``; after each ROUND_S it goes down by one when
     less than a fifth of it was dialled in that round, up by one when more than four fifths were, to ``maximum`` at most
-    (protocol v1). Where the peer does not launch a connection before it has been ready for some time, ``lead_s`` says
-    how long to be ahead of it: as many more are kept as were launched within that time.
+    (protocol v1). As many more are kept as were launched while a dial to a peer far away takes, so that users who come
+    as often find one ready; and ``lead_s`` longer, where the peer launches none before it has been ready for some time.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class DialingPool:
         self._dials = Dials(dial, at_once, self._check_new, self._add, lambda: self._missing() >= 0, sleep, log)
         self._sleep = sleep
         self._lead_s = lead_s
-        self._used_at: deque[float] = deque(maxlen=DIALS_AT_ONCE)  # when connections were launched, in the last lead_s
+        self._used_at: deque[float] = deque(maxlen=maximum)  # when connections were launched, lately
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
         self._owed = 0  # dials that the peer asked for, not begun yet
@@ -92,8 +94,7 @@ class DialingPool:
             raise PoolClosed("the session has ended")
         self._kept.discard(id)
         self._taken += 1
-        if self._lead_s:
-            self._used_at.append(time.monotonic())
+        self._used_at.append(time.monotonic())
         if transport := self._give(id):
             self._fill_soon()
             return transport
@@ -177,7 +178,8 @@ class DialingPool:
 
     def _missing(self) -> int:
         if self._used_at:
-            past = time.monotonic() - self._lead_s
+            line_s = self._dials.quickest_s
+            past = time.monotonic() - self._lead_s - (line_s if line_s >= NEAR_S else 0)
             while self._used_at and self._used_at[0] < past:
                 self._used_at.popleft()
         return self.capacity + len(self._used_at) + len(self._takers) - len(self._idle) - self._dials.count
@@ -201,7 +203,8 @@ class DialingPool:
             return
         held = len(self._idle) + len(self._ended) + len(self._ended_before)
         before = self._dials.count
-        for _ in range(min(wanted, DIALS_AT_ONCE - before, self._maximum - held - before)):
+        at_once = int(DIALS_AT_ONCE * max(self._dials.quickest_s / LINE_S, 1))
+        for _ in range(min(wanted, at_once - before, self._maximum - held - before)):
             self._dials.begin()
         self._owed = max(self._owed - (self._dials.count - before), 0)
 

@@ -197,6 +197,14 @@ def test_an_id_that_comes_within_a_round_needs_no_greenlet(server, pool, greenle
         wait_until(lambda: len(pool) == 1)
 
 
+def test_how_long_an_id_is_on_its_way_tells_how_far_away_the_server_is(server, pool):
+    with server.accept() as peer:
+        gevent.sleep(0.1)
+        peer.sendall(server.says + ID)
+        wait_until(lambda: len(pool) == 1)
+        assert pool._dials.quickest_s >= 0.1
+
+
 def test_an_id_that_comes_late_is_taken(server, pool, rounds):
     with server.accept() as peer:
         let_greenlets_wait(pool, rounds)

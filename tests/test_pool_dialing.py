@@ -9,7 +9,7 @@ from support import bounded, is_reset, read_all, reset, wait_until
 
 from nodepass_gevent import alarm, dialing_pool
 from nodepass_gevent.alarm import soon
-from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, ROUND_S, DialingPool
+from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, LINE_S, ROUND_S, DialingPool
 from nodepass_gevent.dials import RETRY_MAX_S, RETRY_MIN_S
 from nodepass_gevent.errors import ConnectError, NoDataConnection, PolicyError, PoolClosed, ProtocolError
 from nodepass_gevent.transport import Stream
@@ -55,12 +55,15 @@ class Dialler:
         self.open = Event()  # while clear, dials hang
         self.open.set()
         self.failure = None
+        self.takes_s = 0.0
         self.on_dialled = lambda: None
 
     def __call__(self):
         self.in_flight += 1
         try:
             self.open.wait()
+            if self.takes_s:
+                gevent.sleep(self.takes_s)
             if self.failure:
                 raise self.failure
             stream, peer = self._pair()
@@ -84,8 +87,9 @@ def dialler(pair):
 
 
 @pytest.fixture
-def dialing(dialler, clock, spawn):
-    """Make a pool and run it; it is closed at the end, as its session would."""
+def dialing(dialler, clock, spawn, monkeypatch):
+    """Make a pool of a near peer and run it; it is closed at the end, as its session would."""
+    monkeypatch.setattr(dialing_pool, "NEAR_S", 3600)  # however slow this machine is just now
     pools = []
 
     def start(minimum, maximum=1024, lead_s=0.0, at_once=None):
@@ -193,12 +197,69 @@ def test_what_was_launched_long_ago_keeps_no_more_ready(dialler, dialing, said):
     assert len(pool) <= 5
 
 
-def test_a_crowd_keeps_no_more_ready_than_may_be_dialled_at_once(dialler, dialing):
-    pool = dialing(4, lead_s=6)
-    for number in range(2 * DIALS_AT_ONCE):
+def test_a_crowd_keeps_no_more_ready_than_the_maximum(dialler, dialing):
+    pool = dialing(4, maximum=32, lead_s=6)
+    for number in range(64):
         wait_until(lambda number=number: len(dialler.ids) > number)
         take(pool, dialler.ids[number], 1).close()
-    wait_until(lambda: len(pool) == 4 + DIALS_AT_ONCE)
+    wait_until(lambda: len(pool) == 32)
+
+
+def test_of_a_peer_far_away_as_many_more_are_kept_ready_as_are_launched_while_a_dial_takes(
+    dialler, dialing, monkeypatch
+):
+    pool = dialing(4)
+    wait_until(lambda: len(pool) == 4)
+    monkeypatch.setattr(dialing_pool, "NEAR_S", 0.01)
+    pool._dials.quickest_s = 60
+    for id in dialler.ids[:3]:
+        take(pool, id).close()
+    wait_until(lambda: pool._dials.quickest_s < 60 and not dialler.in_flight)
+    assert len(dialler.ids) == 4 + 3 + 3
+    pool._dials.quickest_s = 0.009  # a near one: what is ready has to be used up first
+    for id in dialler.ids[3:6]:
+        take(pool, id).close()
+    wait_until(lambda: not pool._gathering.is_set)
+    assert len(pool) == 4 and len(dialler.ids) == 4 + 3 + 3
+
+
+def test_users_who_keep_coming_find_a_connection_though_more_come_than_the_pool_holds_while_a_dial_takes(
+    dialler, dialing, monkeypatch
+):
+    pool = dialing(2)
+    monkeypatch.setattr(dialing_pool, "NEAR_S", 0.01)
+    wait_until(lambda: len(pool) == 2)
+    dialler.takes_s = pool._dials.quickest_s = 0.1  # so that ten come meanwhile
+    waited = []
+    for number in range(60):
+        waited.append(len(dialler.ids) <= number)
+        take(pool, b"%08x" % number, 5).close()
+        gevent.sleep(0.01)
+    assert sum(waited[30:]) < 15  # none, unless this machine is slow; else all
+
+
+def test_the_quickest_dial_tells_how_far_away_the_peer_is(dialler, dialing):
+    dialler.takes_s = 0.2
+    pool = dialing(1)
+    for number, (quickest_s, next_takes_s) in enumerate(((0.2, 0.1), (0.1, 0.3), (0.1, 0))):
+        wait_until(lambda: len(pool) == 1)
+        assert quickest_s <= pool._dials.quickest_s < quickest_s + 0.1
+        dialler.takes_s = next_takes_s
+        take(pool, dialler.ids[number]).close()
+    wait_until(lambda: len(pool) == 1)
+    assert pool._dials.quickest_s < 0.1
+
+
+def test_a_dial_that_fails_does_not_make_its_peer_far_away(dialler, dialing, clock):
+    dialler.failure = OSError(111, "Connection refused")
+    pool = dialing(1)
+    wait_until(lambda: clock.sleeping == 2)
+    gevent.sleep(0.2)
+    assert pool._dials.quickest_s == 0
+    dialler.failure = None
+    clock.advance(RETRY_MIN_S)
+    wait_until(lambda: len(pool) == 1)
+    assert 0 < pool._dials.quickest_s < 0.2
 
 
 def test_all_that_are_launched_in_one_turn_are_taken_before_one_is_replaced(dialler, dialing):
@@ -247,6 +308,17 @@ def test_dials_in_flight_have_a_limit(dialler, dialing):
     assert dialler.in_flight == DIALS_AT_ONCE
     dialler.open.set()
     wait_until(lambda: len(pool) == 2 * DIALS_AT_ONCE)
+
+
+def test_to_a_peer_far_away_more_dials_are_in_flight(dialler, dialing):
+    pool = dialing(1, maximum=2048)
+    wait_until(lambda: len(pool) == 1)
+    dialler.open.clear()
+    pool._dials.quickest_s = 3 * LINE_S
+    pool.dial_more(2000)
+    wait_until(lambda: dialler.in_flight == 3 * DIALS_AT_ONCE)
+    gevent.idle()
+    assert dialler.in_flight == 3 * DIALS_AT_ONCE
 
 
 def test_a_connection_is_found_by_its_id_and_given_once(dialler, dialing):
