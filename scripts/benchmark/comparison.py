@@ -17,6 +17,8 @@ BASES = ("direct", "haproxy", "haproxy-tls")  # what the others are divided by
 NOISE = 0.05  # medians that differ by less are the same
 ROUNDS = 3  # with fewer, two ranges that do not overlap mean nothing
 IDLE = 1000  # exchanges, to see what one costs in memory
+LINE_MS = 50  # one way, between the two sides
+PER_S = 200  # new users
 
 Figures = dict[str, float]
 
@@ -59,6 +61,13 @@ def latency(way: tunnels.Open, seconds: float) -> Figures:
     return figures | {f"{title}, errors": result.errors}
 
 
+def line(way: tunnels.Open, seconds: float) -> Figures:
+    result = loads.newcomers(way.public, PER_S, 2 * seconds, seconds)
+    title = f"first byte over a line of {2 * LINE_MS} ms, {PER_S} new users per s"
+    figures = {f"{title}, p{p} ms": value for p, value in result.waits_ms.items()}
+    return figures | {f"{title}, errors": result.errors}
+
+
 def datagrams(way: tunnels.Open, seconds: float) -> Figures:
     result = loads.datagrams(way.public, 16, 1200, seconds)
     title = "datagrams of 1,200 bytes there and back, 16 sockets"
@@ -81,7 +90,7 @@ def memory(way: tunnels.Open, seconds: float) -> Figures:
 
 MEASURES: dict[str, Callable[[tunnels.Open, float], Figures]] = {
     "bulk": bulk, "keepalive": keepalive, "connections": connections,
-    "latency": latency, "datagrams": datagrams, "memory": memory,
+    "latency": latency, "line": line, "datagrams": datagrams, "memory": memory,
 }  # fmt: skip
 MORE_IS_BETTER = ("Gbit/s", "per s")
 
@@ -124,7 +133,7 @@ def _measure(options: Namespace, ways: list[tunnels.Tunnel], notes: list[str]) -
                 if name == "datagrams" and not way.udp:
                     continue
                 try:
-                    with tunnels.opened(way) as opened:
+                    with tunnels.opened(way, line_ms=LINE_MS if name == "line" else 0) as opened:
                         figures = MEASURES[name](opened, options.seconds)
                 except (OSError, RuntimeError, subprocess.SubprocessError) as exc:
                     notes.append(f"{way.name}, {name}: {str(exc).strip() or type(exc).__name__}".replace("\n", " "))

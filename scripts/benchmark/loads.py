@@ -157,6 +157,11 @@ class _Crowd:
         for fd, event in self._poll.poll(timeout_s):
             yield self.users[fd], event
 
+    def late(self) -> list[_User]:
+        """Give those who wait for too long."""
+        since = time.perf_counter() - ANSWER_S
+        return [user for user in self.users.values() if user.since < since]
+
     def drop(self, user: _User) -> None:
         self._poll.unregister(user.sock.fileno())
         del self.users[user.sock.fileno()]
@@ -181,6 +186,36 @@ def first_bytes(port: int, count: int, seconds: float) -> Result:
         else:
             errors += 1
     return Result(len(waits), time.perf_counter() - start, percentiles(waits), errors)
+
+
+def newcomers(port: int, per_s: float, seconds: float, before_s: float) -> Result:
+    """Come ``per_s`` times a second, whoever still waits; who comes within ``before_s`` of the start is not counted.
+
+    The waits are those from connect() to the first byte.
+    """
+    waits, errors, came, begin = [], 0, 0, time.perf_counter()
+    with _Crowd(port) as crowd:
+        while (now := time.perf_counter() - begin) < seconds or crowd.users:
+            while came < min(now, seconds) * per_s:
+                crowd.connect()
+                came += 1
+            for user, event in crowd.wait(0.5 / per_s):
+                try:
+                    if event & WRITE:
+                        user.sock.send(request(True))
+                        crowd.expect(user, READ)
+                        continue
+                    answered = bool(user.sock.recv(1))
+                except OSError:
+                    answered = False
+                if user.since - begin >= before_s:
+                    waits += [time.perf_counter() - user.since] * answered
+                    errors += not answered
+                crowd.drop(user)
+            for user in crowd.late():
+                errors += 1
+                crowd.drop(user)
+    return Result(len(waits), seconds - before_s, percentiles(waits), errors)
 
 
 def upload(port: int, streams: int, seconds: float) -> Result:

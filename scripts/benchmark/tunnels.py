@@ -24,11 +24,12 @@ AMPLE = {"SEMAPHORE_LIMIT": "8192", "MAX_POOL_CAPACITY": "8192", "UDP_DATA_BUF_S
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tunnel works: a directory of its own, the users' port, the target's."""
+    """Where a tunnel works: a directory of its own, the users' port, the target's; and the way to a port far away."""
 
     directory: Path
     public: int
     target: int
+    far: Callable[[int], int]
 
 
 @dataclass
@@ -67,21 +68,34 @@ class Tunnel:
 
 
 @contextlib.contextmanager
-def opened(tunnel: Tunnel, env: Mapping[str, str] | None = None, prefix: list[str] | None = None) -> Iterator[Open]:
+def opened(
+    tunnel: Tunnel, env: Mapping[str, str] | None = None, prefix: list[str] | None = None, line_ms: float = 0
+) -> Iterator[Open]:
     """Start target and tunnel, wait until traffic passes, and end them after the block.
 
-    ``prefix`` goes before each command of the tunnel, ``{role}`` in it is the side.
+    ``prefix`` goes before each command of the tunnel, ``{role}`` in it is the side. It takes ``line_ms`` from the one
+    side to the other.
     """
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nodepass-bench-")))
         log = stack.enter_context(open(directory / "log", "w+b"))
         target = free_port()
-        program = [sys.executable, str(Path(__file__).with_name("target.py")), str(target)]
-        stack.enter_context(Process(program, {}, directory, log))
+
+        def run(module: str, *arguments: float) -> None:
+            program = [sys.executable, str(Path(__file__).with_name(module)), *map(str, arguments)]
+            stack.enter_context(Process(program, {}, directory, log))
+
+        def far(port: int) -> int:
+            if not line_ms:
+                return port
+            run("line.py", near := free_port(), port, line_ms)
+            return near
+
+        run("target.py", target)
         if not wait_until(lambda: answers(target), START_S):
             raise RuntimeError(f"the target did not start:\n{_tail(directory)}")
         public = free_port()
-        commands = tunnel.commands(Place(directory, public, target))
+        commands = tunnel.commands(Place(directory, public, target, far))
         processes = []
         for role, command in zip(("server", "client"), commands, strict=False):
             before = [part.replace("{role}", role) for part in prefix or []]
@@ -89,7 +103,7 @@ def opened(tunnel: Tunnel, env: Mapping[str, str] | None = None, prefix: list[st
             processes.append(stack.enter_context(Process(argv, {**tunnel.env, **(env or {})}, tunnel.cwd, log)))
             if role == "server" and len(commands) == 2:
                 wait_until(lambda: processes[0].ended, 0.3)  # so that the client need not try twice
-        way = Open(public if commands else target, *processes)
+        way = Open(public if commands else far(target), *processes)
         if not wait_until(lambda: any(p.ended for p in processes) or answers(way.public), START_S):
             raise RuntimeError(f"no traffic passes within {START_S:g} s:\n{_tail(directory)}")
         if ended := [p for p in processes if p.ended]:
@@ -113,7 +127,7 @@ def _nodepass(tls: int, place: Place) -> tuple[list[str], ...]:
     run = [sys.executable, "-m", "nodepass_gevent"]
     return (
         [*run, f"server://{HOST}:{tunnel}/{HOST}:{place.public}?tls={tls}&log=error"],
-        [*run, f"client://{HOST}:{tunnel}/{HOST}:{place.target}?log=error"],
+        [*run, f"client://{HOST}:{place.far(tunnel)}/{HOST}:{place.target}?log=error"],
     )
 
 
@@ -140,9 +154,9 @@ listen hop
 
 def _haproxy(tls: bool, place: Place) -> tuple[list[str], ...]:
     between = free_port()
-    bind, to = str(between), str(between)
+    bind, to = str(between), str(place.far(between))
     if tls:
-        bind, to = f"{between} ssl crt {_certificate(place)}", f"{between} ssl verify none"
+        bind, to = f"{bind} ssl crt {_certificate(place)}", f"{to} ssl verify none"
     commands = []
     for name, a, b in (("first", str(place.public), to), ("second", bind, str(place.target))):
         config = place.directory / f"{name}.cfg"
@@ -165,7 +179,7 @@ connect = {host}:{connect}
 def _stunnel(place: Place) -> tuple[list[str], ...]:
     between = free_port()
     hops = (
-        ("first", "client = yes", place.public, between),
+        ("first", "client = yes", place.public, place.far(between)),
         ("second", f"cert = {_certificate(place)}", between, place.target),
     )
     for name, mode, accept, connect in hops:
@@ -217,7 +231,7 @@ def _ssh(place: Place) -> tuple[list[str], ...]:
     user = pwd.getpwuid(os.geteuid()).pw_name
     return (
         ["sshd", "-D", "-e", "-f", str(config)],
-        ["ssh", "-N", "-F", "none", *options, "-p", str(port), "-R", forward, f"{user}@{HOST}"],
+        ["ssh", "-N", "-F", "none", *options, "-p", str(place.far(port)), "-R", forward, f"{user}@{HOST}"],
     )
 
 

@@ -24,6 +24,7 @@ TITLES = {  # of each measure: with which ways it is taken
     "new connections, 16 users, per s": ALL,
     "new connections, 16 users, CPU us each": ALL - {"direct"},
     "first byte of a fresh connection, p50 ms": ALL,
+    "first byte over a line of 100 ms, 200 new users per s, p99 ms": ALL,
     "datagrams of 1,200 bytes there and back, 16 sockets, per s": {"direct", *OURS},
     "memory of an idle exchange, users' side, KiB": ALL - {"direct"},
 }
@@ -73,8 +74,9 @@ def test_every_measure_of_this_tunnel_has_a_row_in_its_table(tmp_path):
 )
 def test_other_tunnels_are_measured_where_they_are_installed(tmp_path, names, programs):
     require(programs)
-    printed = bench(tmp_path, "--only", names, "--measure", "latency,memory")
+    printed = bench(tmp_path, "--only", names, "--measure", "latency,line,memory")
     assert not notes(printed)
+    assert tables(printed)["first byte over a line of 100 ms, 200 new users per s, p50 ms"] == set(names.split(","))
     assert tables(printed)["first byte of a fresh connection, p50 ms"] == set(names.split(","))
     assert tables(printed)["memory of an idle exchange, target's side, KiB"] == set(names.split(","))
 

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .harness import ROOT, Target, free_port, wait_until
+from .harness import ROOT, Process, Target, free_port, nodepass_client, nodepass_server, wait_until
 from .load import FIXED_POOL, Crowd, ask, datagram_user, steady_fds, tunnel, visit, wait_for_fds
 from .targets import EchoTCP, EchoUDP
 from .users import comes_back, read_exactly, read_to_end
@@ -22,6 +23,7 @@ from .users import comes_back, read_exactly, read_to_end
 KIB_PER_THOUSAND = 1024  # growth that is still no leak
 RECOVERY_S = 4.0  # both sides try again at once, and half a second goes into starting Python
 SLACK = 3  # of a machine that is busy
+ROUND_TRIP_S = 0.2  # of a long line
 HALF = b"h" * 500_000  # more than what fits into the buffers on the way
 
 
@@ -52,6 +54,31 @@ def serve(public, user, connections, datagrams):
         visit(public)
     for _ in range(datagrams):
         ask(user)
+
+
+@pytest.mark.parametrize("tls", [0, 1], ids="tls={}".format)
+def test_over_a_long_line_users_who_keep_coming_wait_for_no_more_than_their_round_trip(target, tls):
+    tunnel_port, near, public = free_port(), free_port(), ("127.0.0.1", free_port())
+    line = [sys.executable, str(ROOT / "scripts/benchmark/line.py"), str(near), str(tunnel_port)]
+
+    def wait_of_one():
+        began = time.monotonic()
+        visit(public)
+        return time.monotonic() - began
+
+    with (
+        nodepass_server(f"127.0.0.1:{tunnel_port}", "{}:{}".format(*public), query=f"tls={tls}"),
+        Process([*line, str(ROUND_TRIP_S / 2 * 1000)], name="line"),
+        nodepass_client(f"127.0.0.1:{near}", target.address, env={"MIN_POOL_CAPACITY": "2"}),
+        ThreadPoolExecutor(64) as users,
+    ):
+        wait_until(lambda: comes_back(public), 30, "traffic passes")
+        waits = []
+        for _ in range(200):  # 50 a second: 20 to 30 come while a data connection is dialled
+            waits.append(users.submit(wait_of_one))
+            time.sleep(0.02)
+        late = [wait.result() for wait in waits][100:]
+    assert statistics.median(late) < 1.7 * ROUND_TRIP_S  # one more at least, where none is ready
 
 
 def test_exchanges_that_were_busy_rest_on_little_memory(target):
