@@ -32,8 +32,9 @@ class DialingPool:
     ``dial()`` blocks and gives (id, transport), or raises OSError or NodePassError; it runs in a greenlet, unless
     ``at_once`` gets by without one. ``capacity`` starts at ``minimum``; after each ROUND_S it goes down by one when
     less than a fifth of it was dialled in that round, up by one when more than four fifths were, to ``maximum`` at most
-    (protocol v1). As many more are kept as were launched while a dial to a peer far away takes, so that users who come
-    as often find one ready; and ``lead_s`` longer, where the peer launches none before it has been ready for some time.
+    (protocol v1). As many more are kept as were launched while a dial to a peer far away takes, if they are more than
+    half of it: users who come as often find one ready. It is ``lead_s`` longer, where the peer launches none before it
+    has been ready for some time.
     """
 
     def __init__(
@@ -177,12 +178,17 @@ class DialingPool:
             taker.set_exception(PoolClosed("the session has ended"))
 
     def _missing(self) -> int:
-        if self._used_at:
-            line_s = self._dials.quickest_s
-            past = time.monotonic() - self._lead_s - (line_s if line_s >= NEAR_S else 0)
-            while self._used_at and self._used_at[0] < past:
-                self._used_at.popleft()
-        return self.capacity + len(self._used_at) + len(self._takers) - len(self._idle) - self._dials.count
+        wanted = self.capacity + self._ahead() + len(self._takers)
+        return wanted - len(self._idle) - self._dials.count
+
+    def _ahead(self) -> int:
+        """Say how many more than the capacity to keep: few launches are no stream of them."""
+        line_s = self._dials.quickest_s
+        past = time.monotonic() - self._lead_s - (line_s if line_s >= NEAR_S else 0)
+        while self._used_at and self._used_at[0] < past:
+            self._used_at.popleft()
+        launched = len(self._used_at)
+        return launched if 2 * launched > self.capacity else 0
 
     def _fill_soon(self) -> None:
         """Replace what is used: behind what is launched now when less than half is left, else a little later."""

@@ -187,6 +187,15 @@ def test_where_launches_come_late_as_many_more_are_kept_ready_as_came_lately(dia
     assert pool.capacity == 4
 
 
+def test_half_of_the_capacity_is_no_stream_for_which_more_are_kept_ready(dialler, dialing):
+    pool = dialing(4, lead_s=0.6)
+    wait_until(lambda: len(pool) == 4)
+    for id in dialler.ids[:2]:
+        take(pool, id).close()
+    wait_until(lambda: len(dialler.ids) == 6 and not pool._gathering.is_set)
+    assert len(pool) == 4 and not dialler.in_flight
+
+
 def test_what_was_launched_long_ago_keeps_no_more_ready(dialler, dialing, said):
     pool = dialing(4, lead_s=0.002)
     wait_until(lambda: len(pool) == 4)
