@@ -18,7 +18,7 @@ from .users import comes_back, payload, talk
 
 pytestmark = pytest.mark.timeout(300)  # of the first test, which builds and may download
 PIP_S = 240
-MINORS = (10, 11, 12, 13)
+MINORS = (10, 11, 12, 13, 14)
 NOT_IN_SDIST = {".ci/run", ".gitignore", "ruff.toml"}
 ADDED_TO_SDIST = r"PKG-INFO|setup\.cfg|nodepass_gevent\.egg-info/.*"
 PARTS = sorted(path.name for path in (ROOT / "nodepass_gevent").iterdir() if path.suffix in (".py", ".html"))

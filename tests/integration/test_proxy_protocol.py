@@ -103,7 +103,7 @@ def named(result):
 
 def destination(host, port):
     """Give a target at 127.0.0.1 as a header for a user of either family has it."""
-    return ("127.0.0.1" if host == "127.0.0.1" else "::ffff:7f00:1"), port
+    return ("127.0.0.1" if host == "127.0.0.1" else str(ipaddress.ip_address("::ffff:127.0.0.1"))), port
 
 
 def split(datagram):
