@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
 GATHER_S = 0.001  # with TLS, or others to serve: dials in a batch cost both sides less, fewer wake-ups
 DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
-LINE_S = 0.1  # as many more for each that the quickest dial takes: they are on the line, and not in the backlog
+LINE_S = 0.1  # as many more for each that the quickest dial takes: most of a stream of them is on the line
 NEAR_S = 0.01  # a quickest dial of less: one that begins when a connection is used comes early enough
 
 
@@ -33,8 +33,8 @@ class DialingPool:
     ``at_once`` gets by without one. ``capacity`` starts at ``minimum``; after each ROUND_S it goes down by one when
     less than a fifth of it was dialled in that round, up by one when more than four fifths were, to ``maximum`` at most
     (protocol v1). As many more are kept as were launched while a dial to a peer far away takes, if they are more than
-    half of it: users who come as often find one ready. It is ``lead_s`` longer, where the peer launches none before it
-    has been ready for some time.
+    half of the capacity: users who come as often find one ready. That time is ``lead_s`` longer, where the peer
+    launches none before it has been ready for some time.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class DialingPool:
 
     def _drop_surplus(self) -> None:
         """Let go what a crowd that has passed left beyond the capacity: the newest, which the peer hands out last."""
-        for id in [id for id in self._idle if id not in self._kept][self.capacity :]:
+        for id in [id for id in self._idle if id not in self._kept][self.capacity + self._ahead() :]:
             self._let_go(id, self._idle.give(id))
 
     def _look(self, id: bytes, transport: Transport) -> None:

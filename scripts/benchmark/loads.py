@@ -213,7 +213,7 @@ def newcomers(port: int, per_s: float, seconds: float, before_s: float) -> Resul
                     errors += not answered
                 crowd.drop(user)
             for user in crowd.late():
-                errors += 1
+                errors += user.since - begin >= before_s
                 crowd.drop(user)
     return Result(len(waits), seconds - before_s, percentiles(waits), errors)
 

@@ -78,7 +78,7 @@ def test_over_a_long_line_users_who_keep_coming_wait_for_no_more_than_their_roun
             waits.append(users.submit(wait_of_one))
             time.sleep(0.02)
         late = [wait.result() for wait in waits][100:]
-    assert statistics.median(late) < 1.7 * ROUND_TRIP_S  # one more at least, where none is ready
+    assert statistics.median(late) < 1.9 * ROUND_TRIP_S  # one more at least, where none is ready
 
 
 def test_exchanges_that_were_busy_rest_on_little_memory(target):
