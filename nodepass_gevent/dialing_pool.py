@@ -188,7 +188,10 @@ class DialingPool:
         while self._used_at and self._used_at[0] < past:
             self._used_at.popleft()
         launched = len(self._used_at)
-        return launched if 2 * launched > self.capacity else 0
+        return min(launched, self._most_in_flight()) if 2 * launched > self.capacity else 0
+
+    def _most_in_flight(self) -> int:
+        return int(DIALS_AT_ONCE * max(self._dials.quickest_s / LINE_S, 1))
 
     def _fill_soon(self) -> None:
         """Replace what is used: behind what is launched now when less than half is left, else a little later."""
@@ -209,8 +212,7 @@ class DialingPool:
             return
         held = len(self._idle) + len(self._ended) + len(self._ended_before)
         before = self._dials.count
-        at_once = int(DIALS_AT_ONCE * max(self._dials.quickest_s / LINE_S, 1))
-        for _ in range(min(wanted, at_once - before, self._maximum - held - before)):
+        for _ in range(min(wanted, self._most_in_flight() - before, self._maximum - held - before)):
             self._dials.begin()
         self._owed = max(self._owed - (self._dials.count - before), 0)
 

@@ -206,6 +206,14 @@ def test_what_was_launched_long_ago_keeps_no_more_ready(dialler, dialing, said):
     assert len(pool) <= 5
 
 
+def test_a_crowd_keeps_no_more_ready_than_may_be_dialled_at_once(dialler, dialing):
+    pool = dialing(4, lead_s=6)
+    for number in range(2 * DIALS_AT_ONCE):
+        wait_until(lambda number=number: len(dialler.ids) > number)
+        take(pool, dialler.ids[number], 1).close()
+    wait_until(lambda: len(pool) == 4 + DIALS_AT_ONCE)
+
+
 def test_a_crowd_keeps_no_more_ready_than_the_maximum(dialler, dialing):
     pool = dialing(4, maximum=32, lead_s=6)
     for number in range(64):
