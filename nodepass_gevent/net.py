@@ -5,11 +5,16 @@ import ipaddress
 import os
 import random
 import socket
-from collections.abc import Iterable, Sequence
+import time
+from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
+from itertools import zip_longest
+from select import POLLOUT
 from typing import NamedTuple
 
+from gevent.select import poll
 from gevent.socket import wait_write
 
 from .alarm import Alarm
@@ -22,6 +27,7 @@ from .values import Address, is_literal, unmapped
 BACKLOG = 4096  # users that wait in the kernel while the limit of exchanges is reached
 RESOLVE_TIMEOUT_S = 5.0
 DESCRIPTORS = 65536  # that are looked at where nothing tells which there are: a tenth of a second
+ATTEMPT_DELAY_S = 0.25  # before the next address of a name is tried as well: RFC 8305, 5
 LASTS_S = 1.0  # a connection that is open then is more than one short request
 
 _BIND_HINTS = {
@@ -43,7 +49,7 @@ class Endpoint(NamedTuple):
 
 
 def resolve(address: Address, *, passive: bool = False) -> list[Endpoint]:
-    """Give the endpoints of ``address`` in the order to try; raise ConnectError when it has none.
+    """Give the endpoints of ``address`` in the order to try, of IPv4 and IPv6 in turn; ConnectError when it has none.
 
     Literals never visit the resolver. An empty host means all interfaces when ``passive``, else loopback.
     """
@@ -54,11 +60,18 @@ def resolve(address: Address, *, passive: bool = False) -> list[Endpoint]:
                 found = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=flags)
         except (OSError, UnicodeError, RuntimeError) as exc:  # RuntimeError: the system gives no thread for it
             raise ConnectError(f"resolve {address.host}: {reason(exc)}", "resolve") from exc
-        return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found]
+        return _in_turn([Endpoint(family, sockaddr) for family, _, _, _, sockaddr in found])
     literal = ipaddress.ip_address(address.host)
     if literal.version == 4:
         return [Endpoint(socket.AF_INET, (address.host, address.port))]
     return [Endpoint(socket.AF_INET6, (str(literal).partition("%")[0], address.port, 0, _zone(literal.scope_id)))]
+
+
+def _in_turn(endpoints: list[Endpoint]) -> list[Endpoint]:
+    """Let families take turns, in the order of the resolver otherwise: one that leads nowhere costs one delay."""
+    first = [endpoint for endpoint in endpoints if endpoint.family == endpoints[0].family]
+    others = [endpoint for endpoint in endpoints if endpoint.family != endpoints[0].family]
+    return [endpoint for pair in zip_longest(first, others) for endpoint in pair if endpoint]
 
 
 def _zone(name: str | None) -> int:
@@ -225,24 +238,50 @@ def _say_first(stream: Stream, says: bytes) -> None:
 
 
 def connect(
-    endpoints: Sequence[Endpoint], timeout_s: float, limits: Limits, says: bytes = b"", *, speaks_first: bool = False
+    endpoints: Iterable[Endpoint], timeout_s: float, limits: Limits, says: bytes = b"", *, speaks_first: bool = False
 ) -> Stream:
     """Connect to the first of ``endpoints`` that answers, within ``timeout_s`` in all; see ``begin_to_connect``.
 
-    Raises ConnectError with the last address and reason.
+    One is tried when those before have failed, or have been silent for ATTEMPT_DELAY_S: the first that answers is
+    taken (RFC 8305). Raises ConnectError with the last address and reason.
     """
+    end = time.monotonic() + timeout_s
+    left, running = deque(endpoints), list[Stream]()
     failure, why = ("no address", "resolve")
-    for endpoint in endpoints:
-        try:
-            stream, connected = begin_to_connect(endpoint, limits, says, speaks_first=speaks_first)
-            if not connected:
-                finish_connecting(stream, timeout_s / len(endpoints), says)
-            return stream
-        except OSError as exc:
-            if exc.errno in _NO_RESOURCES:  # the next address changes nothing
-                raise
-            failure, why = (f"{endpoint}: {reason(exc)}", _word(exc))
+    try:
+        while (left or running) and (now := time.monotonic()) < end:
+            tried: Endpoint | Stream
+            try:
+                if left:
+                    tried = left.popleft()
+                    stream, connected = begin_to_connect(tried, limits, says, speaks_first=speaks_first)
+                    if connected:
+                        return stream
+                    running.append(stream)
+                if answered := _first_to_answer(running, min(end - now, ATTEMPT_DELAY_S) if left else end - now):
+                    tried = answered
+                    running.remove(answered)
+                    finish_connecting(answered, end - now, says)
+                    return answered
+            except OSError as exc:
+                if exc.errno in _NO_RESOURCES:  # the next address changes nothing
+                    raise
+                failure, why = (f"{tried}: {reason(exc)}", _word(exc))
+    finally:
+        for stream in running:
+            stream.close()
+    if running:
+        failure, why = (f"{running[-1]}: connect: timed out after {timeout_s:g} s", "timeout")
     raise ConnectError(f"connect {failure}", why)
+
+
+def _first_to_answer(streams: list[Stream], timeout_s: float) -> Stream | None:
+    """Wait until one of the connections that were begun stands, or has failed; None when none does in time."""
+    waiting = poll()
+    for stream in streams:
+        waiting.register(stream.fileno(), POLLOUT)
+    answered = {descriptor for descriptor, _ in waiting.poll(timeout_s * 1000)}
+    return next((stream for stream in streams if stream.fileno() in answered), None)
 
 
 def _word(exc: OSError) -> str:

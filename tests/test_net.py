@@ -3,6 +3,7 @@ import io
 import os
 import select
 import socket
+import time
 from contextlib import closing
 from dataclasses import replace
 from unittest.mock import Mock
@@ -43,13 +44,22 @@ def test_a_zone_that_is_no_interface_is_named(zone):
         net.resolve(Address(f"fe80::1%{zone}", 80))
 
 
-def test_a_name_gives_its_endpoints_in_the_order_of_the_resolver(monkeypatch):
-    found = [
-        (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 80, 0, 0)),
-        (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.1", 80)),
+@pytest.mark.parametrize(
+    ("found", "order"),
+    [
+        ("2001:db8::1 192.0.2.1", "2001:db8::1 192.0.2.1"),
+        ("192.0.2.1 2001:db8::1", "192.0.2.1 2001:db8::1"),
+        ("192.0.2.2 192.0.2.1", "192.0.2.2 192.0.2.1"),
+        ("2001:db8::2 2001:db8::1 2001:db8::3 192.0.2.1", "2001:db8::2 192.0.2.1 2001:db8::1 2001:db8::3"),
+    ],
+)
+def test_a_name_gives_its_endpoints_in_the_order_of_the_resolver_and_the_families_in_turn(found, order, monkeypatch):
+    answers = [
+        (socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 80))
+        for host in found.split()
     ]
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
-    assert [str(endpoint) for endpoint in net.resolve(Address("name", 80))] == ["[2001:db8::1]:80", "192.0.2.1:80"]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: answers)
+    assert [endpoint.sockaddr[0] for endpoint in net.resolve(Address("name", 80))] == order.split()
 
 
 def test_an_empty_host_is_loopback_to_dial_and_every_interface_to_listen():
@@ -368,14 +378,68 @@ def test_where_no_descriptor_is_left_no_other_address_is_tried(listener, monkeyp
 
 def test_after_an_address_that_refuses_or_is_silent_the_next_one_is_tried(listener):
     with silent_endpoint() as silent:
-        with net.connect([free_endpoint(), silent, endpoint_of(listener)], 0.3, LIMITS) as stream:
+        began = time.monotonic()
+        with net.connect([free_endpoint(), silent, endpoint_of(listener)], 60, LIMITS) as stream:
+            assert stream.peer == listener.getsockname()
+        assert net.ATTEMPT_DELAY_S <= time.monotonic() - began < 3 * net.ATTEMPT_DELAY_S
+
+
+class Far(net.RawSocket):
+    """A connection of this machine that seems to stand a little later; as ``failure`` has it, it fails then."""
+
+    failure = None
+    sends = 0
+
+    def send(self, data):
+        self.sends += 1
+        if self.sends == 1:
+            raise BlockingIOError
+        if self.failure and self.getpeername() == self.failure.sockaddr:
+            raise OSError(errno.EHOSTUNREACH, "No route to host")
+        return super().send(data)
+
+
+def test_an_address_that_was_silent_is_taken_if_it_answers_first_and_the_others_are_let_go(listener, monkeypatch):
+    answers = iter([False, True])
+
+    def look(streams, timeout_s):
+        return next(answers) and first_to_answer(streams, timeout_s)
+
+    first_to_answer = net._first_to_answer
+    monkeypatch.setattr(net, "RawSocket", Far)
+    monkeypatch.setattr(net, "_first_to_answer", look)
+    with closing(net.listen(LOOPBACK, LIMITS)) as other:
+        with net.connect([endpoint_of(listener), endpoint_of(other)], 5, LIMITS, b"first") as stream:
+            assert stream.peer == listener.getsockname()
+            with accepting._accept(listener) as accepted, accepting._accept(other) as let_go, bounded():
+                assert accepted.recv(16) == b"first"
+                assert let_go.recv(16) == b""
+
+
+def test_an_address_that_fails_late_makes_nobody_wait_for_the_next_one(listener, monkeypatch):
+    monkeypatch.setattr(net, "RawSocket", Far)
+    monkeypatch.setattr(net, "ATTEMPT_DELAY_S", 60)
+    with closing(net.listen(LOOPBACK, LIMITS)) as other:
+        monkeypatch.setattr(Far, "failure", endpoint_of(other))
+        with bounded(), net.connect([endpoint_of(other), endpoint_of(listener)], 90, LIMITS) as stream:
             assert stream.peer == listener.getsockname()
 
 
-def test_all_addresses_share_the_time(no_leaks):
+def test_who_is_silent_has_all_the_time_that_there_is(no_leaks, monkeypatch):
+    monkeypatch.setattr(net, "ATTEMPT_DELAY_S", 0.01)
     with silent_endpoint() as endpoint:
-        with pytest.raises(ConnectError, match=r"timed out after 0\.02 s"):
-            net.connect([endpoint] * 5, 0.1, LIMITS)
+        began = time.monotonic()
+        with pytest.raises(ConnectError, match=f"^connect {endpoint}: connect: timed out after 0.1 s$") as caught:
+            net.connect([endpoint, free_endpoint(), endpoint, free_endpoint()], 0.1, LIMITS)
+        assert caught.value.why == "timeout"
+        assert time.monotonic() - began >= 0.1
+
+
+def test_more_addresses_than_there_is_time_for_end_with_it(no_leaks, monkeypatch):
+    monkeypatch.setattr(net, "ATTEMPT_DELAY_S", 60)
+    with silent_endpoint() as endpoint, bounded():
+        with pytest.raises(ConnectError, match=r"timed out after 0\.1 s"):
+            net.connect([endpoint] * 2, 0.1, LIMITS)
 
 
 def test_when_no_address_answers_the_last_one_is_named(no_leaks):
