@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 SHRINK_BELOW, GROW_ABOVE = 0.2, 0.8  # of the capacity dialled in a round
 GATHER_S = 0.001  # with TLS, or others to serve: dials in a batch cost both sides less, fewer wake-ups
+QUIET_ROUNDS = 60  # behind which a crowd has passed: one like it, as of a page that is opened, finds what it left
 DIALS_AT_ONCE = 128  # in flight; a peer's backlog of handshakes is longer
 LINE_S = 0.1  # as many more for each that the quickest dial takes: most of a stream of them is on the line
 NEAR_S = 0.01  # a quickest dial of less: one that begins when a connection is used comes early enough
@@ -56,6 +57,7 @@ class DialingPool:
         self._used_at: deque[float] = deque(maxlen=maximum)  # when connections were launched, lately
         self._dialled = 0  # in this round
         self._taken = 0  # in this round
+        self._quiet_rounds = 0  # in a row, in which none was dialled or taken
         self._owed = 0  # dials that the peer asked for, not begun yet
         self._fills_now = False  # in this turn of the event loop
         # not in a lull where a dial takes a TLS handshake: it would hold up the answer to who has just been launched
@@ -243,7 +245,8 @@ class DialingPool:
             self._idle.put(id, transport)
 
     def _adapt(self) -> None:
-        if not self._taken and not self._dialled:
+        self._quiet_rounds = 0 if self._taken or self._dialled else self._quiet_rounds + 1
+        if self._quiet_rounds >= QUIET_ROUNDS:
             self._drop_surplus()
         if self._dialled < self.capacity * SHRINK_BELOW:
             self.capacity = max(self.capacity - 1, self._minimum)

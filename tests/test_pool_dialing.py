@@ -9,7 +9,7 @@ from support import bounded, is_reset, read_all, reset, wait_until
 
 from nodepass_gevent import alarm, dialing_pool
 from nodepass_gevent.alarm import soon
-from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, LINE_S, ROUND_S, DialingPool
+from nodepass_gevent.dialing_pool import DIALS_AT_ONCE, LINE_S, QUIET_ROUNDS, ROUND_S, DialingPool
 from nodepass_gevent.dials import RETRY_MAX_S, RETRY_MIN_S
 from nodepass_gevent.errors import ConnectError, NoDataConnection, PolicyError, PoolClosed, ProtocolError
 from nodepass_gevent.transport import Stream
@@ -760,6 +760,14 @@ def test_more_is_dialled_when_the_peer_asks_for_it_and_dropped_when_the_crowd_ha
     take(pool, b"%08x" % 0).close()
     clock.advance(ROUND_S)  # in this one a connection was taken
     assert len(pool) == 6
+    for _ in range(QUIET_ROUNDS - 1):
+        clock.advance(ROUND_S)
+        assert len(pool) == 6  # the next crowd finds them
+    pool.dial_more(1)
+    wait_until(lambda: len(pool) == 7)
+    for _ in range(QUIET_ROUNDS):  # the first has dialled
+        clock.advance(ROUND_S)
+        assert len(pool) == 7
     clock.advance(ROUND_S)
     assert len(pool) == 2
     assert is_reset(dialler.peers[-1]) and leads_to(take(pool, b"%08x" % 1), dialler.peers[1])
@@ -776,7 +784,7 @@ def test_what_is_launched_and_waits_to_be_taken_is_no_surplus(dialler, dialing, 
     for id in launched:
         pool.keep(id)
     dialler.peers[2].shutdown(1)  # a user who waits for the first word
-    for _ in range(4):
+    for _ in range(QUIET_ROUNDS + 2):
         clock.advance(ROUND_S)
     assert is_reset(dialler.peers[6])
     with take(pool, launched[0]) as ended:
