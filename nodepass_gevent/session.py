@@ -15,7 +15,7 @@ import gevent
 from gevent.event import Event
 
 from . import wire
-from .alarm import soon
+from .alarm import Alarm, soon
 from .arrivals import Arrivals, turn
 from .errors import NodePassError, PeerLeft, PeerSilent, PolicyError, ProtocolError, SessionEnded, SessionLost, reason
 from .transport import Transport
@@ -23,6 +23,8 @@ from .wire import Bye
 
 CHUNK = 4096  # bytes per read: many lines at once, little memory
 GATHERED = 4  # lines per segment behind the first of a turn: fewer cost more segments, more let the peer begin late
+FAR_S = 0.01  # a round trip of more: the kernel has ten segments on the way at first, and holds what is beyond for that
+AT_ONCE, SPACED = 4, 20  # segments there: of a crowd, and then for each round trip
 MAX_DUE = 65536  # lines; a peer that reads leaves at most as many as it has data connections
 
 _buffer = memoryview(bytearray(CHUNK))  # nobody switches while it is in use
@@ -74,6 +76,8 @@ class Session:
         self._due: list[bytes] = []
         self._sent_in = -1  # the turn of the event loop in which a line was sent: more wait for others, or its end
         self._gathers = False  # some do
+        self._spacing: Alarm | None = None  # between segments, where the peer is far away
+        self._at_once = 0  # segments of a crowd that were not spaced
         self._heard_at = 0.0
         self._limit_s: float | None = None  # of silence
         self._wake = Event()  # what is due is for the writer: the peer reads slowly, or not at all
@@ -82,11 +86,18 @@ class Session:
     def send(self, line: bytes) -> bool:
         """Send a line; what follows it in the same turn of the event loop goes out in groups of GATHERED. Never blocks.
 
-        False: the session is ending, and the line is not sent.
+        To a peer that is far away what follows AT_ONCE lines within a part of the round trip goes out together. False:
+        the session is ending, and the line is not sent.
         """
         if self._ending:
             return False
         self._due.append(line)
+        if self._spacing:
+            if self._at_once < AT_ONCE:
+                self._at_once += 1
+                self._send_now()
+                self._spacing.set(self._send_spaced)
+            return True
         now = turn()
         if now != self._sent_in or len(self._due) >= GATHERED:
             self._sent_in = now
@@ -100,6 +111,14 @@ class Session:
         self._gathers = False
         if self._due:
             self._send_now()
+
+    def _send_spaced(self) -> None:
+        """Send what is due to a peer that is far away; what follows waits for its turn, until nothing has followed."""
+        if self._due and self._spacing:
+            self._send_now()
+            self._spacing.set(self._send_spaced)
+        else:
+            self._at_once = 0
 
     def _send_now(self) -> None:
         """Send what is due, without the writer as long as the kernel takes everything."""
@@ -120,6 +139,9 @@ class Session:
         """Live until the channel or the pool ends, and end the other too; raises SessionLost or PolicyError."""
         started = time.monotonic()
         greenlets: list[gevent.Greenlet] = []
+        round_trip_s = self._control.round_trip_s()
+        if round_trip_s > FAR_S:
+            self._spacing = Alarm(round_trip_s / SPACED)
         try:
             greenlets.extend(gevent.spawn(part) for part in (self._read, self._write, self._pool.run))
             first = gevent.wait(greenlets, count=1)[0]
@@ -136,6 +158,8 @@ class Session:
             raise
         finally:
             self._ending = True
+            if self._spacing:
+                self._spacing.close()
             self._pool.close()
             gevent.killall(greenlets)
 
@@ -145,6 +169,7 @@ class Session:
         with suppress(OSError), gevent.Timeout(leave_s, False):
             self._pool.leave()
             if leave_s is None or self._ending:
+                self._send_gathered()
                 gevent.killall([reader, writer])
             else:
                 self.send(wire.format_bye(Bye()))

@@ -351,6 +351,9 @@ class TLSStream(Transport):
     def is_dead(self) -> bool:
         return self.stream.is_dead()
 
+    def round_trip_s(self) -> float:
+        return self.stream.round_trip_s()
+
     def close(self) -> None:
         self.stream.close()
 

@@ -32,6 +32,8 @@ DISCARD = 65536  # bytes per read when what comes is thrown away
 _LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to 40 % of the rate
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 _CLOSED = 7  # a state of TCP, the first byte of its info: reset, or given up
+_MIN_RTT = slice(148, 152)  # of its info, in µs; all bits set while nothing was measured
+ROUND_TRIP_LONGEST_S = 1.0
 
 if TYPE_CHECKING:
     from _socket import socket as RawSocket
@@ -87,6 +89,10 @@ class Transport(ABC):
     @abstractmethod
     def is_dead(self) -> bool:
         """Whether TCP has given it up, at a reset or for want of an answer, be it behind bytes that nobody reads."""
+
+    @abstractmethod
+    def round_trip_s(self) -> float:
+        """Give the shortest round trip that TCP has measured; 0 where the system does not tell."""
 
     @abstractmethod
     def watch(self, callback: Callable[..., None], *args: object) -> None:
@@ -278,6 +284,10 @@ class Stream(Transport):
 
     def is_dead(self) -> bool:
         return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSED
+
+    def round_trip_s(self) -> float:
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.stop)
+        return min(int.from_bytes(info[_MIN_RTT], sys.byteorder) / 1e6, ROUND_TRIP_LONGEST_S)
 
     def close(self) -> None:
         if self._reader is not None:  # before its descriptor goes, or libev ends the process

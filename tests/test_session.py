@@ -10,7 +10,7 @@ from support import bounded, read_all, read_exactly, reset, wait_until
 from nodepass_gevent import wire
 from nodepass_gevent.errors import PolicyError, ProtocolError, SessionLost
 from nodepass_gevent.pool import AcceptingPool
-from nodepass_gevent.session import GATHERED, Session
+from nodepass_gevent.session import AT_ONCE, FAR_S, GATHERED, SPACED, Session
 from nodepass_gevent.transport import Stream
 
 
@@ -263,6 +263,54 @@ def test_a_line_goes_out_at_once(run):
         line = b"//%08x#1\n" % number
         running.session.send(line)
         assert read_exactly(running.peer, len(line)) == line
+
+
+@pytest.fixture
+def far(monkeypatch):
+    monkeypatch.setattr(Recording, "round_trip_s", lambda self: 1.0)
+
+
+def test_to_a_peer_far_away_what_follows_a_few_lines_goes_out_together_a_part_of_the_round_trip_later(far, run):
+    running = run()
+    lines = [b"//%08x#1\n" % number for number in range(60)]
+    writes, few, others = running.control.writes, lines[:AT_ONCE], b"".join(lines[AT_ONCE:])
+    began = time.monotonic()
+    for number, line in enumerate(lines):
+        running.session.send(line)
+        if number % 10 == 9:
+            gevent.idle()  # a turn
+    assert writes == few
+    wait_until(lambda: len(writes) > AT_ONCE)
+    running.session.send(lines[0])
+    assert writes == [*few, others]
+    wait_until(lambda: len(writes) > AT_ONCE + 1)
+    assert time.monotonic() - began >= 2 / SPACED
+    wait_until(lambda: not running.session._spacing.is_set)  # nothing has followed
+    for line in lines:
+        running.session.send(line)
+    assert writes == [*few, others, lines[0], *few]
+
+
+@pytest.mark.parametrize("leave_s", [None, 5])
+def test_to_a_peer_far_away_all_is_sent_before_an_end_in_good_order(far, run, leave_s):
+    running = run(leave_s=lambda: leave_s)
+    lines = [b"//%08x#1\n" % number for number in range(AT_ONCE + 2)]
+    for line in lines:
+        running.session.send(line)
+    leaving = gevent.spawn(running.kill)
+    assert read_exactly(running.peer, 13 * len(lines)) == b"".join(lines)
+    running.peer.close()
+    with bounded():
+        leaving.join()
+
+
+def test_to_a_peer_that_is_near_nothing_waits(run, monkeypatch):
+    monkeypatch.setattr(Recording, "round_trip_s", lambda self: FAR_S)
+    running = run()
+    for number in range(1, AT_ONCE + 3):
+        running.session.send(wire.PING)
+        assert len(running.control.writes) == number
+        gevent.idle()
 
 
 def test_sending_never_blocks_and_loses_nothing_when_the_peer_does_not_read(run):

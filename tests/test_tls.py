@@ -404,6 +404,11 @@ def test_a_dead_path_ends_a_connection_after_the_time_that_was_set(ends):
     assert server.stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 20_000
 
 
+def test_the_round_trip_is_that_of_the_connection_beneath(ends):
+    server, _ = ends
+    assert server.round_trip_s() == server.stream.round_trip_s() > 0
+
+
 @pytest.fixture
 def updating(no_leaks):
     """A server, its client, and what makes the client's demands for key updates."""

@@ -2,6 +2,7 @@ import contextlib
 import errno
 import os
 import socket
+import sys
 from unittest.mock import Mock
 
 import gevent
@@ -10,7 +11,7 @@ from gevent.socket import wait_read
 from support import Flooded, bounded, is_reset, read_all, read_exactly, reset, segments_out, wait_until
 
 from nodepass_gevent.errors import ProtocolError
-from nodepass_gevent.transport import Stream
+from nodepass_gevent.transport import ROUND_TRIP_LONGEST_S, Stream
 
 SHORT_S = 0.05
 
@@ -267,6 +268,23 @@ def test_a_reset_is_known_behind_bytes_that_nobody_reads_and_an_end_is_none(pair
     assert not stream.is_dead()
     reset(peer)
     wait_until(stream.is_dead)
+
+
+def test_the_round_trip_is_what_the_kernel_has_measured(pair):
+    stream, _ = pair()
+    assert 0 < stream.round_trip_s() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("info", "round_trip_s"),
+    [
+        (bytes(104), 0),  # a system that does not tell
+        (bytes(148) + (25_000).to_bytes(4, sys.byteorder), 0.025),
+        (b"\xff" * 152, ROUND_TRIP_LONGEST_S),  # not measured yet
+    ],
+)
+def test_a_round_trip_has_bounds(info, round_trip_s):
+    assert Stream(Mock(getsockopt=lambda *_: info), ("127.0.0.1", 1)).round_trip_s() == round_trip_s
 
 
 def test_peek_tells_nothing_yet_from_bytes_and_from_an_end(pair):
