@@ -56,8 +56,7 @@ class DialingPool:
         self._lead_s = lead_s
         self._used_at: deque[float] = deque(maxlen=maximum)  # when connections were launched, lately
         self._dialled = 0  # in this round
-        self._taken = 0  # in this round
-        self._quiet_rounds = 0  # in a row, in which none was dialled or taken
+        self._quiet_rounds = 0  # in a row, in which none was dialled
         self._owed = 0  # dials that the peer asked for, not begun yet
         self._fills_now = False  # in this turn of the event loop
         # not in a lull where a dial takes a TLS handshake: it would hold up the answer to who has just been launched
@@ -96,7 +95,6 @@ class DialingPool:
         if self._closed:
             raise PoolClosed("the session has ended")
         self._kept.discard(id)
-        self._taken += 1
         self._used_at.append(time.monotonic())
         if transport := self._give(id):
             self._fill_soon()
@@ -245,14 +243,14 @@ class DialingPool:
             self._idle.put(id, transport)
 
     def _adapt(self) -> None:
-        self._quiet_rounds = 0 if self._taken or self._dialled else self._quiet_rounds + 1
+        self._quiet_rounds = 0 if self._dialled else self._quiet_rounds + 1
         if self._quiet_rounds >= QUIET_ROUNDS:
             self._drop_surplus()
         if self._dialled < self.capacity * SHRINK_BELOW:
             self.capacity = max(self.capacity - 1, self._minimum)
         elif self._dialled > self.capacity * GROW_ABOVE:
             self.capacity = min(self.capacity + 1, self._maximum)
-        self._dialled = self._taken = 0
+        self._dialled = 0
 
     def _drop_surplus(self) -> None:
         """Let go what a crowd that has passed left beyond the capacity: the newest, which the peer hands out last."""

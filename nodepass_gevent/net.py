@@ -34,7 +34,8 @@ _BIND_HINTS = {
     errno.EADDRNOTAVAIL: ", which is no address of this machine; for all that it has, give only :{}",
     errno.EACCES: ", and ports below 1024 need root or the capability CAP_NET_BIND_SERVICE",
 }
-_NO_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
+_NO_RESOURCES = _NO_DESCRIPTORS | {errno.ENOBUFS, errno.ENOMEM}
 NONBLOCKING = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 
@@ -264,7 +265,9 @@ def connect(
                     finish_connecting(answered, end - now, says)
                     return answered
             except OSError as exc:
-                if exc.errno in _NO_RESOURCES:  # the next address changes nothing
+                if exc.errno in _NO_DESCRIPTORS and running:  # one that was begun may answer still
+                    left.clear()
+                elif exc.errno in _NO_RESOURCES:  # the next address changes nothing
                     raise
                 failure, why = (f"{tried}: {reason(exc)}", _word(exc))
     finally:

@@ -24,7 +24,7 @@ from .wire import Bye
 CHUNK = 4096  # bytes per read: many lines at once, little memory
 GATHERED = 4  # lines per segment behind the first of a turn: fewer cost more segments, more let the peer begin late
 FAR_S = 0.01  # a round trip of more: the kernel has ten segments on the way at first, and holds what is beyond for that
-AT_ONCE, SPACED = 4, 20  # segments there: of a crowd, and then for each round trip
+AT_ONCE, SPACED = 4, 10  # segments there: of a crowd, and then for each round trip
 MAX_DUE = 65536  # lines; a peer that reads leaves at most as many as it has data connections
 
 _buffer = memoryview(bytearray(CHUNK))  # nobody switches while it is in use
@@ -95,8 +95,8 @@ class Session:
         if self._spacing:
             if self._at_once < AT_ONCE:
                 self._at_once += 1
-                self._send_now()
                 self._spacing.set(self._send_spaced)
+                self._send_now()
             return True
         now = turn()
         if now != self._sent_in or len(self._due) >= GATHERED:
@@ -114,9 +114,9 @@ class Session:
 
     def _send_spaced(self) -> None:
         """Send what is due to a peer that is far away; what follows waits for its turn, until nothing has followed."""
-        if self._due and self._spacing:
-            self._send_now()
+        if self._spacing and self._due and not self._wake.is_set():
             self._spacing.set(self._send_spaced)
+            self._send_now()
         else:
             self._at_once = 0
 
@@ -139,10 +139,10 @@ class Session:
         """Live until the channel or the pool ends, and end the other too; raises SessionLost or PolicyError."""
         started = time.monotonic()
         greenlets: list[gevent.Greenlet] = []
-        round_trip_s = self._control.round_trip_s()
-        if round_trip_s > FAR_S:
-            self._spacing = Alarm(round_trip_s / SPACED)
         try:
+            round_trip_s = self._control.round_trip_s()
+            if round_trip_s > FAR_S:
+                self._spacing = Alarm(round_trip_s / SPACED)
             greenlets.extend(gevent.spawn(part) for part in (self._read, self._write, self._pool.run))
             first = gevent.wait(greenlets, count=1)[0]
             how = first.value if first.successful() else repr(first.exception)
@@ -169,6 +169,7 @@ class Session:
         with suppress(OSError), gevent.Timeout(leave_s, False):
             self._pool.leave()
             if leave_s is None or self._ending:
+                self._ending = True
                 self._send_gathered()
                 gevent.killall([reader, writer])
             else:

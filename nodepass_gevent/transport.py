@@ -32,8 +32,7 @@ DISCARD = 65536  # bytes per read when what comes is thrown away
 _LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to 40 % of the rate
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
 _CLOSED = 7  # a state of TCP, the first byte of its info: reset, or given up
-_MIN_RTT = slice(148, 152)  # of its info, in µs; all bits set while nothing was measured
-ROUND_TRIP_LONGEST_S = 1.0
+_MIN_RTT, _UNKNOWN = slice(148, 152), b"\xff\xff\xff\xff"  # of its info, in µs
 
 if TYPE_CHECKING:
     from _socket import socket as RawSocket
@@ -92,7 +91,7 @@ class Transport(ABC):
 
     @abstractmethod
     def round_trip_s(self) -> float:
-        """Give the shortest round trip that TCP has measured; 0 where the system does not tell."""
+        """Give the shortest round trip that TCP has measured lately; 0 where it has not, or does not tell."""
 
     @abstractmethod
     def watch(self, callback: Callable[..., None], *args: object) -> None:
@@ -286,8 +285,8 @@ class Stream(Transport):
         return self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSED
 
     def round_trip_s(self) -> float:
-        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.stop)
-        return min(int.from_bytes(info[_MIN_RTT], sys.byteorder) / 1e6, ROUND_TRIP_LONGEST_S)
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _MIN_RTT.stop)[_MIN_RTT]
+        return 0 if info == _UNKNOWN else int.from_bytes(info, sys.byteorder) / 1e6
 
     def close(self) -> None:
         if self._reader is not None:  # before its descriptor goes, or libev ends the process

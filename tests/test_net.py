@@ -399,21 +399,47 @@ class Far(net.RawSocket):
         return super().send(data)
 
 
-def test_an_address_that_was_silent_is_taken_if_it_answers_first_and_the_others_are_let_go(listener, monkeypatch):
-    answers = iter([False, True])
+@pytest.fixture
+def slow(monkeypatch):
+    """Let nobody answer before a second address is tried."""
+    answers = iter([False])
 
     def look(streams, timeout_s):
-        return next(answers) and first_to_answer(streams, timeout_s)
+        return next(answers, True) and first_to_answer(streams, timeout_s)
 
     first_to_answer = net._first_to_answer
     monkeypatch.setattr(net, "RawSocket", Far)
     monkeypatch.setattr(net, "_first_to_answer", look)
+
+
+def test_an_address_that_was_silent_is_taken_if_it_answers_first_and_the_others_are_let_go(slow, listener):
     with closing(net.listen(LOOPBACK, LIMITS)) as other:
         with net.connect([endpoint_of(listener), endpoint_of(other)], 5, LIMITS, b"first") as stream:
             assert stream.peer == listener.getsockname()
             with accepting._accept(listener) as accepted, accepting._accept(other) as let_go, bounded():
                 assert accepted.recv(16) == b"first"
                 assert let_go.recv(16) == b""
+
+
+def test_where_no_descriptor_is_left_for_a_second_address_the_first_may_answer_still(slow, listener, monkeypatch):
+    monkeypatch.setattr(
+        net, "RawSocket", Mock(side_effect=[Far(socket.AF_INET, net.NONBLOCKING), OSError(errno.EMFILE, "")])
+    )
+    with net.connect([endpoint_of(listener)] * 9, 5, LIMITS) as stream:
+        assert stream.peer == listener.getsockname()
+
+
+def test_what_was_said_in_part_is_not_said_to_another_address_that_was_begun(slow, listener, monkeypatch):
+    class Short(Far):
+        def send(self, data):
+            return super().send(data[:2])
+
+    monkeypatch.setattr(net, "RawSocket", Short)
+    with closing(net.listen(LOOPBACK, LIMITS)) as other:
+        with pytest.raises(OSError, match="No buffer space"):
+            net.connect([endpoint_of(listener), endpoint_of(other)], 5, LIMITS, b"first")
+        with accepting._accept(other) as let_go, bounded():
+            assert let_go.recv(16) == b""
 
 
 def test_an_address_that_fails_late_makes_nobody_wait_for_the_next_one(listener, monkeypatch):

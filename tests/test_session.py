@@ -1,13 +1,14 @@
 import contextlib
 import itertools
 import time
+from unittest.mock import Mock
 
 import gevent
 import pytest
 from gevent.event import Event
 from support import bounded, read_all, read_exactly, reset, wait_until
 
-from nodepass_gevent import wire
+from nodepass_gevent import session, wire
 from nodepass_gevent.errors import PolicyError, ProtocolError, SessionLost
 from nodepass_gevent.pool import AcceptingPool
 from nodepass_gevent.session import AT_ONCE, FAR_S, GATHERED, SPACED, Session
@@ -265,34 +266,92 @@ def test_a_line_goes_out_at_once(run):
         assert read_exactly(running.peer, len(line)) == line
 
 
+class Rung:
+    """An alarm that rings when the test says so."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.callback = None
+        self.closed = False
+
+    def set(self, callback):
+        self.callback = callback
+
+    def close(self):
+        self.closed = True
+
+    def ring(self):
+        callback, self.callback = self.callback, None
+        callback()
+
+
 @pytest.fixture
-def far(monkeypatch):
-    monkeypatch.setattr(Recording, "round_trip_s", lambda self: 1.0)
+def alarms(monkeypatch):
+    """The alarms of sessions whose peer is far away."""
+    made = []
+
+    def make(seconds):
+        made.append(Rung(seconds))
+        return made[-1]
+
+    monkeypatch.setattr(session, "Alarm", make)
+    monkeypatch.setattr(Recording, "round_trip_s", lambda self: 0.5)
+    return made
 
 
-def test_to_a_peer_far_away_what_follows_a_few_lines_goes_out_together_a_part_of_the_round_trip_later(far, run):
+def test_to_a_peer_far_away_what_follows_a_few_lines_goes_out_together_a_part_of_the_round_trip_later(alarms, run):
     running = run()
+    (alarm,) = alarms
+    assert alarm.seconds == 0.5 / SPACED
     lines = [b"//%08x#1\n" % number for number in range(60)]
     writes, few, others = running.control.writes, lines[:AT_ONCE], b"".join(lines[AT_ONCE:])
-    began = time.monotonic()
     for number, line in enumerate(lines):
         running.session.send(line)
         if number % 10 == 9:
             gevent.idle()  # a turn
     assert writes == few
-    wait_until(lambda: len(writes) > AT_ONCE)
+    alarm.ring()
     running.session.send(lines[0])
     assert writes == [*few, others]
-    wait_until(lambda: len(writes) > AT_ONCE + 1)
-    assert time.monotonic() - began >= 2 / SPACED
-    wait_until(lambda: not running.session._spacing.is_set)  # nothing has followed
+    alarm.ring()
+    assert writes == [*few, others, lines[0]]
+    alarm.ring()  # nothing has followed
+    assert alarm.callback is None
     for line in lines:
         running.session.send(line)
     assert writes == [*few, others, lines[0], *few]
+    running.kill()
+    assert alarm.closed
+
+
+def test_to_a_peer_far_away_a_line_for_which_there_was_no_memory_holds_up_no_other(alarms, run):
+    running = run()
+    lines = [b"//%08x#1\n" % number for number in range(AT_ONCE + 2)]
+    push, running.control.push = running.control.push, Mock(side_effect=MemoryError)
+    for line in lines[:AT_ONCE]:
+        with pytest.raises(MemoryError):
+            running.session.send(line)
+    for line in lines[AT_ONCE:]:
+        running.session.send(line)
+    with pytest.raises(MemoryError):
+        alarms[0].ring()
+    running.control.push = push
+    alarms[0].ring()
+    assert running.control.writes == [b"".join(lines)]
+
+
+def test_while_a_peer_far_away_does_not_read_nothing_rings(alarms, run):
+    running = run()
+    while not running.session._wake.is_set():
+        running.session.send(b"//%08x#1\n" % 1)
+        alarms[0].ring()
+    running.session.send(b"//%08x#1\n" % 1)
+    alarms[0].ring()
+    assert alarms[0].callback is None
 
 
 @pytest.mark.parametrize("leave_s", [None, 5])
-def test_to_a_peer_far_away_all_is_sent_before_an_end_in_good_order(far, run, leave_s):
+def test_to_a_peer_far_away_all_is_sent_before_an_end_in_good_order(alarms, run, leave_s):
     running = run(leave_s=lambda: leave_s)
     lines = [b"//%08x#1\n" % number for number in range(AT_ONCE + 2)]
     for line in lines:
@@ -302,6 +361,19 @@ def test_to_a_peer_far_away_all_is_sent_before_an_end_in_good_order(far, run, le
     running.peer.close()
     with bounded():
         leaving.join()
+
+
+def test_an_end_in_good_order_without_a_bye_takes_no_line_any_more(run):
+    running = run()
+    taken, finish = [], running.control.finish
+
+    def finish_late():
+        taken.append(running.session.send(wire.PING))
+        finish()
+
+    running.control.finish = finish_late
+    running.kill()
+    assert taken == [False]
 
 
 def test_to_a_peer_that_is_near_nothing_waits(run, monkeypatch):
