@@ -319,14 +319,20 @@ def test_a_connection_that_would_reach_itself_is_refused(no_leaks, monkeypatch, 
 
 
 def test_a_connection_to_the_same_port_of_another_address_is_none_to_itself(no_leaks, monkeypatch):
+    def bind(sock, address):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+
     class Alike(net.RawSocket):
         def connect_ex(self, address):
-            self.bind(("127.0.0.1", address[1]))
+            bind(self, drawn.getsockname())
             return super().connect_ex(address)
 
-    with closing(net.listen(Address("127.0.0.2", 0), LIMITS)) as listener:
-        monkeypatch.setattr(net, "RawSocket", Alike)
-        net.connect([endpoint_of(listener)], 5, LIMITS).close()
+    with closing(socket.socket()) as drawn:
+        bind(drawn, ("127.0.0.1", 0))  # nobody else has this port until the end
+        with closing(net.listen(Address("127.0.0.2", drawn.getsockname()[1]), LIMITS)) as listener:
+            monkeypatch.setattr(net, "RawSocket", Alike)
+            net.connect([endpoint_of(listener)], 5, LIMITS).close()
 
 
 def test_the_ports_that_the_kernel_draws_are_known():
