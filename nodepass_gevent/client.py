@@ -117,6 +117,7 @@ class Client:
             if first.tls < least:
                 raise PolicyError(f"the server offers tls {first.tls}, and {setting} accepts no less than {least}")
             control.fail_when_unacknowledged(limits.tcp_user_timeout_s)
+            control.retransmit_soon()
             if opening.offers_v2(first) and config.protocol != "1":
                 self._run_v2(control, first, line)
             else:

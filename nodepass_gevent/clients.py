@@ -122,6 +122,7 @@ class Clients:
     def serve(self, client: Client, on_silence: Callable[[], None] = lambda: None) -> None:
         """Run a client's session to its end; ``on_silence`` is called when that is its silence."""
         client.stream.fail_when_unacknowledged(self._limits.tcp_user_timeout_s)
+        client.stream.retransmit_soon()
         self._log.info("client %s connected, profile v%d", client.stream, client.profile)
         try:
             client.session.run()

@@ -31,6 +31,7 @@ DISCARD = 65536  # bytes per read when what comes is thrown away
 
 _LOOPBACK = ("127.", "[::1]", "[::ffff:127.")  # where BBR, which paces, takes up to 40 % of the rate
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, 0 s: close sends RST
+_RTO_MAX_MS = 44  # <linux/tcp.h>; not in Python's socket module
 _CLOSED = 7  # a state of TCP, the first byte of its info: reset, or given up
 _MIN_RTT, _UNKNOWN = slice(148, 152), b"\xff\xff\xff\xff"  # of its info, in µs
 
@@ -369,6 +370,11 @@ class Stream(Transport):
 
     def fail_when_unacknowledged(self, seconds: float) -> None:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+
+    def retransmit_soon(self) -> None:
+        """Send again each second what is not acknowledged, and not later and later: for who waits behind an outage."""
+        with suppress(OSError):  # since Linux 6.15
+            self.socket.setsockopt(socket.IPPROTO_TCP, _RTO_MAX_MS, 1000)
 
     def expect_bulk(self) -> None:
         """Make ready for many bytes to be sent."""

@@ -224,12 +224,17 @@ def test_a_server_that_does_not_answer_the_dial_is_given_up_at_the_deadline(no_l
             Client(Config(role="client", tunnel=address, target=address, limits=limits)).run()
 
 
-def test_bytes_that_the_server_does_not_acknowledge_end_the_control_channel_after_the_time_that_is_set(server):
+def test_bytes_that_the_server_does_not_acknowledge_end_the_control_channel_after_the_time_that_is_set(
+    server, monkeypatch
+):
+    hurried = []
+    monkeypatch.setattr(Stream, "retransmit_soon", lambda stream: hurried.append(stream))
     server.run(tcp_user_timeout_s=1.5).greet()
     server.join(b"0123abcd")
     port = port_of(server.tunnel)
     (control,) = (each for each in gc.get_objects() if isinstance(each, Stream) and each.peer[1] == port)
     assert control.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+    assert hurried == [control]
 
 
 def test_a_server_that_is_not_there_is_an_error_that_names_it(no_leaks):

@@ -270,6 +270,13 @@ def test_a_reset_is_known_behind_bytes_that_nobody_reads_and_an_end_is_none(pair
     wait_until(stream.is_dead)
 
 
+def test_what_is_lost_is_sent_again_each_second_where_the_kernel_can(pair):
+    stream, _ = pair()
+    stream.retransmit_soon()
+    with contextlib.suppress(OSError):  # before Linux 6.15
+        assert stream.socket.getsockopt(socket.IPPROTO_TCP, 44) == 1000  # TCP_RTO_MAX_MS
+
+
 def test_the_round_trip_is_what_the_kernel_has_measured(pair):
     stream, _ = pair()
     assert 0 < stream.round_trip_s() < 0.1

@@ -329,11 +329,14 @@ def test_a_client_is_given_as_many_intervals_as_are_set(serve, call, said):
     assert read_all(client.control).strip(b"\n") == b""
 
 
-def test_bytes_that_a_client_does_not_acknowledge_end_its_session_after_the_time_that_is_set(serve, call):
+def test_bytes_that_a_client_does_not_acknowledge_end_its_session_after_the_time_that_is_set(serve, call, monkeypatch):
+    hurried = []
+    monkeypatch.setattr(Stream, "retransmit_soon", lambda stream: hurried.append(stream))
     running = serve(tcp_user_timeout_s=1.5)
     call(running)
-    control = running.server._clients.current().stream.socket
-    assert control.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+    control = running.server._clients.current().stream
+    assert control.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
+    assert hurried == [control]
 
 
 @pytest.mark.parametrize("profile", [1, 2])
