@@ -5,6 +5,7 @@ By a client: launches, pings, needs and bye, and how long it may hear nothing. B
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, MutableMapping
 
 from gevent.event import Event
@@ -74,18 +75,20 @@ class Silence:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._last_ping = 0.0
-        self._interval_s = 0.0  # the longest between two keep-alives; 0 while unknown
+        self._intervals_s: deque[float] = deque(maxlen=5)  # between keep-alives
 
     def note_ping(self) -> None:
         now = time.monotonic()
         if self._last_ping:
-            self._interval_s = max(self._interval_s, now - self._last_ping)
+            self._intervals_s.append(now - self._last_ping)
         self._last_ping = now
 
     def limit_s(self) -> float | None:
-        if not self._interval_s:
+        if not self._intervals_s:
             return None
-        return max(self._limits.dead_intervals * self._interval_s, self._limits.dead_timeout_s)
+        # an outage makes one of them long, and the next ones short
+        median_s = sorted(self._intervals_s)[len(self._intervals_s) // 2]
+        return max(self._limits.dead_intervals * median_s, self._limits.dead_timeout_s)
 
 
 def refusal(bye: Bye) -> Busy:

@@ -134,10 +134,18 @@ def test_launches_beyond_all_limits_are_answered_busy(v2):
 # Silence of a v1 server
 
 
-def test_the_longest_of_its_intervals_says_how_long_a_server_may_be_silent(monkeypatch):
+@pytest.mark.parametrize(
+    ("heard_at", "limits_s"),
+    [
+        ([100, 160, 165], [None, 180, 180]),  # one that came late
+        ([100, 160, 250, 251, 280, 340, 400, 460], [None, 180, 270, 180, 180, 180, 180, 180]),  # an outage, from 220 on
+        ([100, 105, 130, 130.1, 135, 140, 145], [None, 15, 75, 15, 15, 15, 15]),
+    ],
+)
+def test_the_usual_one_of_its_intervals_says_how_long_a_server_may_be_silent(monkeypatch, heard_at, limits_s):
     silence = Silence(replace(LIMITS, dead_timeout_s=1, dead_intervals=3))
-    monkeypatch.setattr(hearing, "time", Mock(monotonic=Mock(side_effect=[100, 160, 165])))
-    for limit_s in (None, 180, 180):
+    monkeypatch.setattr(hearing, "time", Mock(monotonic=Mock(side_effect=heard_at)))
+    for limit_s in limits_s:
         silence.note_ping()
         assert silence.limit_s() == limit_s
 
