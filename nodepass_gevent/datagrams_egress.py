@@ -13,7 +13,7 @@ from .access import AccessLog
 from .config import Config
 from .crew import Crew
 from .deadlines import shared_deadline
-from .errors import ConnectError, reason
+from .errors import GONE, ConnectError, reason
 from .metrics import Counters, Traffic
 from .net import Endpoint
 from .target import TargetAddresses
@@ -67,6 +67,8 @@ class DatagramEgress:
             self._counters.running.add(traffic)
             try:
                 session.run(data, partial(longest_silence_s, self._config, self._exchanges), target)
+                if session.timed_out:
+                    self._refuse(launch, data, GONE)
             finally:
                 session.count_failures(self._counters)
                 self._counters.ended(traffic)

@@ -184,6 +184,8 @@ class Egress:
             error = run(running, limits.idle_timeout_s, self._counters, tell)
             tell(error)
             if error:
+                if isinstance(error, TimeoutError) and data.is_dead():
+                    self._fail(launch.id, GONE)  # on a path that is dead the server would wait for minutes
                 conclude(data, target, error, running.complete, self._counters)
 
     def _check_network(self, launch: Launch, data: Transport) -> None:

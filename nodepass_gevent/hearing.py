@@ -13,7 +13,7 @@ from gevent.event import Event
 from . import wire
 from .config import Limits
 from .egress import Egress
-from .errors import Busy, LaunchFailed, PeerLeft, ProtocolError
+from .errors import GONE, Busy, LaunchFailed, PeerLeft, ProtocolError
 from .launching import Abortable
 from .metrics import Counters
 from .wire import Bye, Fail, Launch, Need, Ping
@@ -137,8 +137,12 @@ class Answers:
             running.forsake(time.monotonic() - LATELY_S, silent)
 
     def _fail(self, fail: Fail) -> None:
-        """End the exchange of a launch that failed; not one that has been answered, whatever its peer says now."""
-        running = self._launched.get(fail.id)
-        if running is None or not running.abort(LaunchFailed(wire.printable(fail.why, wire.MAX_LINE)[1:-1])):
-            self._counters.signals_stale += 1
-            self._log.debug("launch %s failed, says its client: it has ended, or works", fail.id.decode())
+        """End the exchange of a launch that failed; one that has been answered only if its data connection is gone."""
+        running, error = self._launched.get(fail.id), LaunchFailed(wire.printable(fail.why, wire.MAX_LINE)[1:-1])
+        if running and running.abort(error):
+            return
+        if running and error.why == GONE:
+            running.lose(error)
+            return
+        self._counters.signals_stale += 1
+        self._log.debug("launch %s failed, says its client: it has ended, or works", fail.id.decode())

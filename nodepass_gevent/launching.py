@@ -29,6 +29,9 @@ class Abortable(Protocol):
     def abort(self, error: Exception) -> bool:
         """End it with ``error``; False when the peer has answered already, and then it goes on."""
 
+    def lose(self, error: Exception) -> None:
+        """End it with ``error``: the peer has lost its data connection."""
+
     def forsake(self, since: float, error: Exception) -> None:
         """End it where its user loses nothing by that, unless the peer has been heard ``since`` then (monotonic)."""
 

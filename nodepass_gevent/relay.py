@@ -360,6 +360,10 @@ class Exchange:
         soon(self.end, error)
         return True
 
+    def lose(self, error: Exception) -> None:
+        """End with ``error``: nothing comes from b any more."""
+        soon(self.end, error)
+
     def forsake(self, since: float, error: Exception) -> None:
         """Go on: bytes are not lost while TCP may deliver them."""
 

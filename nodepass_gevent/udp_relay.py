@@ -65,7 +65,7 @@ class UDPRelay:
         "_answers", "_blocked", "_data", "_deliver", "_end", "_frames", "_gathers", "_loop", "_queue", "_queued",
         "_rest", "_target", "_watchers", "_writer", "_written_in", "active_at", "answered_at", "delivered",
         "delivered_bytes", "dropped_network", "dropped_queue", "dropped_size", "failed", "framed", "framed_bytes",
-        "how", "refused", "running",
+        "how", "refused", "running", "timed_out",
     )  # fmt: skip
 
     def __init__(self, deliver: Callable[[memoryview | bytes], object]) -> None:
@@ -94,6 +94,7 @@ class UDPRelay:
         self.how = ""  # it ended, when it has: ENDED, IDLE and for how long, or what ended it
         self.failed = False
         self.refused = False  # the peer says that nothing came of its launch
+        self.timed_out = False  # the data connection has: its peer may not know
 
     def send(self, datagram: bytes) -> None:
         """Put a datagram into the data connection before long; drop and count it when too much waits already."""
@@ -150,6 +151,10 @@ class UDPRelay:
         self.end(str(error), failed=True)
         return True
 
+    def lose(self, error: Exception) -> None:
+        """End: the user's next datagram finds another data connection."""
+        self.end(str(error), failed=True)
+
     def forsake(self, since: float, error: Exception) -> None:
         """End, unless the peer has been heard ``since`` then: the user's next datagram finds another peer."""
         if self.answered_at < since:
@@ -194,6 +199,7 @@ class UDPRelay:
         except BlockingIOError:
             pass
         except Exception as exc:  # ours or a peer's: it ends this session and no other
+            self.timed_out = isinstance(exc, TimeoutError)
             self.end(reason(exc), failed=True)
 
     def _check_idle(self, idle_timeout_s: Callable[[], float]) -> None:

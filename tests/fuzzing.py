@@ -244,7 +244,9 @@ def signals(data: bytes) -> object:
 def answers(data: bytes) -> object:
     """Let a server hear what its client says: only launches that run are ended, and in words for the log."""
     ended: list[str] = []
-    running = SimpleNamespace(abort=lambda error: ended.append(str(error)) or len(ended) % 2)
+    running = SimpleNamespace(
+        abort=lambda error: ended.append(str(error)) or len(ended) % 2, lose=lambda error: ended.append(str(error))
+    )
     hearing_client = hearing.Answers({b"0a1b2c3d": running}, metrics.Counters(), logs.of(""))
     for at in range(0, len(data), 97):
         hearing_client.receive(data[at : at + 97])

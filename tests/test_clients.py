@@ -124,11 +124,25 @@ def test_an_exchange_that_is_answered_goes_on_whatever_its_client_says(client, c
     id, data, _ = launch_of(client)
     data.sendall(b"first ")
     assert read_exactly(user, 6) == b"first "
-    say(client, b"//%b?why=refused#fail\n//%b?why=gone#fail\n" % (id, id))
+    say(client, b"//%b?why=refused#fail\n//%b?why=busy#fail\n" % (id, id))
     wait_until(lambda: client.running.counters.signals_stale == 2)
     data.sendall(b"second")
     assert read_exactly(user, 6) == b"second"
     assert client.running.counters.launches_failed == 0
+    data.close()
+
+
+def test_an_exchange_whose_data_connection_its_client_has_lost_ends_although_it_was_answered(client, connect, said):
+    client = client()
+    user = connect(client.running, "user")
+    user.sendall(b"question")
+    id, data, _ = launch_of(client)
+    data.sendall(b"first ")
+    assert read_exactly(user, 6) == b"first "
+    say(client, b"//%b?why=gone#fail\n" % id)
+    assert is_reset(user)
+    assert said.find(r"WARNING user 127\.0\.0\.1:\d+ reset: its data connection is gone$")
+    assert (client.running.counters.launches_failed, client.running.counters.signals_stale) == (1, 0)
     data.close()
 
 

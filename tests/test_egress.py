@@ -1,18 +1,21 @@
+import errno
+import os
 import re
 import socket
 import time
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import gevent
 import pytest
 from exchanges import ID, SHORT_S, address_of, happened
 from secure import transports
-from support import Flooded, as_stream, bounded, is_reset, read_all, reset, silent_endpoint, wait_until
+from support import Flooded, as_stream, bounded, is_reset, read_all, read_exactly, reset, silent_endpoint, wait_until
 
 from nodepass_gevent import net
 from nodepass_gevent.config import Address
 from nodepass_gevent.egress import FIRST, Egress
-from nodepass_gevent.errors import ProtocolError
+from nodepass_gevent.errors import GONE, ProtocolError
+from nodepass_gevent.transport import Stream
 from nodepass_gevent.wire import Kind, Launch
 
 
@@ -155,6 +158,52 @@ def test_a_client_carries_its_network_alone_whatever_the_server_launches(
         side.egress._fail.assert_called_once_with(ID, "refused")
         assert side.counted == {"exchanges_failed": 1}
         assert f"network={network} keeps {protocol} out" in caplog.text
+
+
+class Timed(Stream):
+    """A data connection that proves to have timed out as soon as something arrives; ``dead``: TCP says so, too."""
+
+    dead = True
+
+    def pull(self, buffer):
+        if not self.peek():
+            raise BlockingIOError
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    def is_dead(self):
+        return self.dead
+
+
+def launch_timed(side, kind):
+    """Launch such a data connection, and give the server's end of it."""
+    side.egress._fail = Mock()
+    server, data = side.prepare(), side.pool.ready[ID]
+    side.pool.ready[ID] = Timed(data.socket, data.peer)
+    side.egress.launch(Launch(ID, kind))
+    return server
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("dead", [False, True])
+def test_that_the_path_of_a_user_is_dead_the_server_is_told(egress, target, dead, answered, monkeypatch):
+    monkeypatch.setattr(Timed, "dead", dead)  # else it is the target's that has timed out
+    side = egress(target=address_of(target))
+    server = launch_timed(side, Kind.TCP)
+    with accept(target) as accepted:
+        if answered:
+            accepted.sendall(b"!")
+            assert read_exactly(server, 1) == b"!"
+        server.sendall(b"question")
+        assert is_reset(accepted)
+    assert side.egress._fail.mock_calls == ([call(ID, GONE)] if dead else [])
+
+
+def test_that_the_path_of_a_session_is_dead_the_server_is_told(egress, udp_target):
+    side = egress(target=address_of(udp_target), drain_linger_s=0.01)
+    server = launch_timed(side, Kind.UDP_SESSION)
+    server.sendall(b"\0\5hello")
+    wait_until(lambda: side.egress._fail.called)
+    side.egress._fail.assert_called_once_with(ID, GONE)
 
 
 def test_a_launch_that_failed_ends_in_time_although_the_server_sends_without_a_pause(egress, pair):

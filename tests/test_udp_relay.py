@@ -358,6 +358,15 @@ def test_a_session_that_is_answered_outlives_a_silent_control_channel(make):
     assert not session.relay.how
 
 
+def test_a_session_whose_data_connection_the_peer_has_lost_ends_although_it_was_answered(make):
+    session = make().start()
+    session.peer.sendall(format_frame(b"x"))
+    wait_until(lambda: session.relay.delivered)
+    assert not session.relay.abort(OSError("gone"))
+    session.relay.lose(OSError("gone"))
+    assert session.ended() == "gone" and session.relay.failed and not session.relay.refused
+
+
 def test_the_time_that_a_session_may_be_idle_can_become_shorter(make):
     session = make(idle_s=4.0).start()
     gevent.idle()
