@@ -357,7 +357,7 @@ class Exchange:
         back = self._flows[1]
         if back.moved or back._rest:
             return False
-        soon(self.end, error)
+        self.lose(error)
         return True
 
     def lose(self, error: Exception) -> None:

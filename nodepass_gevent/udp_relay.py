@@ -148,7 +148,7 @@ class UDPRelay:
         if self.delivered:
             return False
         self.refused = True
-        self.end(str(error), failed=True)
+        self.lose(error)
         return True
 
     def lose(self, error: Exception) -> None:
@@ -158,7 +158,7 @@ class UDPRelay:
     def forsake(self, since: float, error: Exception) -> None:
         """End, unless the peer has been heard ``since`` then: the user's next datagram finds another peer."""
         if self.answered_at < since:
-            self.end(str(error), failed=True)
+            self.lose(error)
 
     def run(self, data: Transport, idle_timeout_s: Callable[[], float], target: Target | None = None) -> None:
         """Carry datagrams until a side ends or fails, or none has come for ``idle_timeout_s()``; the caller closes."""

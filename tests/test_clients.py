@@ -117,13 +117,19 @@ def test_what_a_client_gives_as_its_reason_is_escaped_in_the_log(client, connect
     data.close()
 
 
-def test_an_exchange_that_is_answered_goes_on_whatever_its_client_says(client, connect):
-    client = client()
+def answered(client, connect):
+    """Let a user ask and have an answer; give it, and the id and the client's end of its data connection."""
     user = connect(client.running, "user")
     user.sendall(b"question")
     id, data, _ = launch_of(client)
     data.sendall(b"first ")
     assert read_exactly(user, 6) == b"first "
+    return user, id, data
+
+
+def test_an_exchange_that_is_answered_goes_on_whatever_its_client_says(client, connect):
+    client = client()
+    user, id, data = answered(client, connect)
     say(client, b"//%b?why=refused#fail\n//%b?why=busy#fail\n" % (id, id))
     wait_until(lambda: client.running.counters.signals_stale == 2)
     data.sendall(b"second")
@@ -134,11 +140,7 @@ def test_an_exchange_that_is_answered_goes_on_whatever_its_client_says(client, c
 
 def test_an_exchange_whose_data_connection_its_client_has_lost_ends_although_it_was_answered(client, connect, said):
     client = client()
-    user = connect(client.running, "user")
-    user.sendall(b"question")
-    id, data, _ = launch_of(client)
-    data.sendall(b"first ")
-    assert read_exactly(user, 6) == b"first "
+    user, id, data = answered(client, connect)
     say(client, b"//%b?why=gone#fail\n" % id)
     assert is_reset(user)
     assert said.find(r"WARNING user 127\.0\.0\.1:\d+ reset: its data connection is gone$")
